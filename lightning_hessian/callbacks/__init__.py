@@ -1,0 +1,1 @@
+"""When to measure: the callbacks for the Lightning Trainer."""

@@ -1,0 +1,1 @@
+"""Symmetric linear operators on a parameter space."""

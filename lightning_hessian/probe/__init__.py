@@ -1,0 +1,1 @@
+"""What is measured: a module and some batches become a function of the parameters."""

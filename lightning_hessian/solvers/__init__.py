@@ -1,0 +1,1 @@
+"""Algorithms that know an operator and nothing of models or data."""

@@ -1,0 +1,1 @@
+"""Statistics of spectra: arrays in, numbers out."""

@@ -1,0 +1,1 @@
+"""Where a record goes: logged keys, figures, live correlation."""
