@@ -27,7 +27,7 @@ class HessianSpectrum:
         residuals: Bounds on ``norm(H u - lambda u)``, float64 [K]; a true eigenvalue lies within
             ``residuals[i]`` of ``eigenvalues[i]``.
         converged: bool [K], ``residuals <= tol * abs(eigenvalues)``.
-        trace: Estimate of Tr(H).
+        trace: Estimate of Tr(H), ``None`` where it was not asked for or time ran out.
         trace_std_error: Standard error of ``trace``; 0 where the trace is exact.
         lambda_min: The smallest eigenvalue, ``None`` where it had not converged.
         loss: Mean loss over the probe samples.
@@ -43,8 +43,8 @@ class HessianSpectrum:
     eigenvalues: FloatArray
     residuals: FloatArray
     converged: NDArray[np.bool_]
-    trace: float
-    trace_std_error: float
+    trace: float | None
+    trace_std_error: float | None
     lambda_min: float | None
     loss: float
     num_parameters: int

@@ -1,0 +1,148 @@
+"""`HessianSpectrumCallback`: the Hessian spectrum of a run, live beside its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lightning_hessian.callbacks.measurement import MeasurementCallback
+from lightning_hessian.callbacks.schedule import Schedule
+from lightning_hessian.measure import check_selection, hessian_spectrum, split_bound
+from lightning_hessian.operators.hessian import ENGINES
+from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
+from lightning_hessian.probe.parameters import ParameterSelection
+from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.statistics.power_law import critical_value
+from lightning_hessian.tracking.scalars import CORRELATED, spectrum_scalars
+
+
+class HessianSpectrumCallback(MeasurementCallback):
+    """Measures the top of the Hessian spectrum at validations and logs its statistics.
+
+    Logged in the row of the validation metrics, all under ``hessian/``: ``d_ks``, ``d_c``,
+    ``power_law``, ``p_value``, ``beta_hat``, ``beta_sigma``, ``s_hat``, ``lambda_1``,
+    ``lambda_min`` (if found), ``trace``, ``trace_std_error``, ``eigengap_d_ks``,
+    ``eigengap_s_hat``, ``num_eigenvalues``, ``num_converged``, ``num_fitted``, ``num_hvps``,
+    ``seconds``. From four measurements on also ``correlation/pearson_<statistic>_<monitor>`` and
+    ``correlation/num_points``. A statistic that cannot be computed is absent, and a warning says
+    why.
+
+    Training is not touched: the weights of a run with and without the callback are the same bits.
+
+    Args:
+        num_eigenvalues: K, how many of the largest eigenvalues are found and fitted.
+        monitor: The metric, or metrics, to correlate the statistics with.
+        every_n_validations: Measure at every n-th validation, or a schedule object.
+        data: What H is evaluated on: ``"train"``, ``"val"`` (the first loader), a DataLoader, or
+            a list of batches. Training samples are drawn apart from training's own order.
+        num_batches: How many probe batches; drawn once and kept.
+        loss_fn: ``loss_fn(module, batch) -> mean loss``; else the module's ``hessian_loss(batch)``;
+            else its ``training_step`` with logging muted.
+        parameters: Which parameters: ``None`` (all that require grad), a glob or a list of globs,
+            a regex, or a predicate ``(name, parameter) -> bool``.
+        tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
+        max_hvps: Bound on Hessian-vector products of one measurement.
+        time_budget: Share of the training time (``0.05``), or seconds a measurement may take.
+        hvp: ``"auto"``, ``"linearize"``, ``"autograd"`` or ``"recompute"``.
+        mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
+        batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over.
+        trace_probes: Hutchinson probes for the trace; 0 for no trace.
+        significance: Level of the Kolmogorov-Smirnov test.
+        during_validate: Whether ``trainer.validate()`` measures too.
+        on_error: ``"warn"`` and train on, or ``"raise"``, when a measurement fails.
+        seed: Of everything random here.
+
+    Raises:
+        ValueError: Arguments that are wrong by themselves; in ``fit``, before training, those
+            that do not fit the module.
+
+    Attributes:
+        last_spectrum: The `HessianSpectrum` of the last measurement, None before the first.
+
+    Example:
+        >>> callback = HessianSpectrumCallback(num_eigenvalues=20, monitor="val_loss")
+        >>> callback.history
+        []
+    """
+
+    prefix = "hessian"
+    correlated = CORRELATED
+
+    def __init__(
+        self,
+        *,
+        num_eigenvalues: int = 50,
+        monitor: str | Sequence[str] = "val_loss",
+        every_n_validations: int | Schedule = 1,
+        data: str | Iterable[Any] = "train",
+        num_batches: int = 4,
+        loss_fn: LossFunction | None = None,
+        parameters: ParameterSelection = None,
+        tol: float = 1e-3,
+        max_hvps: int | None = None,
+        time_budget: float | None = None,
+        hvp: str = "auto",
+        mode: Mode = "eval",
+        batch_weight: Callable[[Any], float] | None = None,
+        trace_probes: int = 16,
+        significance: float = 0.05,
+        during_validate: bool = False,
+        on_error: str = "warn",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            monitor=monitor,
+            every_n_validations=every_n_validations,
+            data=data,
+            num_batches=num_batches,
+            time_budget=time_budget,
+            during_validate=during_validate,
+            on_error=on_error,
+            seed=seed,
+        )
+        if num_eigenvalues < 1:
+            raise ValueError(f"num_eigenvalues={num_eigenvalues}; at least one is needed.")
+        if not (math.isfinite(tol) and tol > 0):
+            raise ValueError(f"tol={tol}; give a positive relative tolerance such as 1e-3.")
+        if hvp not in ("auto", *ENGINES):
+            raise ValueError(f"hvp={hvp!r} is unknown; choose from 'auto', {list(ENGINES)}.")
+        critical_value(num_eigenvalues, significance)
+        split_bound(num_eigenvalues, max_hvps, trace_probes)
+        self.num_eigenvalues = num_eigenvalues
+        self.loss_fn = loss_fn
+        self.parameters = parameters
+        self.tol = tol
+        self.max_hvps = max_hvps
+        self.hvp = hvp
+        self.mode = mode
+        self.batch_weight = batch_weight
+        self.trace_probes = trace_probes
+        self.significance = significance
+        self.last_spectrum: HessianSpectrum | None = None
+
+    def check(self, pl_module: Any) -> None:
+        """Raises ValueError where the arguments do not fit the module; called before training."""
+        check_selection(pl_module, self.parameters, self.num_eigenvalues)
+        resolve_loss(pl_module, self.loss_fn)
+
+    def measure(
+        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+    ) -> tuple[dict[str, float], list[str]]:
+        """Returns the statistics of the present spectrum, and reasons for what is absent."""
+        self.last_spectrum = hessian_spectrum(
+            pl_module,
+            self.loss_fn,
+            batches,
+            num_eigenvalues=self.num_eigenvalues,
+            parameters=self.parameters,
+            tol=self.tol,
+            max_hvps=self.max_hvps,
+            max_seconds=max_seconds,
+            hvp=self.hvp,
+            mode=self.mode,
+            batch_weight=self.batch_weight,
+            trace_probes=self.trace_probes,
+            seed=self.seed,
+        )
+        return spectrum_scalars(self.last_spectrum, self.significance)

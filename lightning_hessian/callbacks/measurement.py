@@ -1,0 +1,279 @@
+"""What every measuring callback shares: schedule, history, hand-over to the loggers, failures."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_hessian.callbacks.compat import Callback
+from lightning_hessian.callbacks.probe_data import ProbeData, check_data, probe_batches
+from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, TimeBudget
+from lightning_hessian.results import MeasurementError
+from lightning_hessian.statistics.correlation import Correlation
+from lightning_hessian.tracking.history import History, correlation_scalars
+
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
+_COSTLY_SHARE = 0.2
+
+
+class MeasurementCallback(Callback):
+    """Measures at validations, logs in the row of the validation metrics, correlates with them.
+
+    A subclass says what is measured (`measure`), what is correlated (``correlated``) and under
+    which prefix it is logged (``prefix``).
+
+    Two hooks share the work. At ``on_validation_epoch_end`` the statistics are measured and
+    logged, so that they stand in the same row as the validation metrics and ``ModelCheckpoint``
+    can monitor them. Only at ``on_validation_end`` are all metrics of this validation known: there
+    they are paired and correlated.
+    """
+
+    prefix: str
+    correlated: tuple[str, ...]
+
+    def __init__(
+        self,
+        *,
+        monitor: str | Sequence[str],
+        every_n_validations: int | Schedule,
+        data: ProbeData,
+        num_batches: int,
+        time_budget: float | None,
+        during_validate: bool,
+        on_error: str,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error={on_error!r} is neither 'warn' nor 'raise'.")
+        if num_batches < 1:
+            raise ValueError(f"num_batches={num_batches}; at least one probe batch is needed.")
+        check_data(data)
+        self.monitors = (monitor,) if isinstance(monitor, str) else tuple(monitor)
+        self.schedule: Schedule = (
+            EveryNValidations(every_n_validations)
+            if isinstance(every_n_validations, int)
+            else every_n_validations
+        )
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(
+                f"every_n_validations={every_n_validations!r} is neither a number nor a schedule "
+                "(an object with is_due(validation, step, last_step))."
+            )
+        self.data = data
+        self.num_batches = num_batches
+        self.during_validate = during_validate
+        self.on_error = on_error
+        self.seed = seed
+        self._time_budget = time_budget
+        self._budget = TimeBudget(time_budget)
+        self._history = History()
+        self._num_validations = 0
+        self._batches: list[Any] | None = None
+        self._pending: dict[str, float] | None = None
+        self._clock: float | None = None
+        self._enabled = True
+        self._warned: set[str] = set()
+
+    # What a subclass gives ---------------------------------------------------------------------
+
+    def check(self, pl_module: Any) -> None:
+        """Raises ValueError where the arguments do not fit the module; called before training."""
+        raise NotImplementedError
+
+    def measure(
+        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+    ) -> tuple[dict[str, float], list[str]]:
+        """Returns the statistics by name, and a sentence for each that is absent."""
+        raise NotImplementedError
+
+    # What a user reads -------------------------------------------------------------------------
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """One dict for each measurement, in float64: step, epoch, statistics, monitored metrics."""
+        return [dict(row) for row in self._history.rows]
+
+    def correlations(self) -> dict[tuple[str, str], Correlation]:
+        """Correlation of each (statistic, monitor) over the measurements, from 4 points on."""
+        return self._history.correlations(self.correlated, self.monitors)
+
+    # Hooks -------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks with different data apart in a checkpoint."""
+        data = self.data if isinstance(self.data, str) else type(self.data).__name__
+        return self._generate_state_key(data=data, monitor=list(self.monitors))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the history and the count of validations."""
+        return {"history": self.history, "num_validations": self._num_validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues the history of a checkpoint."""
+        self._history = History(state_dict["history"])
+        self._num_validations = state_dict["num_validations"]
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses what cannot work, before anything is trained."""
+        self._enabled = stage == "fit" or (stage == "validate" and self.during_validate)
+        self._batches = None
+        self._budget = TimeBudget(self._time_budget)
+        self._clock = None
+        if not self._enabled:
+            return
+        if trainer.barebones:
+            self._enabled = False
+            warnings.warn(
+                f"{type(self).__name__} measures nothing under Trainer(barebones=True), which "
+                "logs nothing.",
+                stacklevel=2,
+            )
+        strategy = type(trainer.strategy).__name__
+        if any(word in strategy for word in _SHARDED):
+            raise ValueError(
+                f"{type(self).__name__} does not support {strategy} yet: its parameters are "
+                "sharded. Use strategy='ddp' or one device."
+            )
+        names = [type(callback).__name__ for callback in trainer.callbacks]
+        if "WeightAveraging" in names or "EMAWeightAveraging" in names:
+            self._warn_once(
+                "averaging",
+                "Averaged weights are swapped in for validation: put this callback before the "
+                "averaging one to measure them, after it to measure the trained weights.",
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Checks the arguments against the module, which is complete now."""
+        if self._enabled:
+            self.check(pl_module)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Checks the same where there is no fit."""
+        if self._enabled and trainer.state.fn == "validate":
+            self.check(pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock of the time budget."""
+        self._clock = time.monotonic()
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measures and logs, when it is due."""
+        self._pending = None
+        if not self._enabled or trainer.sanity_checking:
+            return
+        if trainer.state.fn == "fit" and not self._is_due(trainer):
+            return
+        started = time.monotonic()
+        if self._clock is not None:
+            self._budget.trained(started - self._clock)
+        if trainer.strategy.broadcast(self._budget.allows()):
+            self._pending = self._measure_or_report(trainer, pl_module)
+            self._note_cost(time.monotonic() - started)
+        self._clock = time.monotonic()
+        if self._pending is not None:
+            pl_module.log_dict(
+                {f"{self.prefix}/{name}": value for name, value in self._pending.items()},
+                on_step=False,
+                on_epoch=True,
+                # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
+                sync_dist=trainer.world_size > 1,
+            )
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Pairs the measurement with the metrics of the same validation, and correlates."""
+        if self._pending is None or trainer.state.fn != "fit":
+            return
+        monitored = {}
+        for name in self.monitors:
+            if name in trainer.callback_metrics:
+                monitored[name] = float(trainer.callback_metrics[name])
+            else:
+                self._warn_once(name, _unknown_metric(name, list(trainer.callback_metrics)))
+        self._history.add(
+            {
+                "step": trainer.global_step,
+                "epoch": trainer.current_epoch,
+                **self._pending,
+                **monitored,
+            }
+        )
+        self._pending = None
+        scalars = correlation_scalars(self.correlations())
+        if not scalars:
+            return
+        # The step that Lightning's own epoch-end metrics are logged with.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+
+    # Inside ------------------------------------------------------------------------------------
+
+    def _is_due(self, trainer: Any) -> bool:
+        self._num_validations += 1
+        rows = self._history.rows
+        last_step = int(rows[-1]["step"]) if rows else None
+        return self.schedule.is_due(self._num_validations, trainer.global_step, last_step)
+
+    def _measure_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
+        """Returns rank zero's statistics on all ranks, or None where the measurement failed."""
+        failure: Exception | None = None
+        scalars: dict[str, float] = {}
+        try:
+            if self._batches is None:
+                self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
+            seconds = self._budget.max_seconds()
+            limit = seconds if math.isfinite(seconds) else None
+            scalars, absent = self.measure(pl_module, self._batches, limit)
+            for reason in absent:
+                warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
+        except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
+            failure = error
+        if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+            return trainer.strategy.broadcast(scalars)
+        if failure is None:
+            failure = MeasurementError("the measurement failed on another rank")
+        if self.on_error == "raise":
+            raise failure
+        warnings.warn(
+            f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
+            f"{_sentence(failure)}",
+            stacklevel=2,
+        )
+        return None
+
+    def _note_cost(self, seconds: float) -> None:
+        trained = self._budget.since_last
+        self._budget.measured(seconds)
+        if self._time_budget is None and 0 < trained < seconds / _COSTLY_SHARE:
+            self._warn_once(
+                "cost",
+                f"The measurement took {seconds:.1f} s after {trained:.1f} s of training. "
+                "Give time_budget=0.05, raise every_n_validations, or lower num_eigenvalues, "
+                "num_batches or the selected parameters.",
+            )
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, stacklevel=3)
+
+
+def _unknown_metric(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
+    return (
+        f"monitor={name!r} is not among the logged metrics ({', '.join(near) or 'none'}), so "
+        "nothing is correlated with it. Log it in validation_step or give another monitor=."
+    )
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip() or "no message"
+    if isinstance(error, (MeasurementError, ValueError)):
+        return text
+    return f"{type(error).__name__}: {text}"

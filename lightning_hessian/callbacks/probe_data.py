@@ -1,0 +1,104 @@
+"""Which data a callback measures on: the Trainer's loaders, or what the user gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from lightning_hessian.probe.samples import draw_batches
+
+ProbeData: TypeAlias = str | Iterable[Any]
+"""``"train"``, ``"val"``, a DataLoader, or a list of batches."""
+
+
+def check_data(data: ProbeData) -> None:
+    """Checks what can be checked before there is a Trainer.
+
+    Raises:
+        ValueError: An unknown word, or an empty list.
+    """
+    if isinstance(data, str) and data not in ("train", "val"):
+        raise ValueError(
+            f"data={data!r} is unknown; give 'train', 'val', a DataLoader or a list of batches."
+        )
+    if isinstance(data, Sequence) and not data:
+        raise ValueError("data=[] holds no batch; give at least one, or data='train'.")
+
+
+def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) -> list[Any]:
+    """Returns the probe batches on the Trainer's device, through the module's transfer hooks.
+
+    Args:
+        trainer: The Trainer, attached to its module.
+        data: Where from; a list of batches is taken whole.
+        num_batches: How many batches.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: The data is empty or the Trainer has no such loader.
+    """
+    if isinstance(data, (list, tuple)):
+        batches = list(data)
+    else:
+        first_samples = None
+        loaders: Any = data
+        if data == "train":
+            loaders = _train_loaders(trainer)
+            first_samples = _overfit_samples(trainer, loaders)
+        elif data == "val":
+            loaders = _val_loader(trainer)
+        batches = _draw(loaders, num_batches, seed, first_samples)
+    return [trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches]
+
+
+def _train_loaders(trainer: Any) -> Any:
+    loaders = trainer.train_dataloader
+    if loaders is not None:
+        return loaders
+    # trainer.validate() sets up no training data: ask the one who makes it.
+    for source in (trainer.datamodule, trainer.lightning_module):
+        if source is None:
+            continue
+        try:
+            loaders = source.train_dataloader()
+        except Exception as error:
+            raise ValueError(
+                f"data='train' needs {type(source).__name__}.train_dataloader(), which failed "
+                f"outside fit ({type(error).__name__}: {error}). Set up the training data in "
+                "setup(stage='validate') too, or give data='val' or a DataLoader."
+            ) from error
+        if loaders is not None:
+            return loaders
+    raise ValueError(
+        "data='train', but the Trainer has no training data here. Give data='val', a DataLoader or "
+        "a list of batches."
+    )
+
+
+def _val_loader(trainer: Any) -> Any:
+    loaders = trainer.val_dataloaders
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):  # several: the first, as the docs say
+        loaders = loaders[0] if loaders else None
+    if loaders is None:
+        raise ValueError("data='val', but the Trainer has no validation data.")
+    return loaders
+
+
+def _overfit_samples(trainer: Any, loaders: Any) -> int | None:
+    """Returns how many samples ``overfit_batches`` leaves to training, None for all."""
+    if not trainer.overfit_batches or getattr(loaders, "batch_size", None) is None:
+        return None
+    return int(trainer.num_training_batches) * int(loaders.batch_size)
+
+
+def _draw(loaders: Any, num_batches: int, seed: int, first_samples: int | None) -> list[Any]:
+    """Draws from one loader, or from each of several, as training combines them."""
+    if isinstance(loaders, Mapping):
+        drawn = [draw_batches(v, num_batches, seed=seed) for v in loaders.values()]
+        return [dict(zip(loaders, parts, strict=True)) for parts in zip(*drawn, strict=False)]
+    if isinstance(loaders, (list, tuple)):
+        drawn = [draw_batches(v, num_batches, seed=seed) for v in loaders]
+        return [list(parts) for parts in zip(*drawn, strict=False)]
+    return draw_batches(loaders, num_batches, seed=seed, first_samples=first_samples)

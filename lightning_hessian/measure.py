@@ -1,0 +1,177 @@
+"""The front door without Lightning: one call from a module and some batches to a record."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.probe.objective import LossFunction, Mode, Objective
+from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.solvers.lanczos import RitzPairs, default_bound, lanczos
+from lightning_hessian.solvers.trace import trace
+
+
+def hessian_spectrum(
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+    batches: Iterable[Any],
+    *,
+    num_eigenvalues: int = 50,
+    parameters: ParameterSelection = None,
+    tol: float = 1e-3,
+    max_hvps: int | None = None,
+    max_seconds: float | None = None,
+    hvp: str = "auto",
+    mode: Mode = "eval",
+    batch_weight: Callable[[Any], float] | None = None,
+    trace_probes: int = 16,
+    return_eigenvectors: bool = False,
+    seed: int = 0,
+) -> HessianSpectrum:
+    """Returns the largest eigenvalues of the Hessian of the mean loss, and its trace.
+
+    The Hessian is that of the mean over all samples of all batches. The model is left exactly as
+    it was: parameters, buffers, ``.grad``, random number generators, modes and global flags.
+
+    Args:
+        model: Any module. Half-precision parameters are measured in float32.
+        loss_fn: ``loss_fn(model, batch) -> mean loss`` of the batch, a scalar tensor. ``None``
+            for a module with ``hessian_loss(batch)`` or a LightningModule's ``training_step``.
+        batches: Batches of any structure; read once and held on the model's device.
+        num_eigenvalues: K, how many of the largest (algebraic) eigenvalues.
+        parameters: A glob, a list of globs, a regex or a predicate ``(name, parameter) -> bool``;
+            ``None`` for all that require grad.
+        tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
+        max_hvps: Bound on Hessian-vector products, those of the trace included; by default
+            40 K + 400 for the eigenvalues.
+        max_seconds: After so many seconds the measurement ends with what has converged.
+        hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"`` or ``"recompute"``.
+        mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
+        batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over
+            (unmasked tokens, say); by default its number of samples.
+        trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
+        return_eigenvectors: Whether to return the Ritz vectors too, [K, n].
+        seed: Of everything random here.
+
+    Raises:
+        ValueError: A parameter selection without match, K above the number of parameters, no
+            batches, a bound below K, an unknown engine.
+        MeasurementError: NaN or infinite loss, a loss that cannot be differentiated twice, too
+            little memory.
+
+    Example:
+        >>> torch.manual_seed(0)
+        <torch._C.Generator ...>
+        >>> model = torch.nn.Linear(4, 1)
+        >>> batches = [(torch.randn(32, 4), torch.randn(32, 1))]
+        >>> def loss_fn(model, batch):
+        ...     return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> spectrum = hessian_spectrum(model, loss_fn, batches, num_eigenvalues=3)
+        >>> spectrum.num_converged, spectrum.num_parameters
+        (3, 5)
+    """
+    start = time.monotonic()
+    space = check_selection(model, parameters, num_eigenvalues)
+    probes, bound = split_bound(num_eigenvalues, max_hvps, trace_probes)
+    objective = Objective(
+        model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode, seed=seed
+    )
+
+    def should_stop() -> bool:
+        return max_seconds is not None and time.monotonic() - start > max_seconds
+
+    with objective.isolated():
+        loss = objective.value()
+        operator = HessianOperator(
+            objective, hvp, expected_products=3 * num_eigenvalues + trace_probes
+        )
+        ritz = lanczos(
+            operator, num_eigenvalues, tol=tol, max_products=bound, seed=seed,
+            should_stop=should_stop,
+        )  # fmt: skip
+        good = torch.from_numpy(ritz.converged).to(space.device)
+        estimate = None
+        if probes:
+            estimate = trace(
+                operator, torch.from_numpy(ritz.values[ritz.converged]), ritz.vectors[good],
+                num_probes=probes, seed=seed + 1, should_stop=should_stop,
+            )  # fmt: skip
+    _warn_unconverged(ritz, num_eigenvalues, tol)
+    lowest_found = ritz.lowest_residual <= tol * abs(ritz.lowest)
+    return HessianSpectrum(
+        eigenvalues=ritz.values,
+        residuals=ritz.residuals,
+        converged=ritz.converged,
+        trace=estimate.value if estimate else None,
+        trace_std_error=estimate.std_error if estimate else None,
+        lambda_min=ritz.lowest if lowest_found else None,
+        loss=loss,
+        num_parameters=space.size,
+        num_samples=objective.num_samples,
+        num_hvps=operator.num_products,
+        seconds=time.monotonic() - start,
+        engine=operator.engine,
+        dtype=str(space.dtype).removeprefix("torch."),
+        eigenvectors=ritz.vectors.clone() if return_eigenvectors else None,
+    )
+
+
+def check_selection(
+    model: nn.Module, parameters: ParameterSelection, num_eigenvalues: int
+) -> ParameterSpace:
+    """Returns the selected parameters, having checked that K eigenvalues can be asked of them.
+
+    Raises:
+        ValueError: The selection matches nothing, or has fewer than K parameters.
+    """
+    space = ParameterSpace.select(model, parameters)
+    if not 1 <= num_eigenvalues <= space.size:
+        raise ValueError(
+            f"num_eigenvalues={num_eigenvalues}, but the {len(space.names)} selected parameter "
+            f"tensors hold {space.size} numbers, so H has {space.size} eigenvalues. "
+            f"Ask for 1 to {space.size}."
+        )
+    return space
+
+
+def split_bound(num_eigenvalues: int, max_hvps: int | None, trace_probes: int) -> tuple[int, int]:
+    """Returns how many products go to the trace and how many, at most, to the eigenvalues.
+
+    Raises:
+        ValueError: The bound is too small, or a single probe was asked for.
+    """
+    if trace_probes and trace_probes < 2:
+        raise ValueError("trace_probes=1 gives no standard error; use 0 or at least 2.")
+    if max_hvps is None:
+        return trace_probes, default_bound(num_eigenvalues)
+    if max_hvps < num_eigenvalues + trace_probes:
+        raise ValueError(
+            f"max_hvps={max_hvps} is too small: {num_eigenvalues} eigenvalues and {trace_probes} "
+            f"trace probes take at least {num_eigenvalues + trace_probes} products. Raise it, or "
+            "lower num_eigenvalues."
+        )
+    return trace_probes, max_hvps - trace_probes
+
+
+def _warn_unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> None:
+    found = int(ritz.converged.sum())
+    if ritz.stopped in ("converged", "exhausted") or found == num_eigenvalues:
+        return
+    reason = {
+        "bound": "the bound on products was reached; raise max_hvps or lower num_eigenvalues",
+        "interrupted": "the time was up; allow more or lower num_eigenvalues",
+        "precision": "the others are too small beside lambda_1 for this precision (or zero); "
+        "lower num_eigenvalues, raise tol, or use float64",
+    }[ritz.stopped]
+    warnings.warn(
+        f"{found} of {num_eigenvalues} eigenvalues converged to tol={tol:g} after "
+        f"{ritz.num_products} products: {reason}.",
+        stacklevel=3,
+    )

@@ -1,0 +1,47 @@
+"""What a solver needs of an operator: its order, and products with vectors."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class SymmetricOperator(Protocol):
+    """A symmetric linear operator on vectors of length ``size``."""
+
+    @property
+    def size(self) -> int:
+        """Order n of the operator."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the vectors."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors live."""
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Returns the product with a vector [n], a new tensor [n]."""
+
+
+class MatrixOperator:
+    """A symmetric matrix [n, n] as an operator.
+
+    Example:
+        >>> operator = MatrixOperator(torch.diag(torch.tensor([3.0, 1.0])))
+        >>> operator.matvec(torch.ones(2))
+        tensor([3., 1.])
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"The matrix has shape {tuple(matrix.shape)}; it must be square.")
+        self.matrix = matrix
+        self.size, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Returns the product with a vector [n], a new tensor [n]."""
+        return self.matrix @ vector

@@ -1,0 +1,230 @@
+"""The loss over fixed probe batches, as a pure function of the parameters."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_hessian.probe.isolation import isolated, muted, seed_everything, untouched
+from lightning_hessian.probe.parameters import ParameterSpace, is_half, upcast
+from lightning_hessian.results import MeasurementError
+
+LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
+"""``loss_fn(module, batch) -> mean loss`` of the batch, a scalar tensor."""
+
+Mode: TypeAlias = Literal["eval", "train"]
+
+
+class Objective:
+    """The mean loss over all probe samples, as a function of the parameters of a space.
+
+    A batch counts by what its loss is a mean over: its number of samples, or ``batch_weight``. So
+    a ragged last batch changes nothing. The module is never modified: parameters and copies of
+    the buffers are passed in, the batch is cloned, the generators are seeded alike for every
+    evaluation of a batch (random layers see the same draws each time).
+
+    Args:
+        module: The module; a LightningModule need not be attached to a Trainer.
+        loss_fn: ``loss_fn(module, batch) -> mean loss``; see `resolve_loss` for ``None``.
+        batches: Probe batches of any structure; read once and held.
+        space: The parameters to differentiate by.
+        batch_weight: ``batch_weight(batch) -> float``, what the mean loss of that batch is a mean
+            over, for example its number of unmasked tokens.
+        mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
+        seed: Of the draws of random layers.
+
+    Raises:
+        ValueError: No batches, or weights that cannot be told from the batches.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFunction | None,
+        batches: Iterable[Any],
+        space: ParameterSpace,
+        *,
+        batch_weight: Callable[[Any], float] | None = None,
+        mode: Mode = "eval",
+        seed: int = 0,
+    ) -> None:
+        if mode not in ("eval", "train"):
+            raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
+        self.space = space
+        self.batches = tuple(_cloned(batch, space.device) for batch in batches)
+        if not self.batches:
+            raise ValueError("There is no probe batch: the loader or list of batches is empty.")
+        weights = _weights(self.batches, batch_weight)
+        self.num_samples = math.fsum(weights)
+        self.weights = tuple(weight / self.num_samples for weight in weights)
+        self._module = module
+        self._call = _LossModule(module, resolve_loss(module, loss_fn))
+        self._training = mode == "train"
+        self._seed = seed
+        self._upcast = any(is_half(t) for t in (*module.parameters(), *module.buffers()))
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """The block in which all evaluations take place; see `isolation.isolated`."""
+        with isolated(self._module, training=self._training):
+            yield
+
+    def point(self) -> tuple[Tensor, ...]:
+        """Returns the present parameter values, detached, in the precision of the space."""
+        values = self.space.values(self._module)
+        return tuple(value.to(self.space.dtype) for value in values)
+
+    def batch_loss(self, parameters: Sequence[Tensor], index: int) -> Tensor:
+        """Returns the mean loss of one batch, a scalar, at the given parameter values.
+
+        Raises:
+            MeasurementError: The loss is not a scalar tensor.
+        """
+        seed_everything(self._seed + index)
+        batch = apply_to_collection(self.batches[index], Tensor, torch.clone)
+        if self._upcast:
+            batch = apply_to_collection(batch, Tensor, upcast)
+        state = self._constants()
+        for name, value in zip(self.space.names, parameters, strict=True):
+            state[f"module.{name}"] = value
+        loss = functional_call(self._call, state, (batch, index))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise MeasurementError(
+                f"The loss of probe batch {index} is {shape}, not a scalar tensor. "
+                "Return the mean loss of the batch."
+            )
+        return loss.reshape(())
+
+    def value(self) -> float:
+        """Returns the mean loss over all probe samples.
+
+        Raises:
+            MeasurementError: The loss of a batch is NaN or infinite.
+        """
+        point, total = self.point(), 0.0
+        with torch.no_grad():
+            for index, weight in enumerate(self.weights):
+                loss = float(self.batch_loss(point, index))
+                if not math.isfinite(loss):
+                    raise MeasurementError(
+                        f"The loss of probe batch {index} is {loss}, so the Hessian is undefined. "
+                        "The run may have diverged (lower the learning rate), or the batch holds "
+                        "NaN."
+                    )
+                total += weight * loss
+        return total
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Copies of the buffers, and in half precision also the parameters left out."""
+        state = {f"module.{n}": upcast(b).clone() for n, b in self._module.named_buffers()}
+        if self._upcast:
+            for name, parameter in self._module.named_parameters():
+                state[f"module.{name}"] = upcast(parameter.detach())
+        return state
+
+
+class _LossModule(nn.Module):
+    """Makes ``loss_fn(module, batch)`` a module, which `functional_call` can evaluate."""
+
+    def __init__(self, module: nn.Module, loss_fn: Callable[[Any, Any, int], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._loss_fn = loss_fn
+
+    def forward(self, batch: Any, index: int) -> Tensor:
+        with untouched(self.module), muted(self.module):
+            return self._loss_fn(self.module, batch, index)
+
+
+def resolve_loss(
+    module: nn.Module, loss_fn: LossFunction | None = None
+) -> Callable[[Any, Any, int], Tensor]:
+    """Returns ``loss(module, batch, index)``: ``loss_fn``, else ``hessian_loss``, else training.
+
+    Args:
+        module: For ``loss_fn=None``, a module with ``hessian_loss(batch)``, or a LightningModule
+            whose ``training_step`` returns the mean loss of the batch (a tensor, or a mapping with
+            the key ``"loss"``).
+        loss_fn: ``loss_fn(module, batch) -> mean loss``.
+
+    Raises:
+        ValueError: There is no loss, or ``training_step`` cannot serve as one.
+    """
+    if loss_fn is not None:
+        if not callable(loss_fn):
+            raise ValueError(f"loss_fn={loss_fn!r} is not callable; give loss_fn(module, batch).")
+        return lambda module, batch, index: loss_fn(module, batch)
+    if callable(getattr(module, "hessian_loss", None)):
+        return lambda module, batch, index: module.hessian_loss(batch)
+    if not callable(getattr(module, "training_step", None)):
+        raise ValueError(
+            f"{type(module).__name__} has neither `hessian_loss` nor `training_step`; "
+            "give loss_fn(module, batch) -> mean loss."
+        )
+    if not getattr(module, "automatic_optimization", True):
+        raise ValueError(
+            f"{type(module).__name__} optimises manually, so its `training_step` is not a loss. "
+            "Give loss_fn(module, batch), or define `hessian_loss(self, batch)`."
+        )
+    training_step: Any = module.training_step
+    names = list(inspect.signature(training_step).parameters)
+    if "dataloader_iter" in names:
+        raise ValueError(
+            "`training_step(dataloader_iter)` draws its own data. Give loss_fn(module, batch), or "
+            "define `hessian_loss(self, batch)`."
+        )
+    num_extra = 2 if "dataloader_idx" in names else len(names[1:2])
+    return lambda module, batch, index: _training_loss(module, batch, (index, 0)[:num_extra])
+
+
+def _training_loss(module: Any, batch: Any, extra: tuple[int, ...]) -> Tensor:
+    output = module.training_step(batch, *extra)
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    if not isinstance(output, Tensor):
+        raise MeasurementError(
+            f"`training_step` returned no loss for a probe batch (got {type(output).__name__}). "
+            "Give loss_fn(module, batch), or define `hessian_loss(self, batch)`."
+        )
+    return output
+
+
+def _cloned(batch: Any, device: torch.device) -> Any:
+    """Copies outside inference mode, so that autograd may save the tensors."""
+    with torch.inference_mode(False):
+        return apply_to_collection(batch, Tensor, lambda t: t.to(device, copy=True))
+
+
+def _weights(
+    batches: Sequence[Any], batch_weight: Callable[[Any], float] | None
+) -> tuple[float, ...]:
+    if batch_weight is not None:
+        weights = tuple(float(batch_weight(batch)) for batch in batches)
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+            raise ValueError(f"batch_weight gave {weights}; weights must be >= 0, with a sum > 0.")
+        return weights
+    sizes = [_num_samples(batch) for batch in batches]
+    known = tuple(size for size in sizes if size is not None)
+    if len(known) == len(batches):
+        return tuple(float(size) for size in known)
+    if len(batches) == 1:
+        return (1.0,)
+    raise ValueError(
+        f"The number of samples of probe batch {sizes.index(None)} cannot be told from its tensors "
+        "(their first dimensions differ, or there are none). Give batch_weight(batch) -> float."
+    )
+
+
+def _num_samples(batch: Any) -> int | None:
+    sizes: set[int] = set()
+    apply_to_collection(batch, Tensor, lambda t: sizes.add(t.shape[0]) if t.ndim else None)
+    return sizes.pop() if len(sizes) == 1 else None

@@ -1,0 +1,196 @@
+"""Which parameters a curvature is taken with respect to, and how they lie in one flat vector."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+ParameterSelection: TypeAlias = (
+    str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool] | None
+)
+"""A glob, a list of globs, a regex (compiled, or a string ``"re:..."``), a predicate or None."""
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The selected parameters of a module as one flat vector of length ``size``.
+
+    Parameters stand in the order of ``module.named_parameters()``, each flattened row by row. A
+    tied parameter stands once, under its first name.
+
+    Attributes:
+        names: Names in the module, n_p of them.
+        shapes: Their shapes.
+        dtype: Precision of vectors in this space: the widest of the parameters, at least float32
+            (half-precision parameters are measured in float32).
+        device: Where vectors live.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def select(cls, module: nn.Module, selection: ParameterSelection = None) -> ParameterSpace:
+        """Returns the space of the parameters that require grad and match ``selection``.
+
+        A tied parameter matches by any of its names. The ``_orig_mod.`` that ``torch.compile``
+        puts into names is ignored when matching.
+
+        Args:
+            module: Any module.
+            selection: ``None`` for all; a glob (``"encoder.*.weight"``) or a list of globs; a
+                compiled regular expression or ``"re:<expression>"``, searched in the name; or a
+                predicate ``(name, parameter) -> bool``.
+
+        Raises:
+            ValueError: A pattern, or the whole selection, matches no trainable parameter.
+
+        Example:
+            >>> layer = torch.nn.Linear(3, 2)
+            >>> space = ParameterSpace.select(layer, "weight")
+            >>> space.names, space.size
+            (('weight',), 6)
+        """
+        aliases: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            aliases.setdefault(parameter, []).append(name)
+        chosen = _chosen(aliases, selection)
+        for parameter in chosen:
+            _check_supported(aliases[parameter][0], parameter)
+        dtype = torch.float32
+        for parameter in chosen:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        return cls(
+            names=tuple(aliases[parameter][0] for parameter in chosen),
+            shapes=tuple(parameter.shape for parameter in chosen),
+            dtype=dtype,
+            device=chosen[0].device,
+        )
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Number of elements of each parameter."""
+        return [shape.numel() for shape in self.shapes]
+
+    @cached_property
+    def size(self) -> int:
+        """Length n of a vector in this space."""
+        return sum(self.sizes)
+
+    def split(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Returns the parts of a vector [n], one view in the shape of each parameter."""
+        parts = torch.split(vector, self.sizes)
+        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+    def flatten(self, parts: Iterable[Tensor]) -> Tensor:
+        """Returns one vector [n] from one tensor for each parameter; the inverse of `split`."""
+        return torch.cat([part.reshape(-1).to(self.device, self.dtype) for part in parts])
+
+    def values(self, module: nn.Module) -> tuple[Tensor, ...]:
+        """Returns the present values: detached, sharing memory unless the precision differs."""
+        wanted = set(self.names)
+        found = {
+            name: parameter.detach()
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if name in wanted
+        }
+        return tuple(upcast(found[name]) for name in self.names)
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """Returns half-precision tensors as float32 and all others as they are."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether a tensor is float16 or bfloat16."""
+    return tensor.dtype in _HALF
+
+
+def _chosen(
+    aliases: dict[nn.Parameter, list[str]], selection: ParameterSelection
+) -> list[nn.Parameter]:
+    trainable = {p: names for p, names in aliases.items() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "The module has no parameter that requires grad; there is nothing to differentiate. "
+            "Unfreeze some, or build the module before measuring."
+        )
+    if selection is None:
+        return list(trainable)
+    if callable(selection):
+        chosen = [p for p, names in trainable.items() if any(selection(n, p) for n in names)]
+        if not chosen:
+            raise ValueError(
+                f"parameters={selection!r} accepts none of the {len(trainable)} trainable "
+                f"parameters, of which the first is {_clean(next(iter(trainable.values()))[0])!r}."
+            )
+        return chosen
+    patterns = [selection] if isinstance(selection, (str, re.Pattern)) else list(selection)
+    if not patterns:
+        raise ValueError("parameters=[] selects nothing; use None for all parameters.")
+    matched: set[nn.Parameter] = set()
+    for pattern in patterns:
+        found = {p for p, names in trainable.items() if any(_matches(pattern, n) for n in names)}
+        if not found:
+            raise ValueError(_no_match(pattern, aliases))
+        matched |= found
+    return [p for p in trainable if p in matched]
+
+
+def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
+    name = _clean(name)
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(name) is not None
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _no_match(pattern: str | re.Pattern[str], aliases: dict[nn.Parameter, list[str]]) -> str:
+    text = pattern if isinstance(pattern, str) else f"re:{pattern.pattern}"
+    names = [_clean(name) for group in aliases.values() for name in group]
+    if any(_matches(pattern, name) for name in names):
+        return (
+            f"parameters={text!r} matches only frozen parameters (requires_grad=False). "
+            "Unfreeze them or select others."
+        )
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0.3) or names[:3]
+    return (
+        f"parameters={text!r} matches no parameter. Nearest of the {len(names)} names: "
+        f"{', '.join(near)}. A glob must match the whole name, as in '*.weight'."
+    )
+
+
+def _clean(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def _check_supported(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"Parameter {name!r} is not initialised yet (a lazy module). Run one batch through "
+            "the module before measuring."
+        )
+    if not parameter.dtype.is_floating_point:
+        raise ValueError(
+            f"Parameter {name!r} has dtype {parameter.dtype}; only real floating-point parameters "
+            "have a Hessian here. Leave it out with `parameters=`."
+        )
+    if hasattr(parameter, "device_mesh"):
+        raise ValueError(
+            f"Parameter {name!r} is sharded over devices (DTensor), which is not supported yet. "
+            "Measure with strategy='ddp' or on one device."
+        )

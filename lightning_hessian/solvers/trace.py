@@ -1,0 +1,79 @@
+"""The trace of an operator: exact on a known subspace, by Hutchinson's probes on the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.operators.linear import SymmetricOperator
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """A trace with its standard error.
+
+    Attributes:
+        value: The estimate.
+        std_error: Its standard error; 0 where the subspace was the whole space.
+        num_products: Products with the operator spent.
+    """
+
+    value: float
+    std_error: float
+    num_products: int
+
+
+def trace(
+    operator: SymmetricOperator,
+    ritz_values: Tensor,
+    ritz_vectors: Tensor,
+    *,
+    num_probes: int = 16,
+    seed: int = 0,
+    should_stop: Callable[[], bool] | None = None,
+) -> TraceEstimate | None:
+    """Returns tr(A) = sum of Ritz values + Hutchinson's estimate on their complement.
+
+    With orthonormal Y and Ritz values theta_i = y_i^T A y_i,
+    tr(A) = sum_i theta_i + E[(P z)^T A (P z)], P = I - Y Y^T, z of independent signs. This is
+    unbiased for every Y (Meyer et al. 2021, Hutch++, with a Krylov sketch), and the probes' spread
+    comes only from what Y has not captured.
+
+    Args:
+        operator: Symmetric operator of order n.
+        ritz_values: [k], may be empty.
+        ritz_vectors: Orthonormal rows [k, n].
+        num_probes: Probes z, at least 2; each costs one product.
+        seed: Of the probes.
+        should_stop: Asked after every product; True ends with the probes made so far.
+
+    Returns:
+        The estimate, or None where fewer than two probes could be made.
+
+    Raises:
+        ValueError: Fewer than two probes, which have no standard error.
+    """
+    if num_probes < 2:
+        raise ValueError(f"num_probes={num_probes}; a standard error needs at least 2.")
+    captured = float(ritz_values.sum())
+    if len(ritz_vectors) == operator.size:
+        return TraceEstimate(captured, 0.0, 0)
+    generator = torch.Generator().manual_seed(seed)
+    samples: list[float] = []
+    for _ in range(num_probes):
+        signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
+        probe = signs.to(operator.device, operator.dtype).mul_(2).sub_(1)
+        probe.addmv_(ritz_vectors.T, ritz_vectors @ probe, alpha=-1)
+        samples.append(float(probe @ operator.matvec(probe)))
+        if should_stop is not None and should_stop():
+            break
+    count = len(samples)
+    if count < 2:
+        return None
+    mean = math.fsum(samples) / count
+    variance = math.fsum((sample - mean) ** 2 for sample in samples) / (count - 1)
+    return TraceEstimate(captured + mean, math.sqrt(variance / count), count)

@@ -1,0 +1,69 @@
+"""The history of a run's measurements in float64, and the correlation with what is monitored."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from lightning_hessian.statistics.correlation import Correlation, pearson
+
+Row = dict[str, float]
+
+
+class History:
+    """One row for each measurement: its step, its statistics and the monitored metrics.
+
+    A row of a step that is there already (a resumed run repeats some) replaces the old one.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
+        self.rows: list[Row] = [dict(row) for row in rows]
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Appends a row, which must have the key ``"step"``."""
+        self.rows = [old for old in self.rows if old["step"] < row["step"]]
+        self.rows.append(dict(row))
+
+    def series(self, key: str) -> list[float]:
+        """Returns the values of a key, NaN where a row has none."""
+        return [row.get(key, math.nan) for row in self.rows]
+
+    def correlations(
+        self, statistics: Sequence[str], monitors: Sequence[str]
+    ) -> dict[tuple[str, str], Correlation]:
+        """Returns the correlation of each statistic with each monitored metric, where defined."""
+        found = {}
+        for statistic in statistics:
+            for monitor in monitors:
+                correlation = pearson(self.series(statistic), self.series(monitor))
+                if not math.isnan(correlation.r):
+                    found[statistic, monitor] = correlation
+        return found
+
+
+def correlation_scalars(
+    correlations: Mapping[tuple[str, str], Correlation],
+) -> dict[str, float]:
+    """Returns the logged keys of correlations; empty where there are none.
+
+    ``correlation/num_points`` is the number of points behind the weakest of them.
+    """
+    if not correlations:
+        return {}
+    scalars = {
+        f"correlation/pearson_{key_part(statistic)}_{key_part(monitor)}": correlation.r
+        for (statistic, monitor), correlation in correlations.items()
+    }
+    scalars["correlation/num_points"] = min(c.num_points for c in correlations.values())
+    return scalars
+
+
+def key_part(name: str) -> str:
+    """Returns a name with letters, digits and underscores only.
+
+    Example:
+        >>> key_part("val/loss")
+        'val_loss'
+    """
+    return re.sub(r"\W", "_", name, flags=re.ASCII)

@@ -1,0 +1,72 @@
+"""What is logged of a spectrum: the scalars by their keys, and why a missing one is missing."""
+
+from __future__ import annotations
+
+from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.statistics.eigengaps import eigengaps
+from lightning_hessian.statistics.power_law import fit_power_law
+
+CORRELATED = (
+    "d_ks",
+    "s_hat",
+    "lambda_1",
+    "trace",
+    "eigengap_d_ks",
+    "eigengap_s_hat",
+)
+"""The statistics whose correlation with the monitored metrics is tracked."""
+
+
+def spectrum_scalars(
+    spectrum: HessianSpectrum, significance: float = 0.05
+) -> tuple[dict[str, float], list[str]]:
+    """Returns the statistics of a spectrum, and a sentence for each that could not be computed.
+
+    The power laws are fitted to the leading converged eigenvalues: those before the first that
+    has not converged or is not positive.
+
+    Args:
+        spectrum: What was measured.
+        significance: Level of the Kolmogorov-Smirnov test.
+
+    Returns:
+        Name (without prefix) to value, and the reasons for what is absent.
+    """
+    scalars: dict[str, float] = {
+        "num_eigenvalues": len(spectrum.eigenvalues),
+        "num_converged": spectrum.num_converged,
+        "num_hvps": spectrum.num_hvps,
+        "seconds": spectrum.seconds,
+    }
+    absent: list[str] = []
+    if spectrum.converged[0]:
+        scalars["lambda_1"] = float(spectrum.eigenvalues[0])
+    else:
+        absent.append("lambda_1 is left out: the largest eigenvalue has not converged.")
+    if spectrum.lambda_min is not None:
+        scalars["lambda_min"] = spectrum.lambda_min
+    if spectrum.trace is not None and spectrum.trace_std_error is not None:
+        scalars["trace"] = spectrum.trace
+        scalars["trace_std_error"] = spectrum.trace_std_error
+    usable = spectrum.converged & (spectrum.eigenvalues > 0)
+    leading = spectrum.eigenvalues[: int(usable.argmin()) if not usable.all() else None]
+    scalars["num_fitted"] = len(leading)
+    try:
+        fit = fit_power_law(leading, significance=significance)
+        scalars |= {
+            "d_ks": fit.ks_distance,
+            "d_c": fit.critical_value,
+            "power_law": float(fit.is_power_law),
+            "p_value": fit.p_value,
+            "beta_hat": fit.exponent,
+            "beta_sigma": fit.exponent_std_error,
+            "s_hat": fit.slope,
+        }
+    except ValueError as error:
+        absent.append(f"No power law was fitted to the eigenvalues: {error}")
+    try:
+        gaps = eigengaps(leading, significance=significance)
+        scalars |= {"eigengap_d_ks": gaps.fit.ks_distance, "eigengap_s_hat": gaps.fit.slope}
+    except ValueError as error:
+        absent.append(f"No power law was fitted to the eigengaps: {error}")
+    return scalars, absent

@@ -1,0 +1,131 @@
+"""Eigengaps against closed forms, linregress and turned eigenvectors of dense matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_hessian.statistics.eigengaps import davis_kahan_bound, eigengaps
+from lightning_hessian.statistics.power_law import fit_power_law
+
+
+@pytest.mark.parametrize("s", [0.8, 1.0, 1.5])
+def test_gaps_of_zipfs_law(s):
+    # HPL eq. 12: delta_k = lambda_k (1 - (k / (k + 1))^s); eq. 13: their slope is s + 1.
+    k = np.arange(1.0, 1001.0)
+    found = eigengaps(k**-s)
+    k = k[:-1]
+    np.testing.assert_allclose(found.gaps, k**-s * (1 - (k / (k + 1)) ** s), rtol=1e-9)
+    assert found.rank_slope == pytest.approx(s + 1, abs=0.03)
+    assert found.fit.slope == pytest.approx(s + 1, abs=0.03)
+    assert found.num_zero == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_both_fits_are_those_of_others(seed):
+    rng = np.random.default_rng(seed)
+    eigenvalues = np.sort(np.concatenate([rng.pareto(1.2, 200), -rng.pareto(1.2, 20)]))[::-1]
+    found = eigengaps(eigenvalues, significance=0.01)
+    gaps = eigenvalues[:-1] - eigenvalues[1:]
+    line = stats.linregress(np.log(np.arange(1, 220)), np.log(gaps))
+    np.testing.assert_array_equal(found.gaps, gaps)
+    assert found.rank_slope == pytest.approx(-line.slope, rel=1e-12)
+    assert found.rank_slope_std_error == pytest.approx(line.stderr, rel=1e-12)
+    assert found.fit == fit_power_law(gaps, significance=0.01)
+
+
+def test_order_does_not_matter():
+    eigenvalues = np.random.default_rng(0).pareto(1.0, 50)
+    assert eigengaps(eigenvalues).rank_slope == eigengaps(np.sort(eigenvalues)).rank_slope
+
+
+def test_zero_gaps_are_counted_and_left_out_but_keep_their_rank():
+    found = eigengaps([10.0, 5.0, 5.0, 3.0, 2.0, 2.0, 1.5])
+    assert found.gaps.tolist() == [5.0, 0.0, 2.0, 1.0, 0.0, 0.5]
+    assert (found.num_zero, found.fit.num_values) == (2, 4)
+    line = stats.linregress(np.log([1, 3, 4, 6]), np.log([5.0, 2.0, 1.0, 0.5]))
+    assert found.rank_slope == pytest.approx(-line.slope)
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "message"),
+    [
+        ([], "only 0 gaps between 0 eigenvalues are positive, and a fit needs 3; compute more"),
+        ([3.0], "only 0 gaps between 1 eigenvalues"),
+        ([4.0, 2.0, 2.0, 1.0], "only 2 gaps between 4 eigenvalues"),
+        ([4.0, 3.0, 2.0, 1.0], "all 3 positive eigengaps are equal to 1"),
+        ([4.0, np.nan, 2.0, 1.0], "1 of the 4 values are NaN"),
+    ],
+)
+def test_errors(eigenvalues, message):
+    with pytest.raises(ValueError, match=message):
+        eigengaps(eigenvalues)
+
+
+def test_level_is_checked():
+    with pytest.raises(ValueError, match="significance=0"):
+        eigengaps([8.0, 4.0, 2.0, 1.0], significance=0)
+
+
+def turned(hessian: np.ndarray, perturbation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, descending, and the sines by which the perturbation turns the eigenvectors."""
+    lambdas, vectors = np.linalg.eigh(hessian)
+    _, others = np.linalg.eigh(hessian + perturbation)
+    cosines = np.abs(np.sum(vectors * others, axis=0)).clip(max=1.0)
+    return lambdas[::-1], np.sqrt(1 - cosines**2)[::-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.1])
+def test_no_eigenvector_turns_further_than_its_bound(seed, eps):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(30, 30)))[0]
+    hessian = (basis * np.arange(1.0, 31.0) ** -1.0) @ basis.T
+    noise = rng.normal(size=(30, 30))
+    perturbation = eps * (noise + noise.T)
+    lambdas, sines = turned(hessian, perturbation)
+    norm = np.linalg.norm(perturbation, 2)
+    bounds = davis_kahan_bound(lambdas, norm, complete=True)
+    assert np.all(sines <= bounds)
+    partial = davis_kahan_bound(lambdas[:8], norm)
+    np.testing.assert_array_equal(partial[:7], bounds[:7])
+    assert np.isnan(partial[7])
+
+
+def test_the_bound_is_not_idle():
+    # A worst perturbation mixes neighbours: sin = eps / gap to first order, half the bound.
+    hessian, perturbation = np.diag([10.0, 4.0, 1.0]), np.zeros((3, 3))
+    perturbation[1, 2] = perturbation[2, 1] = 0.01
+    lambdas, sines = turned(hessian, perturbation)
+    bounds = davis_kahan_bound(lambdas, 0.01, complete=True)
+    assert sines[1] == pytest.approx(bounds[1] / 2, rel=1e-4)
+    assert sines[2] == pytest.approx(bounds[2] / 2, rel=1e-4)
+
+
+def test_the_narrower_gap_decides():
+    bounds = davis_kahan_bound([10.0, 6.0, 5.0, 1.0, -7.0], 0.5)
+    assert bounds[:4].tolist() == [1 / 4, 1 / 1, 1 / 1, 1 / 4]
+    assert np.isnan(bounds[4])
+
+
+def test_degenerate_spectra():
+    assert davis_kahan_bound([2.0, 2.0, 1.0], 0.5)[:2].tolist() == [np.inf, np.inf]
+    assert davis_kahan_bound([2.0, 2.0, 1.0], 0.0, complete=True).tolist() == [np.inf, np.inf, 0.0]
+    assert davis_kahan_bound([], 1.0).shape == (0,)
+    assert np.isnan(davis_kahan_bound([2.0], 1.0)).all()
+    assert davis_kahan_bound([2.0], 1.0, complete=True).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "norm", "message"),
+    [
+        ([1.0, 2.0], 1.0, "not in descending order.*sort both alike"),
+        ([2.0, 1.0], -1.0, "perturbation_norm=-1.0 is not a norm"),
+        ([2.0, 1.0], np.inf, "perturbation_norm=inf"),
+        ([2.0, np.nan], 1.0, "NaN"),
+    ],
+)
+def test_bound_errors(eigenvalues, norm, message):
+    with pytest.raises(ValueError, match=message):
+        davis_kahan_bound(eigenvalues, norm)
