@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.operators.memory import free_bytes
-from lightning_hessian.results import FloatArray, MeasurementError
+from lightning_hessian.results import MeasurementError
 
 _ROTATION_BYTES = 64 * 2**20
 
@@ -46,7 +46,7 @@ class KrylovBasis:
         vector.addmv_(rows.T, again, alpha=-1)
         return removed.add_(again), torch.linalg.vector_norm(vector)
 
-    def rotate(self, coefficients: FloatArray) -> None:
+    def rotate(self, coefficients: Tensor) -> None:
         """Replaces the first rows by combinations of them, block of columns by block of columns.
 
         Args:
@@ -54,7 +54,7 @@ class KrylovBasis:
                 ``coefficients.T @ rows``.
         """
         count, kept = coefficients.shape
-        weights = torch.from_numpy(coefficients.T.copy()).to(self.vectors)
+        weights = coefficients.T.to(self.vectors)
         width = max(1, _ROTATION_BYTES // (count * self.vectors.element_size()))
         for start in range(0, self.vectors.shape[1], width):
             columns = slice(start, start + width)
