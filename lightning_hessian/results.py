@@ -60,6 +60,15 @@ class HessianSpectrum:
         """How many of the eigenvalues have converged."""
         return int(self.converged.sum())
 
+    @property
+    def leading(self) -> FloatArray:
+        """The eigenvalues before the first that has not converged or is not positive.
+
+        Power laws are fitted to these, so that no gap in the ranks enters a fit.
+        """
+        usable = self.converged & (self.eigenvalues > 0)
+        return self.eigenvalues[: len(usable) if usable.all() else int(usable.argmin())]
+
 
 @dataclass(frozen=True)
 class PowerLawFit:

@@ -48,8 +48,7 @@ def spectrum_scalars(
     if spectrum.trace is not None and spectrum.trace_std_error is not None:
         scalars["trace"] = spectrum.trace
         scalars["trace_std_error"] = spectrum.trace_std_error
-    usable = spectrum.converged & (spectrum.eigenvalues > 0)
-    leading = spectrum.eigenvalues[: int(usable.argmin()) if not usable.all() else None]
+    leading = spectrum.leading
     scalars["num_fitted"] = len(leading)
     try:
         fit = fit_power_law(leading, significance=significance)

@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all that is needed: each builds its own environment from the
+# pinned versions in constraints.txt, with nothing but Python 3.11 and make on the machine.
+
+PYTHON ?= python3.11
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+TEST := .venv-test/bin
+DEMO := .venv-demo/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
+	$(DEMO)/lightning-hessian demo --out demo_output
+
+test: .venv-test/.done lint  ## lint, type check, and all tests but the slow ones
+	$(TEST)/python -m pytest -m "not slow"
+
+test-slow: .venv-test/.done  ## the tests that take minutes
+	$(TEST)/python -m pytest -m slow
+
+lint: .venv-test/.done  ## ruff and mypy
+	$(TEST)/ruff check .
+	$(TEST)/ruff format --check .
+	$(TEST)/mypy
+
+.venv-%/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:  ## remove the environments and what was built
+	rm -rf .venv-demo .venv-test build dist *.egg-info demo_output
