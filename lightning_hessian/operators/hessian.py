@@ -89,6 +89,10 @@ class HessianOperator:
             total.add_(self.objective.space.flatten(product(tangents)), alpha=weight)
         return total
 
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns H v for each row v of [b, n], a new tensor [b, n]."""
+        return torch.stack([self.matvec(vector) for vector in vectors])
+
     def _linearize_if_it_pays(self, expected_products: int) -> None:
         """Replaces retained graphs by linearisations where a trial says that this is faster."""
         before = self.engine, self._products, self.self_check_error

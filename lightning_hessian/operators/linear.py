@@ -26,6 +26,9 @@ class SymmetricOperator(Protocol):
     def matvec(self, vector: Tensor) -> Tensor:
         """Returns the product with a vector [n], a new tensor [n]."""
 
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of [b, n], a new tensor [b, n]."""
+
 
 class MatrixOperator:
     """A symmetric matrix [n, n] as an operator.
@@ -45,3 +48,7 @@ class MatrixOperator:
     def matvec(self, vector: Tensor) -> Tensor:
         """Returns the product with a vector [n], a new tensor [n]."""
         return self.matrix @ vector
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of [b, n], a new tensor [b, n]."""
+        return vectors @ self.matrix
