@@ -1,0 +1,186 @@
+"""The engines of Hessian-vector products: each turns one probe batch into a product."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.fx.experimental import const_fold
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lightning_hessian.probe.objective import Objective
+from lightning_hessian.results import MeasurementError
+
+Product: TypeAlias = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
+"""Tangents, one for each parameter, to the product of one batch's Hessian with them."""
+
+LINEARIZE_TO_GRAPH_MEMORY = 4
+"""A linearisation holds up to so many times the memory of a retained graph (measured: 3.4)."""
+
+
+def linearize(objective: Objective, index: int) -> Product:
+    """Returns a product that keeps the gradient linearised: forward over reverse, traced once.
+
+    What `torch.func.linearize` does, but with ordinary zeros for the tangents of constants: its
+    lazy zero tensors end the process with a segmentation fault where a derivative formula scales
+    one (``mse_loss``, ``addcmul`` and others in torch 2.13; compare pytorch issue 123996).
+    """
+    point = objective.point()
+    gradient = torch.func.grad(lambda values: objective.batch_loss(values, index))
+
+    def derivative(*tangents: Tensor) -> tuple[Tensor, ...]:
+        with forward_ad.dual_level():
+            pairs = zip(point, tangents, strict=True)
+            outputs = gradient(tuple(forward_ad.make_dual(value, t) for value, t in pairs))
+            unpacked = [forward_ad.unpack_dual(output) for output in outputs]
+            return tuple(torch.zeros_like(u.primal) if u.tangent is None else u.tangent
+                         for u in unpacked)  # fmt: skip
+
+    zeros = tuple(torch.zeros_like(value) for value in point)
+    lazy_zeros = torch.ops.aten._efficientzerotensor.default
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
+        graph = make_fx(derivative, decomposition_table={lazy_zeros: _zeros})(*zeros)
+        folded = const_fold.split_const_subgraphs(graph)
+    folded(*zeros)  # folds the constants
+    return lambda tangents: folded(*tangents)
+
+
+def _zeros(size: Sequence[int], *, dtype: Any, layout: Any, device: Any, **_: Any) -> Tensor:
+    return torch.zeros(size, dtype=dtype, layout=layout, device=device)
+
+
+def compiled(objective: Objective, index: int) -> Product:
+    """Returns the linearised product, compiled by ``torch.compile``."""
+    product = torch.compile(linearize(objective, index))
+    product(tuple(torch.zeros_like(value) for value in objective.point()))
+    return product
+
+
+def autograd(objective: Objective, index: int) -> Product:
+    """Returns a product that keeps the graph of the gradient: reverse over reverse."""
+    leaves = tuple(value.requires_grad_() for value in objective.point())
+    gradient = torch.autograd.grad(
+        _differentiable_loss(objective, leaves, index),
+        leaves,
+        create_graph=True,
+        materialize_grads=True,
+    )
+    # A parameter in which the loss is linear has a constant gradient: a zero row of the Hessian.
+    curved = [i for i, part in enumerate(gradient) if part.requires_grad]
+
+    def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        if not curved:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        return torch.autograd.grad(
+            [gradient[i] for i in curved],
+            leaves,
+            [tangents[i] for i in curved],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+    return product
+
+
+def recompute(objective: Objective, index: int) -> Product:
+    """Returns a product that builds the graph anew each time and keeps nothing."""
+    return lambda tangents: autograd(objective, index)(tangents)
+
+
+def finite_difference(objective: Objective, index: int) -> Product:
+    """Returns a product by central differences of gradients, for losses without second derivative.
+
+    The step is eps^(1/3) times norm(theta) / norm(v): rounding costs eps / step and the third
+    derivative step^2, so about eps^(2/3) (2e-5 in float32) of the product is lost where the loss
+    is smooth on that scale.
+    """
+    point = objective.point()
+    size = math.sqrt(sum(float(value.square().sum()) for value in point)) or 1.0
+    relative = torch.finfo(objective.space.dtype).eps ** (1 / 3)
+
+    def gradient(tangents: tuple[Tensor, ...], step: float) -> Sequence[Tensor]:
+        moved = zip(point, tangents, strict=True)
+        leaves = tuple((value + step * t).requires_grad_() for value, t in moved)
+        loss = _differentiable_loss(objective, leaves, index)
+        return torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+    def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        length = math.sqrt(sum(float(t.square().sum()) for t in tangents))
+        if length == 0.0:
+            return [torch.zeros_like(value) for value in point]
+        step = relative * size / length
+        pairs = zip(gradient(tangents, step), gradient(tangents, -step), strict=True)
+        return [(above - below) / (2 * step) for above, below in pairs]
+
+    return product
+
+
+ENGINES: dict[str, Callable[[Objective, int], Product]] = {
+    "linearize": linearize,
+    "autograd": autograd,
+    "recompute": recompute,
+    "compile": compiled,
+    "finite_difference": finite_difference,
+}
+
+
+def retained_bytes(objective: Objective) -> int:
+    """Returns the memory that a retained graph of the largest batch holds."""
+    parameters = {value.untyped_storage().data_ptr() for value in objective.point()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    largest = max(range(len(objective.weights)), key=objective.weights.__getitem__)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        product = autograd(objective, largest)
+    del product
+    return sum(size for address, size in saved.items() if address not in parameters)
+
+
+def seconds_of(product: Product, objective: Objective) -> float:
+    """Returns the time of one product, the better of two."""
+    tangents = tuple(torch.ones_like(value) for value in objective.point())
+    best = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        float(product(tangents)[0].sum())  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def explain(engine: str, error: Exception) -> str:
+    """Returns what to tell the user of an error in building or applying an engine."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "derivative for" in text and "attention" in text:
+        return (
+            f"Attention ran on a fused kernel, which has no double backward ({text}). The module "
+            "forces it; let it choose (`sdpa_kernel`), so that the MATH kernel can serve here, or "
+            "use hvp='finite_difference'."
+        )
+    if any(sign in text for sign in ("derivative for", "double backward", "once_differentiable")):
+        return (
+            f"An operation of the loss has no double backward ({text}). Replace it for measuring, "
+            "through loss_fn(module, batch) or `hessian_loss`, or use hvp='finite_difference'."
+        )
+    return f"hvp={engine!r} could not differentiate the loss twice: {text}"
+
+
+def _differentiable_loss(objective: Objective, leaves: tuple[Tensor, ...], index: int) -> Tensor:
+    loss = objective.batch_loss(leaves, index)
+    if not loss.requires_grad:
+        raise MeasurementError(
+            "The loss does not depend on any selected parameter (it carries no gradient). Return "
+            "the loss as a tensor with its graph, not detached, and select parameters it uses."
+        )
+    return loss
