@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ def lanczos(
     tol: float = 1e-3,
     max_products: int | None = None,
     max_basis: int | None = None,
+    num_checks: int | None = None,
     seed: int = 0,
     should_stop: Callable[[], bool] | None = None,
 ) -> RitzPairs:
@@ -61,11 +63,15 @@ def lanczos(
     problem is solved in float64 on the CPU, by torch's LAPACK: SciPy brings threads of its own,
     which fight torch's for the cores (three times slower steps on two cores).
 
+    A Krylov space holds one vector of each eigenspace, so copies of a repeated eigenvalue appear
+    late, by rounding. Therefore K converged pairs are not taken at their word: the search goes on
+    from a new random vector for ``num_checks`` steps, and ends only if nothing larger turns up.
+
     A residual bound adds up the classical Lanczos estimate and the measured departure of the
     products from symmetry and from the recurrence, so that it stays honest where rounding, not
     the number of steps, is the limit.
 
-    Memory: ``max_basis + 1`` vectors. Work in a step: one product and 8 m n flops.
+    Memory: ``max_basis + 2`` vectors. Work in a step: one product and 8 m n flops.
 
     Args:
         operator: Symmetric operator of order n.
@@ -74,6 +80,7 @@ def lanczos(
         max_products: Bound on products; by default ``default_bound(K)``.
         max_basis: m, at most so many vectors are held before a restart; by default
             ``default_basis(K)``, or as many as fit half the free memory.
+        num_checks: Steps of the search for missed copies; by default 8 + K / 20, 0 for none.
         seed: Of the start vector.
         should_stop: Asked after every product; True ends the iteration with what there is.
 
@@ -112,9 +119,10 @@ def lanczos(
             f"A basis of {max_basis} vectors is too small for {num_eigenvalues} eigenvalues; "
             f"it must hold at least {least}."
         )
-    return _Iteration(operator, num_eigenvalues, tol, max_basis, seed).run(
-        max_products, should_stop
-    )
+    if num_checks is None:
+        num_checks = 8 + num_eigenvalues // 20
+    iteration = _Iteration(operator, num_eigenvalues, tol, max_basis, seed)
+    return iteration.run(max_products, num_checks, should_stop)
 
 
 def default_basis(num_eigenvalues: int) -> int:
@@ -127,12 +135,25 @@ def default_bound(num_eigenvalues: int) -> int:
     return 40 * num_eigenvalues + 400
 
 
+@dataclass
+class _Pending:
+    """A unit vector orthogonal to the basis that is to join it.
+
+    ``coupling`` says how the products with the basis vectors lean on it: A v_i = (what lies in
+    the basis) + coupling[i] * vector + (the same for the other pending vectors).
+    """
+
+    vector: Tensor
+    coupling: Tensor
+
+
 class _Iteration:
     """One run of thick-restart Lanczos; its state between steps.
 
     ``projected`` holds V^T A V from the coefficients measured at each step (upper triangle).
     ``departure`` holds, row by row, how far those were from what the recurrence says (its strict
-    lower triangle): for the Ritz vector V s, the residual is beta s_m v_m+1 - V departure s.
+    lower triangle): the residual of a Ritz vector V s is what the pending vectors take of it,
+    minus V departure s.
     """
 
     def __init__(
@@ -143,22 +164,24 @@ class _Iteration:
         self.tol = tol
         self.capacity = max_basis
         self.basis = KrylovBasis(
-            max_basis + 1, operator.size, dtype=operator.dtype, device=operator.device
+            max_basis, operator.size, dtype=operator.dtype, device=operator.device
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.projected = torch.zeros(max_basis, max_basis, dtype=torch.float64)
         self.departure = torch.zeros(max_basis, max_basis, dtype=torch.float64)
-        # Residuals of kept Ritz vectors that the recurrence does not see.
-        self.inherited = torch.zeros(max_basis, dtype=torch.float64)
-        self.expected = torch.zeros(0, dtype=torch.float64)  # what the next step should find
-        self.count = 0  # vectors whose product is known
-        self.beta = 0.0
+        # Residuals of kept Ritz vectors by rounding, which the recurrence no longer shows.
+        self.rounded = torch.zeros(max_basis, dtype=torch.float64)
+        self.count = 0  # vectors in the basis; their products are known
+        self.pending = [self._random()]
         self.scale = 0.0  # largest coefficient so far, an estimate of the norm of the operator
         self.num_products = 0
 
-    def run(self, max_products: int, should_stop: Callable[[], bool] | None) -> RitzPairs:
-        self._fill_random(0)
-        next_check = self.wanted
+    def run(
+        self, max_products: int, num_checks: int, should_stop: Callable[[], bool] | None
+    ) -> RitzPairs:
+        """Iterates until converged, searches for missed copies, and returns the pairs."""
+        next_check = self.wanted + 2
+        found: RitzPairs | None = None  # what a search for more is under way to confirm
         while True:
             self._step()
             interrupted = should_stop is not None and should_stop()
@@ -166,121 +189,176 @@ class _Iteration:
             full = self.count == self.capacity
             if not (last or full or self.count >= next_check):
                 continue
-            values, rotation, residuals, rounding = self._ritz()
-            stopped = self._verdict(values, residuals, rounding)
+            ritz = self._ritz()
+            if found is not None:
+                if not self._has_more(ritz, found):
+                    return dataclasses.replace(found, num_products=self.num_products)
+                found = None
+            stopped = self._verdict(ritz)
             if stopped is None and last:
                 stopped = "interrupted" if interrupted else "bound"
+            if stopped in ("converged", "precision") and num_checks and not last:
+                self._restart(ritz, room=num_checks)
+                found = self._result(ritz, stopped, self.basis.vectors[: self.count])
+                self.pending.insert(0, self._random())
+                next_check = min(self.count + num_checks, self.capacity)
+                continue
             if stopped is not None:
-                return self._result(values, rotation, residuals, stopped)
+                self.basis.rotate(ritz.rotation[:, -self.wanted :])
+                kept = min(self.wanted, self.count)
+                return self._result(ritz, stopped, self.basis.vectors[:kept])
             if full:
-                self._restart(values, rotation, rounding)
+                self._restart(ritz)
             next_check = self.count + max(5, self.count // 10)
 
     def _step(self) -> None:
-        """Multiplies the newest vector and orthogonalises the product to make the next."""
+        """Takes a pending vector into the basis; the rest of its product becomes pending."""
         j = self.count
+        expected = self._join(self.pending.pop(0))
         product = self.operator.matvec(self.basis[j])
         self.num_products += 1
         coefficients, norm = self.basis.orthogonalize(product, j + 1)
-        found = torch.cat([coefficients, norm.reshape(1)]).to("cpu", torch.float64)
-        if not found.isfinite().all():
+        measured = torch.cat([coefficients, norm.reshape(1)]).to("cpu", torch.float64)
+        if not measured.isfinite().all():
             raise MeasurementError(
                 f"Product {self.num_products} with the operator is NaN or infinite. The gradient "
                 "may overflow in this precision, or an operation has no finite second derivative."
             )
-        column, self.beta = found[:-1], float(found[-1])
+        column, beta = measured[:-1], float(measured[-1])
         self.projected[: j + 1, j] = self.projected[j, : j + 1] = column
-        self.departure[j, :j] = column[:j] - self.expected
-        self.scale = max(self.scale, self.beta, float(column.abs().max()))
+        self.departure[j, :j] = column[:j] - expected
+        self.scale = max(self.scale, beta, float(column.abs().max()))
         self.count = j + 1
-        self.expected = torch.zeros(self.count, dtype=torch.float64)
         if self.count == self.operator.size:
-            self.beta = 0.0
-            return
-        eps = torch.finfo(self.operator.dtype).eps
-        if self.beta <= 10 * eps * self.scale:
-            # An invariant subspace: nothing couples it to the rest, which is searched anew.
-            self.beta = 0.0
-            self._fill_random(self.count)
-            return
-        self.expected[j] = self.beta
-        self.basis.vectors[self.count] = product.div_(self.beta)
+            self.pending.clear()
+        elif beta > 10 * torch.finfo(self.operator.dtype).eps * self.scale:
+            coupling = torch.zeros(self.count, dtype=torch.float64)
+            coupling[j] = beta
+            self.pending.append(_Pending(product.div_(beta), coupling))
+        elif not self.pending:
+            self.pending.append(self._random())  # an invariant subspace
 
-    def _fill_random(self, index: int) -> None:
-        """Puts a random unit vector orthogonal to the first ``index`` ones at that place."""
+    def _join(self, joining: _Pending) -> Tensor:
+        """Puts a pending vector into the basis, and makes the others orthogonal to it.
+
+        Returns:
+            The coefficients that its product is expected to have with the older vectors [j].
+        """
+        j = self.count
+        vector = joining.vector
+        if self.pending and j:  # it has waited; restore what orthogonality it has lost
+            self.basis.orthogonalize(vector, j)
+            vector /= torch.linalg.vector_norm(vector)
+        self.basis.vectors[j] = vector
+        expected = joining.coupling.clone()
+        waiting = self.pending
+        self.pending = []
+        for other in waiting:
+            overlap = float(other.vector @ vector)
+            expected += overlap * other.coupling
+            other.vector.sub_(vector, alpha=overlap)
+            left = float(torch.linalg.vector_norm(other.vector))
+            if left > 1e-3:  # else it lies in the basis, but for rounding
+                coupling = torch.cat([left * other.coupling, torch.zeros(1, dtype=torch.float64)])
+                self.pending.append(_Pending(other.vector.div_(left), coupling))
+        return expected
+
+    def _random(self) -> _Pending:
+        """Returns a random unit vector orthogonal to the basis, which no product leans on."""
         vector = torch.randn(self.operator.size, generator=self.generator, dtype=torch.float64)
         vector = vector.to(self.operator.device, self.operator.dtype)
         for _ in range(2):  # a second time after normalising, should little have been left
-            if index:
-                self.basis.orthogonalize(vector, index)
+            if self.count:
+                self.basis.orthogonalize(vector, self.count)
             vector /= torch.linalg.vector_norm(vector)
-        self.basis.vectors[index] = vector
+        return _Pending(vector, torch.zeros(self.count, dtype=torch.float64))
 
-    def _ritz(self) -> tuple[FloatArray, Tensor, FloatArray, FloatArray]:
-        """Returns all Ritz values (ascending), coefficients, residual bounds and rounding parts."""
+    def _ritz(self) -> _Ritz:
+        """Solves the projected problem and bounds the residuals."""
         m = self.count
         values, rotation = torch.linalg.eigh(self.projected[:m, :m])
+        outside = torch.zeros(m, dtype=torch.float64)
+        for pending in self.pending:
+            outside += (pending.coupling @ rotation).abs()
         departed = self.departure[:m, :m] @ rotation
-        inherited = self.inherited[:m, None] * rotation
+        rounded = self.rounded[:m, None] * rotation
         # What storing a vector costs, and what the projected problem costs in float64.
         stored = torch.finfo(self.operator.dtype).eps * values
         solved = torch.finfo(torch.float64).eps * self.scale
-        rounding = (departed.square() + inherited.square()).sum(0)
+        rounding = (departed.square() + rounded.square()).sum(0)
         rounding = (rounding + stored.square() + solved**2).sqrt()
-        outside = self.beta * rotation[-1]
-        residuals = torch.hypot(outside, _ROUNDING_MARGIN * rounding)
-        return values.numpy(), rotation, residuals.numpy(), rounding.numpy()
+        return _Ritz(values, rotation, outside, rounding)
 
-    def _verdict(
-        self, values: FloatArray, residuals: FloatArray, rounding: FloatArray
-    ) -> str | None:
+    def _verdict(self, ritz: _Ritz) -> str | None:
         """Returns why to stop, or None."""
         if self.count == self.operator.size:
             return "exhausted"
         if self.count < self.wanted:
             return None
-        top = slice(self.count - self.wanted, None)
-        converged = residuals[top] <= self.tol * np.abs(values[top])
+        size = ritz.values[-self.wanted :].abs()
+        residuals = ritz.residuals[-self.wanted :]
+        converged = residuals <= self.tol * size
         if converged.all():
             return "converged"
         # More steps cannot bring a residual below what rounding leaves of it.
-        floor = np.maximum(
-            _ROUNDING_MARGIN * rounding[top], torch.finfo(self.operator.dtype).eps * self.scale
-        )
-        if (converged | (residuals[top] <= 2 * floor)).all():
+        floor = _ROUNDING_MARGIN * ritz.rounding[-self.wanted :]
+        floor = floor.clamp(min=torch.finfo(self.operator.dtype).eps * self.scale)
+        if (converged | (residuals <= 2 * floor)).all():
             return "precision"
         return None
 
-    def _restart(self, values: FloatArray, rotation: Tensor, rounding: FloatArray) -> None:
-        """Keeps the best Ritz vectors and the newest basis vector, and goes on from there."""
+    def _has_more(self, ritz: _Ritz, found: RitzPairs) -> bool:
+        """Whether a search has turned up a value above the smallest of those found."""
+        values = torch.from_numpy(found.values[::-1].copy())
+        allowed = torch.from_numpy(found.residuals[::-1].copy()) + self.tol * values.abs()
+        return bool((ritz.values[-self.wanted :] > values + allowed).any())
+
+    def _restart(self, ritz: _Ritz, room: int = 1) -> None:
+        """Keeps the best Ritz vectors and what is pending, and goes on from there.
+
+        Args:
+            ritz: The Ritz pairs.
+            room: So many steps must fit before the next restart.
+        """
         m = self.count
-        kept = min(self.wanted + (m - self.wanted) // 3, m - 2)
-        keep = np.r_[0, np.arange(m - kept, m)]  # the lowest too, for lambda_min
-        newest = self.basis[m].clone()
-        self.basis.rotate(rotation[:, keep])
-        k = len(keep)
-        self.basis.vectors[k] = newest
+        kept = self.wanted + (m - self.wanted) // 3
+        kept = max(min(kept, m - 1, self.capacity - 1 - room), min(self.wanted, m - 1))
+        keep = [0, *range(m - kept, m)]  # the lowest too, for lambda_min
+        self.basis.rotate(ritz.rotation[:, keep])
+        self.count = k = len(keep)
         self.projected.zero_()
         self.departure.zero_()
-        self.projected[range(k), range(k)] = torch.from_numpy(values[keep])
-        self.inherited.zero_()
-        self.inherited[:k] = torch.from_numpy(rounding[keep])
-        self.expected = self.beta * rotation[-1, keep]
-        self.count = k
+        self.rounded.zero_()
+        self.projected[range(k), range(k)] = ritz.values[keep]
+        self.rounded[:k] = ritz.rounding[keep]
+        for pending in self.pending:
+            pending.coupling = pending.coupling @ ritz.rotation[:, keep]
 
-    def _result(
-        self, values: FloatArray, rotation: Tensor, residuals: FloatArray, stopped: str
-    ) -> RitzPairs:
-        found = min(self.wanted, self.count)
-        top = np.arange(self.count)[::-1][:found].copy()
-        self.basis.rotate(rotation[:, top])
+    def _result(self, ritz: _Ritz, stopped: str, ascending: Tensor) -> RitzPairs:
+        """Makes the record; the last rows of ``ascending`` are the wanted vectors."""
+        values = ritz.values[-self.wanted :].flip(0)
+        residuals = ritz.residuals[-self.wanted :].flip(0)
         return RitzPairs(
-            values=values[top],
-            residuals=residuals[top],
-            converged=residuals[top] <= self.tol * np.abs(values[top]),
-            vectors=self.basis.vectors[:found],
-            lowest=float(values[0]),
-            lowest_residual=float(residuals[0]),
+            values=values.numpy(),
+            residuals=residuals.numpy(),
+            converged=(residuals <= self.tol * values.abs()).numpy(),
+            vectors=ascending[-len(values) :].flip(0),
+            lowest=float(ritz.values[0]),
+            lowest_residual=float(ritz.residuals[0]),
             num_products=self.num_products,
             stopped=stopped,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Ritz:
+    """All m Ritz pairs of a basis, ascending, and the two parts of their residual bounds."""
+
+    values: Tensor
+    rotation: Tensor
+    outside: Tensor
+    rounding: Tensor
+
+    @property
+    def residuals(self) -> Tensor:
+        return torch.hypot(self.outside, _ROUNDING_MARGIN * self.rounding)
