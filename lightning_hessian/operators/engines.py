@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental import const_fold
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -27,9 +27,11 @@ LINEARIZE_TO_GRAPH_MEMORY = 4
 def linearize(objective: Objective, index: int) -> Product:
     """Returns a product that keeps the gradient linearised: forward over reverse, traced once.
 
-    What `torch.func.linearize` does, but with ordinary zeros for the tangents of constants: its
-    lazy zero tensors end the process with a segmentation fault where a derivative formula scales
-    one (``mse_loss``, ``addcmul`` and others in torch 2.13; compare pytorch issue 123996).
+    What `torch.func.linearize` does, without two of its faults (torch 2.13). Its lazy zero
+    tensors end the process with a segmentation fault where a derivative formula scales one
+    (``mse_loss``, ``addcmul`` and others; compare pytorch issue 123996): here zeros are zeros. And
+    it folds constants that the traced code then changes in place, so that every call gives
+    another result (``binary_cross_entropy_with_logits``): here these are made anew in each call.
     """
     point = objective.point()
     gradient = torch.func.grad(lambda values: objective.batch_loss(values, index))
@@ -39,21 +41,61 @@ def linearize(objective: Objective, index: int) -> Product:
             pairs = zip(point, tangents, strict=True)
             outputs = gradient(tuple(forward_ad.make_dual(value, t) for value, t in pairs))
             unpacked = [forward_ad.unpack_dual(output) for output in outputs]
-            return tuple(torch.zeros_like(u.primal) if u.tangent is None else u.tangent
-                         for u in unpacked)  # fmt: skip
+        return tuple(
+            torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in unpacked
+        )
 
     zeros = tuple(torch.zeros_like(value) for value in point)
     lazy_zeros = torch.ops.aten._efficientzerotensor.default
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
-        graph = make_fx(derivative, decomposition_table={lazy_zeros: _zeros})(*zeros)
-        folded = const_fold.split_const_subgraphs(graph)
+        traced = make_fx(derivative, decomposition_table={lazy_zeros: _zeros})(*zeros)
+        changed = _made_anew(traced.graph)
+        folded = const_fold.split_const_subgraphs(traced, lambda node: node in changed)
     folded(*zeros)  # folds the constants
     return lambda tangents: folded(*tangents)
 
 
 def _zeros(size: Sequence[int], *, dtype: Any, layout: Any, device: Any, **_: Any) -> Tensor:
     return torch.zeros(size, dtype=dtype, layout=layout, device=device)
+
+
+def _made_anew(graph: fx.Graph) -> set[fx.Node]:
+    """Returns the nodes whose memory is written to later, which must not be folded.
+
+    A constant or an input that is written to is replaced by a copy.
+    """
+    owners = set()
+    for node in graph.nodes:
+        if _aliased(node, writing=True) is not None:
+            owner = node
+            while (source := _aliased(owner)) is not None:
+                owner = source
+            owners.add(owner)
+    fresh = set()
+    for owner in owners:
+        if owner.op == "call_function":
+            fresh.add(owner)
+            continue
+        with graph.inserting_after(owner):
+            copied = graph.call_function(torch.ops.aten.clone.default, (owner,))
+        owner.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
+        fresh.add(copied)
+    return fresh
+
+
+def _aliased(node: fx.Node, *, writing: bool = False) -> fx.Node | None:
+    """Returns the argument whose memory the result of a node shares, or that it writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    for position, argument in enumerate(node.target._schema.arguments):
+        alias = argument.alias_info
+        if alias is None or (writing and not alias.is_write):
+            continue
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if isinstance(given, fx.Node):
+            return given
+    return None
 
 
 def compiled(objective: Objective, index: int) -> Product:

@@ -163,7 +163,8 @@ class HessianOperator:
             MeasurementError: The difference is larger than rounding explains.
         """
         generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(self.size, generator=generator).to(self.device, self.dtype)
+        before, vector = torch.randn(2, self.size, generator=generator).to(self.device, self.dtype)
+        self._first_product(self._products[0], before)  # which must not change the next
         ours = self._first_product(self._products[0], vector)
         if engine == "recompute":
             return 0.0
