@@ -1,9 +1,20 @@
 """Hessian spectra of a PyTorch Lightning run, streamed beside its loss."""
 
+from lightning_hessian.callbacks.gradient_structure import GradientStructureCallback
 from lightning_hessian.callbacks.hessian_spectrum import HessianSpectrumCallback
 from lightning_hessian.callbacks.schedule import AtSteps, EveryNValidations
 from lightning_hessian.measure import hessian_spectrum
-from lightning_hessian.results import Eigengaps, HessianSpectrum, MeasurementError, PowerLawFit
+from lightning_hessian.measure_blocks import block_structure
+from lightning_hessian.measure_gradients import gradient_structure
+from lightning_hessian.probe.partition_rules import BlockRule, partition_rules
+from lightning_hessian.results import (
+    BlockStructure,
+    Eigengaps,
+    GradientStructure,
+    HessianSpectrum,
+    MeasurementError,
+    PowerLawFit,
+)
 from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.statistics.power_law import fit_power_law
 
@@ -11,13 +22,20 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AtSteps",
+    "BlockRule",
+    "BlockStructure",
     "Eigengaps",
     "EveryNValidations",
+    "GradientStructure",
+    "GradientStructureCallback",
     "HessianSpectrum",
     "HessianSpectrumCallback",
     "MeasurementError",
     "PowerLawFit",
+    "block_structure",
     "eigengaps",
     "fit_power_law",
+    "gradient_structure",
     "hessian_spectrum",
+    "partition_rules",
 ]

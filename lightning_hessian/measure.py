@@ -52,7 +52,8 @@ def hessian_spectrum(
         max_hvps: Bound on Hessian-vector products, those of the trace included; by default
             40 K + 400 for the eigenvalues.
         max_seconds: After so many seconds the measurement ends with what has converged.
-        hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"`` or ``"recompute"``.
+        hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"``, ``"recompute"``, ``"compile"`` or
+            ``"finite_difference"``; see `HessianOperator`.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over
             (unmasked tokens, say); by default its number of samples.

@@ -1,32 +1,28 @@
 """A Callback that is at home in the Trainer of either Lightning package.
 
 ``lightning`` and ``pytorch_lightning`` are the same code under two names, with two Callback
-classes. Importing the second as a side effect would redirect the first one's log messages, so it
-becomes a base class only once the user has imported it: when this module is imported (by then
-``LightningCLI`` has), or when a callback is made.
+classes. One that inherits both serves both, whichever is imported first.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+import importlib.util
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback as LightningCallback
 
+if TYPE_CHECKING or importlib.util.find_spec("pytorch_lightning") is None:
+    Callback = LightningCallback
+else:
+    from lightning_utilities.core import rank_zero
 
-class Callback(LightningCallback):
-    """Inherits from the Callback of every Lightning package in use."""
+    log = rank_zero.log
+    from pytorch_lightning.callbacks import Callback as PytorchLightningCallback
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
-        """Looks once more for packages in use."""
-        _join_packages_in_use()
-        return super().__new__(cls)
+    rank_zero.log = log  # which the second package takes over from the first
 
-
-def _join_packages_in_use() -> None:
-    other = getattr(sys.modules.get("pytorch_lightning"), "Callback", None)
-    if other is not None and not issubclass(Callback, other):
-        Callback.__bases__ = (*Callback.__bases__, other)
+    class Callback(LightningCallback, PytorchLightningCallback):
+        """Inherits from the Callback of both packages."""
 
 
-_join_packages_in_use()
+__all__ = ["Callback"]

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.schedule import Schedule
 from lightning_hessian.measure import check_selection, hessian_spectrum, split_bound
+from lightning_hessian.measure_blocks import block_structure
 from lightning_hessian.operators.hessian import ENGINES
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection
-from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.probe.partition import Blocks, partition
+from lightning_hessian.results import BlockStructure, HessianSpectrum
+from lightning_hessian.solvers.block_norms import least_products
 from lightning_hessian.statistics.power_law import critical_value
-from lightning_hessian.tracking.scalars import CORRELATED, spectrum_scalars
+from lightning_hessian.tracking.scalars import CORRELATED, block_scalars, spectrum_scalars
 
 
 class HessianSpectrumCallback(MeasurementCallback):
-    """Measures the top of the Hessian spectrum at validations and logs its statistics.
+    """Measures the top of the Hessian spectrum and its block structure at validations, and logs.
 
     Logged in the row of the validation metrics, all under ``hessian/``: ``d_ks``, ``d_c``,
     ``power_law``, ``p_value``, ``beta_hat``, ``beta_sigma``, ``s_hat``, ``lambda_1``,
     ``lambda_min`` (if found), ``trace``, ``trace_std_error``, ``eigengap_d_ks``,
     ``eigengap_s_hat``, ``num_eigenvalues``, ``num_converged``, ``num_fitted``, ``num_hvps``,
-    ``seconds``. From four measurements on also ``correlation/pearson_<statistic>_<monitor>`` and
-    ``correlation/num_points``. A statistic that cannot be computed is absent, and a warning says
-    why.
+    ``seconds``, and of the blocks ``block_off_diagonal_ratio``,
+    ``block_off_diagonal_ratio_std_error``, ``block_off_diagonal_share``,
+    ``block_heterogeneity``, and where two layers are cut ``block_share_ww``, ``block_share_wv``,
+    ``block_share_vv``. From four measurements on also
+    ``correlation/pearson_<statistic>_<monitor>`` and ``correlation/num_points``. A statistic that
+    cannot be computed is absent, and a warning says why.
 
     Training is not touched: the weights of a run with and without the callback are the same bits.
 
@@ -41,10 +48,15 @@ class HessianSpectrumCallback(MeasurementCallback):
             else its ``training_step`` with logging muted.
         parameters: Which parameters: ``None`` (all that require grad), a glob or a list of globs,
             a regex, or a predicate ``(name, parameter) -> bool``.
+        blocks: Partition for the block ratios: ``None``, ``"layer"``, ``"neuron"``, ``"head"``,
+            ``"class"``, or as in `block_structure`. The blocks take about as many products as the
+            spectrum: at least 2 for each block (more below 9 blocks), and with what is left the
+            densities behind the heterogeneity, at least 8 for each.
         tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
-        max_hvps: Bound on Hessian-vector products of one measurement.
+        max_hvps: Bound on Hessian-vector products of one measurement; the spectrum comes first.
         time_budget: Share of the training time (``0.05``), or seconds a measurement may take.
-        hvp: ``"auto"``, ``"linearize"``, ``"autograd"`` or ``"recompute"``.
+        hvp: ``"auto"``, ``"linearize"``, ``"autograd"``, ``"recompute"``, ``"compile"`` or
+            ``"finite_difference"``; see `HessianOperator`.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over.
         trace_probes: Hutchinson probes for the trace; 0 for no trace.
@@ -59,6 +71,7 @@ class HessianSpectrumCallback(MeasurementCallback):
 
     Attributes:
         last_spectrum: The `HessianSpectrum` of the last measurement, None before the first.
+        last_blocks: The `BlockStructure` of the last measurement, None where there is none.
 
     Example:
         >>> callback = HessianSpectrumCallback(num_eigenvalues=20, monitor="val_loss")
@@ -79,6 +92,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         num_batches: int = 4,
         loss_fn: LossFunction | None = None,
         parameters: ParameterSelection = None,
+        blocks: Blocks | None = "layer",
         tol: float = 1e-3,
         max_hvps: int | None = None,
         time_budget: float | None = None,
@@ -107,11 +121,14 @@ class HessianSpectrumCallback(MeasurementCallback):
             raise ValueError(f"tol={tol}; give a positive relative tolerance such as 1e-3.")
         if hvp not in ("auto", *ENGINES):
             raise ValueError(f"hvp={hvp!r} is unknown; choose from 'auto', {list(ENGINES)}.")
+        if mode not in ("eval", "train"):
+            raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
         critical_value(num_eigenvalues, significance)
         split_bound(num_eigenvalues, max_hvps, trace_probes)
         self.num_eigenvalues = num_eigenvalues
         self.loss_fn = loss_fn
         self.parameters = parameters
+        self.blocks = blocks
         self.tol = tol
         self.max_hvps = max_hvps
         self.hvp = hvp
@@ -120,16 +137,20 @@ class HessianSpectrumCallback(MeasurementCallback):
         self.trace_probes = trace_probes
         self.significance = significance
         self.last_spectrum: HessianSpectrum | None = None
+        self.last_blocks: BlockStructure | None = None
 
     def check(self, pl_module: Any) -> None:
         """Raises ValueError where the arguments do not fit the module; called before training."""
         check_selection(pl_module, self.parameters, self.num_eigenvalues)
+        if self.blocks is not None:
+            partition(pl_module, self.blocks, self.parameters)
         resolve_loss(pl_module, self.loss_fn)
 
     def measure(
         self, pl_module: Any, batches: list[Any], max_seconds: float | None
     ) -> tuple[dict[str, float], list[str]]:
-        """Returns the statistics of the present spectrum, and reasons for what is absent."""
+        """Returns the statistics of spectrum and blocks, and reasons for what is absent."""
+        started = time.monotonic()
         self.last_spectrum = hessian_spectrum(
             pl_module,
             self.loss_fn,
@@ -145,4 +166,71 @@ class HessianSpectrumCallback(MeasurementCallback):
             trace_probes=self.trace_probes,
             seed=self.seed,
         )
-        return spectrum_scalars(self.last_spectrum, self.significance)
+        scalars, absent = spectrum_scalars(self.last_spectrum, self.significance)
+        left = None if max_seconds is None else max_seconds - (time.monotonic() - started)
+        self.last_blocks = None
+        if self.blocks is not None:
+            reason = self._measure_blocks(pl_module, batches, self.last_spectrum.num_hvps, left)
+            absent += [reason] if reason else []
+        if self.last_blocks is not None:
+            scalars["num_hvps"] += self.last_blocks.num_hvps
+            scalars["seconds"] += self.last_blocks.seconds
+            scalars |= block_scalars(self.last_blocks)
+        return scalars, absent
+
+    def _measure_blocks(
+        self, pl_module: Any, batches: list[Any], spent: int, max_seconds: float | None
+    ) -> str | None:
+        """Sets ``last_blocks``, or returns why there are none; what is so every time, once."""
+        assert self.blocks is not None
+        sizes = partition(pl_module, self.blocks, self.parameters).sizes
+        least = least_products(sizes)
+        # As many as the spectrum took; all columns of a network of a few parameters cost nothing.
+        enough = max(spent, least, min(sum(sizes), 256))
+        bound = enough if self.max_hvps is None else min(enough, self.max_hvps - spent)
+        if len(sizes) < 2:
+            self._warn_once(
+                "one block",
+                "There are no block statistics: blocks="
+                f"{self.blocks!r} makes a single block, with nothing off the diagonal. Cut finer "
+                "(blocks='neuron'), or give blocks=None.",
+            )
+            return None
+        if bound < least:
+            return (
+                f"No block statistics: {len(sizes)} blocks take at least {least} products, and "
+                f"the spectrum left {bound}. Raise max_hvps, or give blocks=None."
+            )
+        if max_seconds is not None and max_seconds <= 0:
+            return "No block statistics: the spectrum took all the time. Allow more, or fewer K."
+        started = time.monotonic()
+        try:
+            self.last_blocks = block_structure(
+                pl_module,
+                self.loss_fn,
+                batches,
+                blocks=self.blocks,
+                parameters=self.parameters,
+                densities=True,
+                density_steps=20,
+                density_probes=1,
+                max_hvps=bound,
+                max_seconds=max_seconds,
+                hvp=self.hvp,
+                mode=self.mode,
+                batch_weight=self.batch_weight,
+                seed=self.seed,
+            )
+        except RuntimeError as error:  # a MeasurementError, or out of memory: keep the spectrum
+            late = max_seconds is not None and time.monotonic() - started >= max_seconds
+            if self.on_error == "raise" and not late:
+                raise
+            return f"No block statistics: {error}"
+        if self.last_blocks.heterogeneity is None:
+            self._warn_once(
+                "heterogeneity",
+                "block_heterogeneity is left out: the densities of "
+                f"{len(sizes)} blocks take at least {8 * len(sizes)} products more than the bound "
+                "allows. Raise max_hvps or num_eigenvalues, or cut fewer blocks.",
+            )
+        return None

@@ -24,7 +24,7 @@ class MeasurementCallback(Callback):
     """Measures at validations, logs in the row of the validation metrics, correlates with them.
 
     A subclass says what is measured (`measure`), what is correlated (``correlated``) and under
-    which prefix it is logged (``prefix``).
+    which prefix it is logged (``prefix``, ``correlation_prefix``).
 
     Two hooks share the work. At ``on_validation_epoch_end`` the statistics are measured and
     logged, so that they stand in the same row as the validation metrics and ``ModelCheckpoint``
@@ -34,6 +34,8 @@ class MeasurementCallback(Callback):
 
     prefix: str
     correlated: tuple[str, ...]
+    correlation_prefix = ""  # tells the correlations of siblings apart
+    cost_arguments = "num_eigenvalues, num_batches"  # what to lower where a measurement takes long
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class MeasurementCallback(Callback):
         self._batches: list[Any] | None = None
         self._pending: dict[str, float] | None = None
         self._clock: float | None = None
+        self._metrics: dict[str, Any] = {}  # those of the validation before
         self._enabled = True
         self._warned: set[str] = set()
 
@@ -122,7 +125,9 @@ class MeasurementCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, before anything is trained."""
         self._enabled = stage == "fit" or (stage == "validate" and self.during_validate)
-        self._batches = None
+        if stage == "fit":
+            self._batches = None
+            self._metrics = {}
         self._budget = TimeBudget(self._time_budget)
         self._clock = None
         if not self._enabled:
@@ -140,7 +145,13 @@ class MeasurementCallback(Callback):
                 f"{type(self).__name__} does not support {strategy} yet: its parameters are "
                 "sharded. Use strategy='ddp' or one device."
             )
-        names = [type(callback).__name__ for callback in trainer.callbacks]
+        others = [callback for callback in trainer.callbacks if callback is not self]
+        if any(getattr(other, "prefix", None) == self.prefix for other in others):
+            raise ValueError(
+                f"Two callbacks would log under {self.prefix}/, and Lightning would average them. "
+                "Keep one in the Trainer."
+            )
+        names = [type(other).__name__ for other in others]
         if "WeightAveraging" in names or "EMAWeightAveraging" in names:
             self._warn_once(
                 "averaging",
@@ -187,14 +198,17 @@ class MeasurementCallback(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Pairs the measurement with the metrics of the same validation, and correlates."""
-        if self._pending is None or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        before, self._metrics = self._metrics, dict(trainer.callback_metrics)
+        if self._pending is None:
             return
         monitored = {}
         for name in self.monitors:
-            if name in trainer.callback_metrics:
-                monitored[name] = float(trainer.callback_metrics[name])
-            else:
-                self._warn_once(name, _unknown_metric(name, list(trainer.callback_metrics)))
+            if name not in self._metrics:
+                self._warn_once(name, _unknown_metric(name, list(self._metrics)))
+            elif self._metrics[name] is not before.get(name):  # else it is an older one, kept
+                monitored[name] = float(self._metrics[name])
         self._history.add(
             {
                 "step": trainer.global_step,
@@ -204,7 +218,7 @@ class MeasurementCallback(Callback):
             }
         )
         self._pending = None
-        scalars = correlation_scalars(self.correlations())
+        scalars = correlation_scalars(self.correlations(), self.correlation_prefix)
         if not scalars:
             return
         # The step that Lightning's own epoch-end metrics are logged with.
@@ -254,8 +268,8 @@ class MeasurementCallback(Callback):
             self._warn_once(
                 "cost",
                 f"The measurement took {seconds:.1f} s after {trained:.1f} s of training. "
-                "Give time_budget=0.05, raise every_n_validations, or lower num_eigenvalues, "
-                "num_batches or the selected parameters.",
+                "Give time_budget=0.05, raise every_n_validations, or lower "
+                f"{self.cost_arguments} or the selected parameters.",
             )
 
     def _warn_once(self, topic: str, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
 
 ProbeData: TypeAlias = str | Iterable[Any]
@@ -48,7 +49,16 @@ def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) ->
         elif data == "val":
             loaders = _val_loader(trainer)
         batches = _draw(loaders, num_batches, seed, first_samples)
-    return [trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches]
+    with preserved_rng():  # the hooks may augment
+        seed_everything(seed)
+        return [_transferred(trainer, batch) for batch in batches]
+
+
+def _transferred(trainer: Any, batch: Any) -> Any:
+    """Does to a batch what the training loop does before ``training_step``."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _train_loaders(trainer: Any) -> Any:

@@ -108,14 +108,11 @@ def compiled(objective: Objective, index: int) -> Product:
 def autograd(objective: Objective, index: int) -> Product:
     """Returns a product that keeps the graph of the gradient: reverse over reverse."""
     leaves = tuple(value.requires_grad_() for value in objective.point())
-    gradient = torch.autograd.grad(
-        _differentiable_loss(objective, leaves, index),
-        leaves,
-        create_graph=True,
-        materialize_grads=True,
-    )
-    # A parameter in which the loss is linear has a constant gradient: a zero row of the Hessian.
+    gradient = _gradient(objective, leaves, index, create_graph=True)
     curved = [i for i, part in enumerate(gradient) if part.requires_grad]
+    flat = [i for i, part in enumerate(gradient) if not part.requires_grad]
+    if any(bool(gradient[i].any()) for i in flat):
+        _check_flat(objective, index, gradient, flat)
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         if not curved:
@@ -131,27 +128,49 @@ def autograd(objective: Objective, index: int) -> Product:
     return product
 
 
+def _check_flat(
+    objective: Objective, index: int, gradient: Sequence[Tensor], flat: Sequence[int]
+) -> None:
+    """Checks that gradients without a graph are constant, as where the loss is linear.
+
+    Raises:
+        MeasurementError: One is not: an operation's backward hides its own derivative.
+    """
+    generator = torch.Generator().manual_seed(0)
+    moved = []
+    for value in objective.point():
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        moved.append((value + 0.01 * value.abs().mean() * noise).requires_grad_())
+    elsewhere = _gradient(objective, tuple(moved), index)
+    for i in flat:
+        if float((elsewhere[i] - gradient[i]).norm()) > 1e-4 * float(gradient[i].norm()):
+            raise MeasurementError(
+                f"The gradient by {objective.space.names[i]!r} carries no graph, yet it is not "
+                "constant: an operation of the loss has no double backward (a custom "
+                "autograd.Function). Use hvp='finite_difference'."
+            )
+
+
 def recompute(objective: Objective, index: int) -> Product:
     """Returns a product that builds the graph anew each time and keeps nothing."""
     return lambda tangents: autograd(objective, index)(tangents)
 
 
-def finite_difference(objective: Objective, index: int) -> Product:
+def finite_difference(objective: Objective, index: int, *, shrink: float = 1.0) -> Product:
     """Returns a product by central differences of gradients, for losses without second derivative.
 
     The step is eps^(1/3) times norm(theta) / norm(v): rounding costs eps / step and the third
     derivative step^2, so about eps^(2/3) (2e-5 in float32) of the product is lost where the loss
-    is smooth on that scale.
+    is smooth on that scale. ``shrink`` divides the step.
     """
     point = objective.point()
     size = math.sqrt(sum(float(value.square().sum()) for value in point)) or 1.0
-    relative = torch.finfo(objective.space.dtype).eps ** (1 / 3)
+    relative = torch.finfo(objective.space.dtype).eps ** (1 / 3) / shrink
 
     def gradient(tangents: tuple[Tensor, ...], step: float) -> Sequence[Tensor]:
         moved = zip(point, tangents, strict=True)
         leaves = tuple((value + step * t).requires_grad_() for value, t in moved)
-        loss = _differentiable_loss(objective, leaves, index)
-        return torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return _gradient(objective, leaves, index)
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         length = math.sqrt(sum(float(t.square().sum()) for t in tangents))
@@ -201,10 +220,50 @@ def seconds_of(product: Product, objective: Objective) -> float:
     return best
 
 
+def check_dependence(objective: Objective) -> list[str]:
+    """Checks that the loss of some batch depends on some selected parameter.
+
+    Returns:
+        The names of the custom autograd functions in the graph of that loss.
+
+    Raises:
+        MeasurementError: None does.
+    """
+    for index in range(len(objective.batches)):
+        leaves = tuple(value.requires_grad_() for value in objective.point())
+        loss = objective.batch_loss(leaves, index)
+        if not loss.requires_grad:
+            continue
+        custom = _custom_functions(loss)
+        parts = torch.autograd.grad(loss, leaves, allow_unused=True)
+        if any(part is not None for part in parts):
+            return custom
+    raise MeasurementError(
+        "The loss does not depend on any selected parameter (it carries no gradient). Return the "
+        "loss as a tensor with its graph, not detached, and select parameters that it uses."
+    )
+
+
+def _custom_functions(loss: Tensor) -> list[str]:
+    names: set[str] = set()
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            names.add(type(node).__name__.removesuffix("Backward"))
+        stack.extend(after for after, _ in node.next_functions)
+    return sorted(names)
+
+
 def explain(engine: str, error: Exception) -> str:
     """Returns what to tell the user of an error in building or applying an engine."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "derivative for" in text and "attention" in text:
+    text = text[:200]
+    if "attention" in text and ("derivative for" in text or "forward AD" in text):
         return (
             f"Attention ran on a fused kernel, which has no double backward ({text}). The module "
             "forces it; let it choose (`sdpa_kernel`), so that the MATH kernel can serve here, or "
@@ -215,14 +274,14 @@ def explain(engine: str, error: Exception) -> str:
             f"An operation of the loss has no double backward ({text}). Replace it for measuring, "
             "through loss_fn(module, batch) or `hessian_loss`, or use hvp='finite_difference'."
         )
-    return f"hvp={engine!r} could not differentiate the loss twice: {text}"
+    remedy = "hvp='autograd'" if engine in ("linearize", "compile") else "hvp='finite_difference'"
+    return f"hvp={engine!r} could not differentiate the loss twice ({text}). Use {remedy}."
 
 
-def _differentiable_loss(objective: Objective, leaves: tuple[Tensor, ...], index: int) -> Tensor:
+def _gradient(
+    objective: Objective, leaves: tuple[Tensor, ...], index: int, *, create_graph: bool = False
+) -> Sequence[Tensor]:
     loss = objective.batch_loss(leaves, index)
-    if not loss.requires_grad:
-        raise MeasurementError(
-            "The loss does not depend on any selected parameter (it carries no gradient). Return "
-            "the loss as a tensor with its graph, not detached, and select parameters it uses."
-        )
-    return loss
+    if not loss.requires_grad:  # this batch uses none of the parameters
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(loss, leaves, create_graph=create_graph, materialize_grads=True)

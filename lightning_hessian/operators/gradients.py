@@ -6,7 +6,7 @@ n x T; here gradients are the rows of a [T, n] array, so that each lies contiguo
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -72,9 +72,6 @@ class MiniBatchGradients:
         clip_norm: Gradients of a larger norm are scaled down to it (SG section 5.6).
         seed: Of random layers.
 
-    Raises:
-        ValueError: An unknown mode, or a clip norm that is not positive.
-
     Attributes:
         engine: ``"vmap"`` or ``"autograd"``, the one in use.
         losses: Loss of each mini-batch computed so far, float64 [T], NaN for the others.
@@ -92,10 +89,6 @@ class MiniBatchGradients:
         clip_norm: float | None = None,
         seed: int = 0,
     ) -> None:
-        if mode not in ("eval", "train"):
-            raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
-        if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
-            raise ValueError(f"clip_norm={clip_norm}; give a positive norm, or None.")
         self._module, self._loss_fn, self._minibatches = module, loss_fn, minibatches
         self._space, self._mode, self._seed = space, mode, seed
         self._clip_norm = clip_norm
@@ -169,7 +162,8 @@ class MiniBatchGradients:
         try:
             self._vmap(rows, start, stop)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
-            # A loss that reads a value, writes in place or refuses single samples: autograd knows.
+            # A loss that reads a value, writes in place, draws random numbers or refuses single
+            # samples. Where autograd cannot do it either, it says why.
             self.engine = "autograd"
             return
         if not self._checked:
@@ -192,11 +186,14 @@ class MiniBatchGradients:
             one = apply_to_collection(batch, Tensor, lambda _: next(parts))
             return self._objective(one, self._seed + start).batch_loss(values, 0)
 
+        # Random draws are left to autograd, which seeds them by the number of the mini-batch.
         each = torch.func.vmap(
-            torch.func.grad_and_value(loss_of_one), in_dims=(None, 0), randomness="different"
+            torch.func.grad_and_value(loss_of_one), in_dims=(None, 0), randomness="error"
         )
         point = tuple(value.to(self.dtype) for value in self._space.values(self._module))
-        gradients, losses = each(point, samples)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            gradients, losses = each(point, samples)
         torch.cat([part.flatten(1).to(rows) for part in gradients], dim=1, out=rows)
         self.losses[start:stop] = losses.detach().to("cpu", torch.float64).numpy()
 
@@ -225,8 +222,10 @@ def adam_preconditioner(gradients: GradientRows, *, eps: float = 1e-8) -> Tensor
     total = torch.zeros(gradients.size, dtype=torch.float64, device=accumulator(gradients.device))
     for start, stop in pieces(gradients):
         rows = gradients.rows(start, stop)
-        for row in rows:  # one at a time: squares of a piece in float64 would take twice its memory
-            total += row.to(total).square_()
+        for (
+            row
+        ) in rows:  # one at a time: the squares in float64 of a whole piece take twice its memory
+            total += row.to(total).square()
     mean = total.div_(gradients.num_gradients)
     return mean.sqrt_().add_(eps).reciprocal_().to(gradients.device, gradients.dtype)
 

@@ -91,7 +91,7 @@ def _plan(gradients: GradientRows, memory_budget: float) -> tuple[int, int]:
     row = bytes_of_row(gradients)
     piece = max(1, min(int(memory_budget / 8), _RECOMPUTED_BYTES) // row)
     # Beside the held block and a piece: the slices converted to float64.
-    block = int((memory_budget - _CONVERTED_BYTES) // row) - piece
+    block = int((memory_budget - min(_CONVERTED_BYTES, memory_budget / 2)) // row) - piece
     if block < 1:
         raise MeasurementError(
             f"memory_budget leaves {memory_budget / 1e9:.2g} GB for gradients of "

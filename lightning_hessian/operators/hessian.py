@@ -12,7 +12,9 @@ from lightning_hessian.operators.engines import (
     ENGINES,
     LINEARIZE_TO_GRAPH_MEMORY,
     Product,
+    check_dependence,
     explain,
+    finite_difference,
     linearize,
     recompute,
     retained_bytes,
@@ -27,6 +29,9 @@ _LEAST_TRIAL_SECONDS = 0.5
 
 _DIFFERENCE_TOLERANCE = 0.01
 """Relative error at which finite differences are refused."""
+
+_HIDDEN_TOLERANCE = 0.05
+"""Relative difference from finite differences at which a custom function is found out."""
 
 
 class HessianOperator:
@@ -81,6 +86,7 @@ class HessianOperator:
         self.self_check_error = 0.0
         self.engine = engine
         self._products: list[Product] = []
+        self._custom = check_dependence(objective)
         if engine != "auto":
             self._build([engine] * len(objective.batches))
             return
@@ -166,6 +172,8 @@ class HessianOperator:
         before, vector = torch.randn(2, self.size, generator=generator).to(self.device, self.dtype)
         self._first_product(self._products[0], before)  # which must not change the next
         ours = self._first_product(self._products[0], vector)
+        if self._custom and engine != "finite_difference":
+            self._check_custom_functions(vector, ours)
         if engine == "recompute":
             return 0.0
         if engine == "finite_difference":
@@ -193,6 +201,27 @@ class HessianOperator:
                 f"{error:.1e} (relative). {remedy}"
             )
         return error
+
+    def _check_custom_functions(self, vector: Tensor, ours: Tensor) -> None:
+        """Compares with finite differences, where these agree among themselves.
+
+        A custom autograd.Function (a Triton kernel, a C++ extension) may compute its backward
+        where autograd does not see it: then its share of the Hessian is silently missing.
+        """
+        coarse, fine = (
+            self._first_product(finite_difference(self.objective, 0, shrink=shrink), vector)
+            for shrink in (1.0, 4.0)
+        )
+        scale = float(fine.norm())
+        smooth = float((coarse - fine).norm()) < 0.2 * _HIDDEN_TOLERANCE * scale
+        if smooth and float((ours - fine).norm()) > _HIDDEN_TOLERANCE * scale:
+            message = (
+                f"{', '.join(self._custom)} has no double backward: a part of the second "
+                "derivative is hidden from autograd (products differ from finite differences of "
+                "gradients). Replace it for measuring, through loss_fn(module, batch) or "
+                "`hessian_loss`, or use hvp='finite_difference'."
+            )
+            raise MeasurementError(message) from RuntimeError("no second derivative")
 
     def _first_product(self, product: Product, vector: Tensor) -> Tensor:
         return self.objective.space.flatten(product(self.objective.space.split(vector)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _TORCH_INTERNAL = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, set, deque)
+_REGISTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _SPEECH = ("log", "log_dict", "print")
+_MOST_VISITED = 10_000
+_FOREIGN = ("builtins", "lightning", "numpy", "pytorch_lightning", "torch", "wandb")
 
 
 @contextmanager
@@ -60,6 +64,63 @@ def preserved_rng() -> Iterator[None]:
             torch.mps.set_rng_state(mps)
 
 
+@contextmanager
+def preserved_generators(root: Any, seed: int) -> Iterator[None]:
+    """A block in which the generators that an object holds start from a seed, and end as before.
+
+    A dataset or a sampler may draw from a generator of its own: it is looked for in attributes and
+    containers.
+    """
+    found = _generators(root)
+    saved = [copy.deepcopy(_generator_state(generator)) for generator in found]
+    try:
+        for generator in found:
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+            elif isinstance(generator, np.random.Generator):
+                fresh = type(generator.bit_generator)(seed)
+                generator.bit_generator.state = fresh.state
+            else:
+                generator.seed(seed % 2**32)
+        yield
+    finally:
+        for generator, state in zip(found, saved, strict=True):
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            elif isinstance(generator, random.Random):
+                generator.setstate(state)
+            else:
+                generator.set_state(state)
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _generators(root: Any) -> list[Any]:
+    """Returns the generators within reach; of large containers the first entries are looked at."""
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    found: list[Any] = []
+    seen: set[int] = set()
+    stack = [root]
+    while stack and len(seen) < _MOST_VISITED:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, (Tensor, np.ndarray, str, bytes, type)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, kinds):
+            found.append(value)
+        elif isinstance(value, dict):
+            stack += list(itertools.islice(value.values(), 100))
+        elif isinstance(value, (list, tuple)):
+            stack += value[:100]
+        elif hasattr(value, "__dict__"):
+            stack += vars(value).values()
+    return found
+
+
 def seed_everything(seed: int) -> None:
     """Seeds Python's, NumPy's and torch's generators; call it inside `preserved_rng`."""
     random.seed(seed)
@@ -69,41 +130,78 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """A block after which every plain attribute of ``module`` and its submodules is as before.
+    """A block after which every attribute of ``module`` and its submodules is as before.
 
-    A ``training_step`` may append to lists and update metrics. Inside the block it does so to
-    copies: tensors are cloned, containers copied one level deep. Parameters, buffers and
-    submodules are left to `torch.func.functional_call`.
+    A ``training_step`` may append to lists, update metrics and set buffers. Inside the block it
+    does so to copies: of tensors, of arrays, and of lists, dicts, sets and deques with what they
+    hold of these. What it registers is taken out again. In-place changes of parameters and buffers
+    are not covered: pass in copies of them (`torch.func.functional_call`).
     """
     saved = []
     for submodule in module.modules():
         attributes = vars(submodule)
-        saved.append((attributes, dict(attributes)))
+        registered = {name: copy.copy(attributes[name]) for name in _REGISTRIES}
+        saved.append((attributes, dict(attributes), registered))
         for name, value in list(attributes.items()):
-            if name in _TORCH_INTERNAL:
-                continue
-            if isinstance(value, Tensor):
-                attributes[name] = value.detach().clone()
-            elif isinstance(value, _CONTAINERS):
-                attributes[name] = copy.copy(value)
+            if name not in _TORCH_INTERNAL:
+                attributes[name] = _copied(value)
     try:
         yield
     finally:
-        for attributes, before in saved:
+        for attributes, before, registered in saved:
             attributes.clear()
             attributes.update(before)
+            for name, entries in registered.items():
+                attributes[name].clear()
+                attributes[name].update(entries)
+
+
+def _copied(value: Any, depth: int = 5) -> Any:
+    """Returns a copy of what a step might change in place; other values as they are."""
+    if isinstance(value, nn.Parameter) or depth == 0:
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if not isinstance(value, (list, dict, set, deque)) and not _is_plain(value):
+        return value
+    result = copy.copy(value)
+    if isinstance(result, dict):
+        for key, entry in list(result.items()):
+            result[key] = _copied(entry, depth - 1)
+    elif isinstance(result, (list, deque)):
+        for i, entry in enumerate(list(result)):
+            result[i] = _copied(entry, depth - 1)
+    elif not isinstance(result, set):
+        attributes = vars(result)
+        attributes.update({name: _copied(entry, depth - 1) for name, entry in attributes.items()})
+    return result
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an object of the user's own, such as a meter."""
+    if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in _FOREIGN
 
 
 @contextmanager
 def muted(module: nn.Module) -> Iterator[None]:
-    """A block in which neither ``module.log`` nor the loggers of its Trainer record anything."""
+    """A block in which ``module.log``, the loggers of its Trainer and ``wandb.log`` are silent."""
     loggers: list[Any] | None = None
+    wandb: Any = sys.modules.get("wandb")
+    run = getattr(wandb, "run", None)
+    wandb_log = getattr(wandb, "log", None)
     trainer: Any = getattr(module, "_trainer", None)
     speakers = [vars(m) for m in module.modules() if hasattr(m, "log_dict") and hasattr(m, "log")]
     before = [{name: s[name] for name in _SPEECH if name in s} for s in speakers]
     try:
         for speaker in speakers:
             speaker.update(dict.fromkeys(_SPEECH, _ignore))
+        if run is not None:
+            wandb.log = _ignore
+            vars(run)["log"] = _ignore
         if trainer is not None:
             from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -117,6 +215,9 @@ def muted(module: nn.Module) -> Iterator[None]:
             speaker.update(own)
         if loggers is not None:
             trainer.loggers = loggers
+        if run is not None:
+            wandb.log = wandb_log
+            vars(run).pop("log", None)
 
 
 def _ignore(*_: Any, **__: Any) -> None:
@@ -127,14 +228,29 @@ def _ignore(*_: Any, **__: Any) -> None:
 def _mode(module: nn.Module, training: bool) -> Iterator[None]:
     """Sets the flags one by one: ``train()`` may be overridden and do more."""
     flags = [(submodule, submodule.training) for submodule in module.modules()]
+    trains = _training_modes(module)
     try:
-        for submodule, was_training in flags:
-            # A submodule that the user keeps in evaluation mode (a frozen backbone) stays there.
-            submodule.training = training and (was_training or not module.training)
+        for submodule, _ in flags:
+            submodule.training = training and trains[submodule]
         yield
     finally:
         for submodule, was_training in flags:
             submodule.training = was_training
+
+
+def _training_modes(module: nn.Module) -> dict[nn.Module, bool]:
+    """Returns which parts stand in training mode while ``module`` trains.
+
+    A part that the user keeps in evaluation mode (a frozen backbone) stays there. In a validation
+    all parts are in evaluation mode; Lightning has noted how they were.
+    """
+    if module.training:
+        return {part: part.training for part in module.modules()}
+    trainer: Any = getattr(module, "_trainer", None)
+    noted: dict[str, bool] = {}
+    if trainer is not None and trainer.state.fn == "fit":
+        noted = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode
+    return {part: noted.get(name, True) for name, part in module.named_modules()}
 
 
 @contextmanager
@@ -144,19 +260,25 @@ def _twice_differentiable(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         # The fused attention kernels have no double backward.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(m, nn.RNNBase) for m in submodules) and torch.backends.cudnn.enabled:
-            # cuDNN's recurrent kernels have none either.
+        if any(isinstance(m, nn.RNNBase) for m in submodules):
+            # The recurrent kernels of cuDNN and MKL-DNN have none either.
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             cudnn = torch.backends.cudnn
-            stack.enter_context(
-                cudnn.flags(
-                    enabled=False,
-                    benchmark=cudnn.benchmark,
-                    deterministic=cudnn.deterministic,
-                    allow_tf32=cudnn.allow_tf32,
+            if cudnn.enabled:
+                stack.enter_context(
+                    cudnn.flags(
+                        enabled=False,
+                        benchmark=cudnn.benchmark,
+                        benchmark_limit=cudnn.benchmark_limit,
+                        deterministic=cudnn.deterministic,
+                        allow_tf32=cudnn.allow_tf32,
+                    )
                 )
-            )
         if any(_is_compiled(m) for m in submodules):
+            from torch._dynamo import config
+
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(config.patch(error_on_nested_fx_trace=False))
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:

@@ -61,7 +61,10 @@ class Objective:
         self.space = space
         self.batches = tuple(_cloned(batch, space.device) for batch in batches)
         if not self.batches:
-            raise ValueError("There is no probe batch: the loader or list of batches is empty.")
+            raise ValueError(
+                "There is no probe batch: the loader or list of batches is empty. Give one at "
+                "least."
+            )
         weights = _weights(self.batches, batch_weight)
         self.num_samples = math.fsum(weights)
         self.weights = tuple(weight / self.num_samples for weight in weights)
@@ -70,6 +73,7 @@ class Objective:
         self._training = mode == "train"
         self._seed = seed
         self._upcast = any(is_half(t) for t in (*module.parameters(), *module.buffers()))
+        self._writes: bool | None = None  # whether the loss changes parameters in place
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -79,8 +83,7 @@ class Objective:
 
     def point(self) -> tuple[Tensor, ...]:
         """Returns the present parameter values, detached, in the precision of the space."""
-        values = self.space.values(self._module)
-        return tuple(value.to(self.space.dtype) for value in values)
+        return self.space.values(self._module)
 
     def batch_loss(self, parameters: Sequence[Tensor], index: int) -> Tensor:
         """Returns the mean loss of one batch, a scalar, at the given parameter values.
@@ -92,10 +95,17 @@ class Objective:
         batch = apply_to_collection(self.batches[index], Tensor, torch.clone)
         if self._upcast:
             batch = apply_to_collection(batch, Tensor, upcast)
-        state = self._constants()
-        for name, value in zip(self.space.names, parameters, strict=True):
-            state[f"module.{name}"] = value
-        loss = functional_call(self._call, state, (batch, index))
+        state = self._state(parameters)
+        given = state
+        if self._writes is not False:
+            # Some losses clamp weights or move a teacher along: let them do it to copies.
+            state = {name: tensor.clone() for name, tensor in given.items()}
+        loss = functional_call(
+            self._call, {f"module.{n}": t for n, t in state.items()}, (batch, index)
+        )
+        if self._writes is None:
+            parts = dict(self._module.named_parameters())
+            self._writes = any(not torch.equal(state[n], given[n]) for n in parts)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise MeasurementError(
@@ -111,24 +121,23 @@ class Objective:
             MeasurementError: The loss of a batch is NaN or infinite.
         """
         point, total = self.point(), 0.0
-        with torch.no_grad():
-            for index, weight in enumerate(self.weights):
-                loss = float(self.batch_loss(point, index))
-                if not math.isfinite(loss):
-                    raise MeasurementError(
-                        f"The loss of probe batch {index} is {loss}, so the Hessian is undefined. "
-                        "The run may have diverged (lower the learning rate), or the batch holds "
-                        "NaN."
-                    )
-                total += weight * loss
+        for index, weight in enumerate(self.weights):
+            loss = float(self.batch_loss(point, index).detach())
+            if not math.isfinite(loss):
+                raise MeasurementError(
+                    f"The loss of probe batch {index} is {loss}, so the Hessian is undefined. "
+                    "The run may have diverged (lower the learning rate), or the batch holds NaN."
+                )
+            total += weight * loss
         return total
 
-    def _constants(self) -> dict[str, Tensor]:
-        """Copies of the buffers, and in half precision also the parameters left out."""
-        state = {f"module.{n}": upcast(b).clone() for n, b in self._module.named_buffers()}
-        if self._upcast:
-            for name, parameter in self._module.named_parameters():
-                state[f"module.{name}"] = upcast(parameter.detach())
+    def _state(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Returns what to evaluate the module with: parameters given, all others constant."""
+        state = {n: upcast(b).clone() for n, b in self._module.named_buffers()}
+        for name, parameter in self._module.named_parameters():
+            constant = parameter.detach()
+            state[name] = upcast(constant) if self._upcast else constant
+        state.update(zip(self.space.names, parameters, strict=True))
         return state
 
 

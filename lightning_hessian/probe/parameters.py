@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,14 @@ class ParameterSpace:
     Attributes:
         names: Names in the module, n_p of them.
         shapes: Their shapes.
-        dtype: Precision of vectors in this space: the widest of the parameters, at least float32
-            (half-precision parameters are measured in float32).
+        dtypes: The precision each is measured in: its own, or float32 for half precision.
+        dtype: Precision of vectors in this space, the widest of these.
         device: Where vectors live.
     """
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -69,13 +71,14 @@ class ParameterSpace:
         chosen = _chosen(aliases, selection)
         for parameter in chosen:
             _check_supported(aliases[parameter][0], parameter)
-        dtype = torch.float32
-        for parameter in chosen:
-            dtype = torch.promote_types(dtype, parameter.dtype)
+        dtypes = tuple(
+            torch.float32 if is_half(parameter) else parameter.dtype for parameter in chosen
+        )
         return cls(
             names=tuple(aliases[parameter][0] for parameter in chosen),
             shapes=tuple(parameter.shape for parameter in chosen),
-            dtype=dtype,
+            dtypes=dtypes,
+            dtype=functools.reduce(torch.promote_types, dtypes),
             device=chosen[0].device,
         )
 
@@ -90,9 +93,12 @@ class ParameterSpace:
         return sum(self.sizes)
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Returns the parts of a vector [n], one view in the shape of each parameter."""
-        parts = torch.split(vector, self.sizes)
-        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+        """Returns the parts of a vector [n] in the shapes of the parameters.
+
+        The parts are views, but for parameters of lower precision than the vector.
+        """
+        parts = zip(torch.split(vector, self.sizes), self.shapes, self.dtypes, strict=True)
+        return tuple(part.view(shape).to(dtype) for part, shape, dtype in parts)
 
     def flatten(self, parts: Iterable[Tensor]) -> Tensor:
         """Returns one vector [n] from one tensor for each parameter; the inverse of `split`."""
@@ -131,7 +137,9 @@ def _chosen(
     if selection is None:
         return list(trainable)
     if callable(selection):
-        chosen = [p for p, names in trainable.items() if any(selection(n, p) for n in names)]
+        chosen = [
+            p for p, names in trainable.items() if any(selection(_clean(n), p) for n in names)
+        ]
         if not chosen:
             raise ValueError(
                 f"parameters={selection!r} accepts none of the {len(trainable)} trainable "

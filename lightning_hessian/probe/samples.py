@@ -17,7 +17,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_hessian.probe.isolation import preserved_rng, seed_everything
+from lightning_hessian.probe.isolation import preserved_generators, preserved_rng, seed_everything
 
 _UNIFORM = (SequentialSampler, RandomSampler, DistributedSampler)
 
@@ -51,13 +51,16 @@ def draw_batches(
             f"data={type(loader).__name__} is an iterator, which can be walked only once. Give a "
             "DataLoader or a list of batches."
         )
-    with preserved_rng():
+    with preserved_rng(), preserved_generators(loader, seed):
         seed_everything(seed)
         if isinstance(loader, DataLoader):
             loader = _apart(loader, num_batches, seed, first_samples)
         batches = list(itertools.islice(iter(loader), num_batches))
     if not batches:
-        raise ValueError("The probe data is empty: its loader yields no batch.")
+        raise ValueError(
+            "The probe data is empty: its loader yields no batch. Check its dataset and sampler, "
+            "or give other data."
+        )
     return batches
 
 
@@ -81,21 +84,29 @@ def _apart(
         order = _order(loader.batch_sampler.sampler, dataset, generator, first_samples)
         chunks = _chunks(itertools.islice(order, num_batches * size), size)
     else:
-        chunks = list(itertools.islice(copy.copy(loader.batch_sampler), num_batches))
+        chunks = list(itertools.islice(_copied(loader.batch_sampler, dataset), num_batches))
     return DataLoader(dataset, batch_sampler=chunks, collate_fn=collate, generator=generator)
 
 
 def _order(
     sampler: Any, dataset: Any, generator: torch.Generator, first_samples: int | None
 ) -> Iterable[int]:
-    if isinstance(sampler, _UNIFORM):
-        size = len(dataset) if first_samples is None else min(first_samples, len(dataset))
+    own = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    if own is not None:  # a sampler of the user's own that Lightning distributes over ranks
+        sampler = own
+    if type(sampler) in _UNIFORM:
+        source: Any = (
+            sampler.dataset if type(sampler) is DistributedSampler else sampler.data_source
+        )
+        size = len(source) if first_samples is None else min(first_samples, len(source))
         return torch.randperm(size, generator=generator).tolist()
     # A sampler of the user's own (a subset, weights) says what training sees: follow a copy of it.
-    apart = copy.copy(sampler)
-    if getattr(apart, "generator", None) is not None:
-        apart.generator = generator
-    return apart
+    return _copied(sampler, dataset)
+
+
+def _copied(sampler: Any, dataset: Any) -> Any:
+    """Returns a copy with generators of its own, without copying the dataset."""
+    return copy.deepcopy(sampler, memo={id(dataset): dataset})
 
 
 def _chunks(order: Iterable[int], size: int) -> list[list[int]]:

@@ -64,8 +64,8 @@ def lanczos(
     which fight torch's for the cores (three times slower steps on two cores).
 
     A Krylov space holds one vector of each eigenspace, so copies of a repeated eigenvalue appear
-    late, by rounding. Therefore K converged pairs are not taken at their word: the search goes on
-    from a new random vector for ``num_checks`` steps, and ends only if nothing larger turns up.
+    late, by rounding. Therefore K converged pairs are not taken at their word: a search from a new
+    random vector follows, and the result is final only if it turns up nothing larger.
 
     A residual bound adds up the classical Lanczos estimate and the measured departure of the
     products from symmetry and from the recurrence, so that it stays honest where rounding, not
@@ -80,7 +80,8 @@ def lanczos(
         max_products: Bound on products; by default ``default_bound(K)``.
         max_basis: m, at most so many vectors are held before a restart; by default
             ``default_basis(K)``, or as many as fit half the free memory.
-        num_checks: Steps of the search for missed copies; by default 8 + K / 20, 0 for none.
+        num_checks: Steps of the search for missed copies; by default 10, or a fifth of the steps
+            before it if that is more. 0 for no search; more where eigenvalues are known to repeat.
         seed: Of the start vector.
         should_stop: Asked after every product; True ends the iteration with what there is.
 
@@ -119,8 +120,6 @@ def lanczos(
             f"A basis of {max_basis} vectors is too small for {num_eigenvalues} eigenvalues; "
             f"it must hold at least {least}."
         )
-    if num_checks is None:
-        num_checks = 8 + num_eigenvalues // 20
     iteration = _Iteration(operator, num_eigenvalues, tol, max_basis, seed)
     return iteration.run(max_products, num_checks, should_stop)
 
@@ -175,9 +174,10 @@ class _Iteration:
         self.pending = [self._random()]
         self.scale = 0.0  # largest coefficient so far, an estimate of the norm of the operator
         self.num_products = 0
+        self.searching = False
 
     def run(
-        self, max_products: int, num_checks: int, should_stop: Callable[[], bool] | None
+        self, max_products: int, num_checks: int | None, should_stop: Callable[[], bool] | None
     ) -> RitzPairs:
         """Iterates until converged, searches for missed copies, and returns the pairs."""
         next_check = self.wanted + 2
@@ -193,15 +193,17 @@ class _Iteration:
             if found is not None:
                 if not self._has_more(ritz, found):
                     return dataclasses.replace(found, num_products=self.num_products)
-                found = None
+                found, self.searching = None, False
             stopped = self._verdict(ritz)
             if stopped is None and last:
                 stopped = "interrupted" if interrupted else "bound"
-            if stopped in ("converged", "precision") and num_checks and not last:
-                self._restart(ritz, room=num_checks)
+            if stopped in ("converged", "precision") and num_checks != 0 and not last:
+                room = num_checks or max(10, self.num_products // 5)
+                self._restart(ritz, only=self.wanted)  # so that what comes next is new
                 found = self._result(ritz, stopped, self.basis.vectors[: self.count])
                 self.pending.insert(0, self._random())
-                next_check = min(self.count + num_checks, self.capacity)
+                self.searching = True
+                next_check = min(self.count + room, self.capacity)
                 continue
             if stopped is not None:
                 self.basis.rotate(ritz.rotation[:, -self.wanted :])
@@ -234,7 +236,9 @@ class _Iteration:
         elif beta > 10 * torch.finfo(self.operator.dtype).eps * self.scale:
             coupling = torch.zeros(self.count, dtype=torch.float64)
             coupling[j] = beta
-            self.pending.append(_Pending(product.div_(beta), coupling))
+            rest = _Pending(product.div_(beta), coupling)
+            # A search goes on from what is new; what is older waits until it has ended.
+            self.pending.insert(0 if self.searching else len(self.pending), rest)
         elif not self.pending:
             self.pending.append(self._random())  # an invariant subspace
 
@@ -313,16 +317,16 @@ class _Iteration:
         allowed = torch.from_numpy(found.residuals[::-1].copy()) + self.tol * values.abs()
         return bool((ritz.values[-self.wanted :] > values + allowed).any())
 
-    def _restart(self, ritz: _Ritz, room: int = 1) -> None:
+    def _restart(self, ritz: _Ritz, only: int | None = None) -> None:
         """Keeps the best Ritz vectors and what is pending, and goes on from there.
 
         Args:
             ritz: The Ritz pairs.
-            room: So many steps must fit before the next restart.
+            only: How many of the best to keep; by default a third more than are wanted.
         """
         m = self.count
-        kept = self.wanted + (m - self.wanted) // 3
-        kept = max(min(kept, m - 1, self.capacity - 1 - room), min(self.wanted, m - 1))
+        kept = self.wanted + (m - self.wanted) // 3 if only is None else only
+        kept = max(min(kept, m - 1, self.capacity - 2), min(self.wanted, m - 1))
         keep = [0, *range(m - kept, m)]  # the lowest too, for lambda_min
         self.basis.rotate(ritz.rotation[:, keep])
         self.count = k = len(keep)

@@ -43,19 +43,20 @@ class History:
 
 
 def correlation_scalars(
-    correlations: Mapping[tuple[str, str], Correlation],
+    correlations: Mapping[tuple[str, str], Correlation], prefix: str = ""
 ) -> dict[str, float]:
     """Returns the logged keys of correlations; empty where there are none.
 
-    ``correlation/num_points`` is the number of points behind the weakest of them.
+    ``correlation/num_points`` is the number of points behind the weakest of them. A ``prefix``
+    stands before the name of each statistic, and before ``num_points``.
     """
     if not correlations:
         return {}
     scalars = {
-        f"correlation/pearson_{key_part(statistic)}_{key_part(monitor)}": correlation.r
+        f"correlation/pearson_{prefix}{key_part(statistic)}_{key_part(monitor)}": correlation.r
         for (statistic, monitor), correlation in correlations.items()
     }
-    scalars["correlation/num_points"] = min(c.num_points for c in correlations.values())
+    scalars[f"correlation/{prefix}num_points"] = min(c.num_points for c in correlations.values())
     return scalars
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.results import BlockStructure, HessianSpectrum
 from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.statistics.power_law import fit_power_law
 
@@ -50,6 +50,14 @@ def spectrum_scalars(
         scalars["trace_std_error"] = spectrum.trace_std_error
     leading = spectrum.leading
     scalars["num_fitted"] = len(leading)
+    if len(leading) == 0:
+        why = (
+            "the largest eigenvalue is not positive (a maximum, or the loss has the wrong sign)"
+            if spectrum.converged[0]
+            else "the largest eigenvalue has not converged (raise max_hvps or the time allowed)"
+        )
+        absent.append(f"No power law was fitted to the eigenvalues or their gaps: {why}.")
+        return scalars, absent
     try:
         fit = fit_power_law(leading, significance=significance)
         scalars |= {
@@ -69,3 +77,23 @@ def spectrum_scalars(
     except ValueError as error:
         absent.append(f"No power law was fitted to the eigengaps: {error}")
     return scalars, absent
+
+
+def block_scalars(blocks: BlockStructure) -> dict[str, float]:
+    """Returns the statistics of a block structure, name to value; those without value are absent.
+
+    Where the blocks are cut from two layers, w before v, ``block_share_ww``, ``block_share_wv``
+    and ``block_share_vv`` are the shares of the squared norm of H in the three families of blocks
+    (HBS, dynamic force: training makes H_wv vanish).
+    """
+    scalars = {
+        "block_off_diagonal_ratio": blocks.off_diagonal_ratio,
+        "block_off_diagonal_ratio_std_error": blocks.off_diagonal_ratio_std_error,
+        "block_off_diagonal_share": blocks.off_diagonal_share,
+        "block_heterogeneity": blocks.mean_heterogeneity,
+    }
+    if len(set(blocks.groups)) == 2:
+        shares = blocks.families.values()
+        names = ("block_share_ww", "block_share_wv", "block_share_vv")
+        scalars |= dict(zip(names, shares, strict=True))
+    return {name: value for name, value in scalars.items() if value is not None}

@@ -1,0 +1,167 @@
+"""`GradientStructureCallback`: the structure of a run's stochastic gradients, live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_hessian.callbacks.measurement import MeasurementCallback
+from lightning_hessian.callbacks.schedule import Schedule
+from lightning_hessian.measure_gradients import check_options, check_size, gradient_structure
+from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
+from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.results import GradientStructure
+from lightning_hessian.statistics.power_law import critical_value
+from lightning_hessian.tracking.gradient_scalars import CORRELATED, gradient_scalars
+
+
+class GradientStructureCallback(MeasurementCallback):
+    """Measures spectra and tests of the stochastic gradients at validations, and logs them.
+
+    Logged in the row of the validation metrics, all under ``gradient/``. Of the covariance's top
+    eigenvalues: ``d_ks``, ``d_c``, ``power_law``, ``p_value``, ``beta_hat``, ``beta_sigma``,
+    ``s_hat``, ``lambda_1``, ``trace``, ``num_outliers``, ``eigengap_d_ks``, ``eigengap_s_hat``,
+    ``num_eigenvalues``, ``num_fitted``. Of the gradients' entries: ``power_law_rate`` and
+    ``dimension_gaussian_rate`` over dimensions, ``gaussian_rate`` and
+    ``iteration_power_law_rate`` over iterations. Besides: ``mean_gradient_norm``,
+    ``num_gradients``, ``seconds``. From four measurements on also
+    ``correlation/pearson_gradient_<statistic>_<monitor>`` and ``correlation/gradient_num_points``.
+    A statistic that cannot be computed is absent, and a warning says why.
+
+    Training is not touched: the weights of a run with and without the callback are the same bits.
+
+    Args:
+        num_gradients: T, how many mini-batch gradients are taken at a measurement.
+        batch_size: B, samples of each; by default the loader's batches are taken as they come
+            where there are T of them, and else T of the same size drawn from their samples.
+        num_eigenvalues: K, how many of the largest eigenvalues are fitted; well below T, since
+            the end of a sampled spectrum falls off.
+        monitor: The metric, or metrics, to correlate the statistics with.
+        every_n_validations: Measure at every n-th validation, or a schedule object.
+        data: Where gradients are taken: ``"train"``, ``"val"`` (the first loader), a DataLoader,
+            or a list of batches. Training samples are drawn apart from training's own order.
+        num_batches: How many batches of the loader are drawn and kept on the device; where they
+            are fewer than T, mini-batches are drawn from their samples in shuffled passes.
+        loss_fn: ``loss_fn(module, batch) -> mean loss``; else the module's ``hessian_loss(batch)``;
+            else its ``training_step`` with logging muted.
+        parameters: Which parameters: ``None`` (all that require grad), a glob or a list of globs,
+            a regex, or a predicate ``(name, parameter) -> bool``.
+        tests: Whether to test the entries of the gradients too, which takes 4 T n bytes.
+        max_tested: Test at most so many gradients and so many parameters, drawn at random; None
+            for all.
+        clip_norm: Scale gradients of a larger norm down to it.
+        preconditioner: ``"adam"``, or None; see `gradient_structure`.
+        time_budget: Share of the training time (``0.05``), or seconds a measurement may take.
+        mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
+        memory_budget: Bytes that gradients may take, by default half of what is free; above it
+            they lie in a file.
+        directory: Where that file lies.
+        significance: Level of all tests.
+        during_validate: Whether ``trainer.validate()`` measures too.
+        on_error: ``"warn"`` and train on, or ``"raise"``, when a measurement fails.
+        seed: Of everything random here.
+
+    Raises:
+        ValueError: Arguments that are wrong by themselves; in ``fit``, before training, those
+            that do not fit the module.
+
+    Attributes:
+        last_structure: The `GradientStructure` of the last measurement, None before the first.
+
+    Example:
+        >>> callback = GradientStructureCallback(num_gradients=100, monitor="val_loss")
+        >>> callback.history
+        []
+    """
+
+    prefix = "gradient"
+    correlated = CORRELATED
+    correlation_prefix = "gradient_"
+    cost_arguments = "num_gradients, batch_size, max_tested"
+
+    def __init__(
+        self,
+        *,
+        num_gradients: int = 200,
+        batch_size: int | None = None,
+        num_eigenvalues: int = 50,
+        monitor: str | Sequence[str] = "val_loss",
+        every_n_validations: int | Schedule = 1,
+        data: str | Iterable[Any] = "train",
+        num_batches: int = 200,
+        loss_fn: LossFunction | None = None,
+        parameters: ParameterSelection = None,
+        tests: bool = True,
+        max_tested: int | None = 10_000,
+        clip_norm: float | None = None,
+        preconditioner: str | None = None,
+        time_budget: float | None = None,
+        mode: Mode = "eval",
+        memory_budget: float | None = None,
+        directory: str | Path | None = None,
+        significance: float = 0.05,
+        during_validate: bool = False,
+        on_error: str = "warn",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            monitor=monitor,
+            every_n_validations=every_n_validations,
+            data=data,
+            num_batches=num_batches,
+            time_budget=time_budget,
+            during_validate=during_validate,
+            on_error=on_error,
+            seed=seed,
+        )
+        check_options(
+            num_eigenvalues, num_gradients, preconditioner, max_tested, tests, mode, clip_norm
+        )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; a mini-batch needs at least one sample.")
+        critical_value(num_eigenvalues, significance)
+        self.num_gradients = num_gradients
+        self.batch_size = batch_size
+        self.num_eigenvalues = num_eigenvalues
+        self.loss_fn = loss_fn
+        self.parameters = parameters
+        self.tests = tests
+        self.max_tested = max_tested
+        self.clip_norm = clip_norm
+        self.preconditioner = preconditioner
+        self.mode = mode
+        self.memory_budget = memory_budget
+        self.directory = directory
+        self.significance = significance
+        self.last_structure: GradientStructure | None = None
+
+    def check(self, pl_module: Any) -> None:
+        """Raises ValueError where the arguments do not fit the module; called before training."""
+        check_size(ParameterSpace.select(pl_module, self.parameters).size, self.tests)
+        resolve_loss(pl_module, self.loss_fn)
+
+    def measure(
+        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+    ) -> tuple[dict[str, float], list[str]]:
+        """Returns the statistics of the present gradients, and reasons for what is absent."""
+        self.last_structure = gradient_structure(
+            pl_module,
+            self.loss_fn,
+            batches,
+            num_gradients=self.num_gradients,
+            batch_size=self.batch_size,
+            num_eigenvalues=self.num_eigenvalues,
+            parameters=self.parameters,
+            tests=self.tests,
+            max_tested=self.max_tested,
+            clip_norm=self.clip_norm,
+            preconditioner=self.preconditioner,
+            mode=self.mode,
+            significance=self.significance,
+            memory_budget=self.memory_budget,
+            directory=self.directory,
+            max_seconds=max_seconds,
+            seed=self.seed,
+        )
+        return gradient_scalars(self.last_structure, self.significance)

@@ -1,0 +1,266 @@
+"""The front door without Lightning, third part: the structure of stochastic gradients."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_hessian.operators.gradient_history import GradientHistory
+from lightning_hessian.operators.gradients import (
+    GradientRows,
+    MiniBatchGradients,
+    adam_preconditioner,
+)
+from lightning_hessian.operators.gram import combinations, gram_matrix, spectra
+from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.probe.isolation import isolated
+from lightning_hessian.probe.minibatches import draw_minibatches
+from lightning_hessian.probe.objective import LossFunction, Mode
+from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.results import GradientStructure, MeasurementError, RowTests
+from lightning_hessian.statistics.gaussianity import MIN_POINTS, row_tests
+
+
+def gradient_structure(
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+    data: Any,
+    *,
+    num_gradients: int | None = None,
+    batch_size: int | None = None,
+    num_eigenvalues: int = 1000,
+    parameters: ParameterSelection = None,
+    tests: bool = True,
+    max_tested: int | None = None,
+    clip_norm: float | None = None,
+    preconditioner: str | None = None,
+    num_eigenvectors: int = 0,
+    mode: Mode = "eval",
+    significance: float = 0.05,
+    memory_budget: float | None = None,
+    directory: str | Path | None = None,
+    max_seconds: float | None = None,
+    seed: int = 0,
+) -> GradientStructure:
+    """Returns spectra and tests of the gradients of T mini-batches at the present parameters.
+
+    T gradients give all non-zero eigenvalues of their second moment and covariance exactly, from
+    the T x T matrix of their inner products. The model is left exactly as it was: parameters,
+    buffers, ``.grad``, random number generators, modes and global flags.
+
+    Args:
+        model: Any module. Half-precision parameters are measured in float32.
+        loss_fn: ``loss_fn(model, batch) -> mean loss``; ``None`` as in `hessian_spectrum`.
+        data: A DataLoader, a map-style Dataset, or batches, from which T mini-batches of B
+            samples are drawn in shuffled passes; see `probe.minibatches.draw_minibatches`.
+        num_gradients: T; by default as many as one pass over the data makes.
+        batch_size: B; by default the loader's, or the size of the first batch. 1 for per-sample
+            gradients.
+        num_eigenvalues: K, how many of the largest eigenvalues; fewer where T - 1 or n is smaller.
+        parameters: Which parameters, as in `hessian_spectrum`.
+        tests: Whether to test the entries of the gradients, over dimensions and over iterations.
+            This takes G whole, 4 T n bytes in memory or in a file; spectra alone do not.
+        max_tested: Test at most so many gradients, and so many parameters, drawn at random.
+        clip_norm: Scale gradients of a larger norm down to it.
+        preconditioner: ``"adam"`` multiplies each gradient by ``1 / (sqrt(v) + 1e-8)``, where v
+            is the mean of the T squared (clipped) gradients.
+        num_eigenvectors: How many eigenvectors of the covariance to return.
+        mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
+        significance: Level of the tests.
+        memory_budget: Bytes that gradients and Gram matrix may take at a time, by default half of
+            what is free. Above it, G lies in a file; without tests, gradients are computed anew.
+        directory: Where that file lies; by default the system's folder for temporary files.
+        max_seconds: After so many seconds no further gradients are computed.
+        seed: Of everything random here.
+
+    Raises:
+        ValueError: A parameter selection without match, data that do not make T mini-batches,
+            fewer than 2 gradients (20 with tests), an unknown mode or preconditioner.
+        MeasurementError: A gradient that is NaN or infinite, a loss without gradient, too little
+            memory, or time was up at once.
+
+    Source: SG, sections 2 to 4.
+
+    Example:
+        >>> torch.manual_seed(0)
+        <torch._C.Generator ...>
+        >>> model = nn.Linear(9, 3)
+        >>> data = [(torch.randn(256, 9), torch.randint(3, (256,)))]
+        >>> def loss_fn(model, batch):
+        ...     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> found = gradient_structure(model, loss_fn, data, batch_size=8, num_gradients=100)
+        >>> found.num_gradients, found.num_parameters, len(found.covariance)
+        (100, 30, 30)
+    """
+    start = time.monotonic()
+    space = ParameterSpace.select(model, parameters)
+    check_options(
+        num_eigenvalues, num_gradients, preconditioner, max_tested, tests, mode, clip_norm
+    )
+    check_size(space.size, tests)
+    minibatches = draw_minibatches(
+        data, batch_size=batch_size, num_minibatches=num_gradients, seed=seed
+    )
+    _check_enough(len(minibatches), tests)
+    source = MiniBatchGradients(
+        model, loss_fn, minibatches, space, mode=mode, clip_norm=clip_norm, seed=seed
+    )
+    budget = _left_by_gram(memory_budget, source, tests)
+
+    def should_stop() -> bool:
+        return max_seconds is not None and time.monotonic() - start > max_seconds
+
+    gradients: GradientRows = source
+    with isolated(model, training=mode == "train"):
+        if tests:
+            gradients = GradientHistory.collect(
+                source, memory_budget=budget, directory=directory, should_stop=should_stop
+            )
+        if preconditioner is not None:
+            gradients.precondition(adam_preconditioner(gradients))
+        gram = gram_matrix(gradients, memory_budget=budget, should_stop=should_stop)
+        count = len(gram)
+        _check_count(count, len(minibatches), tests)
+        found = spectra(gram, num_eigenvalues, space.size, num_eigenvectors)
+        del gram
+        vectors = None if found.weights is None else combinations(gradients, found.weights)
+    dimension_tests, iteration_tests = (
+        _tests(gradients, max_tested, significance, seed)
+        if isinstance(gradients, GradientHistory)
+        else (None, None)
+    )
+    return GradientStructure(
+        covariance=found.covariance,
+        second_moment=found.second_moment,
+        covariance_trace=found.covariance_trace,
+        second_moment_trace=found.second_moment_trace,
+        mean_gradient_norm=found.mean_norm,
+        dimension_tests=dimension_tests,
+        iteration_tests=iteration_tests,
+        loss=float(source.losses[:count].mean()),
+        num_parameters=space.size,
+        num_gradients=count,
+        batch_size=minibatches.batch_size,
+        num_computed=source.num_computed,
+        seconds=time.monotonic() - start,
+        engine=source.engine,
+        dtype=str(space.dtype).removeprefix("torch."),
+        eigenvectors=vectors,
+    )
+
+
+def check_options(
+    num_eigenvalues: int,
+    num_gradients: int | None,
+    preconditioner: str | None,
+    max_tested: int | None,
+    tests: bool,
+    mode: str,
+    clip_norm: float | None,
+) -> None:
+    """Checks what can be checked without model and data.
+
+    Raises:
+        ValueError: A count is too small, or a name unknown.
+    """
+    if num_eigenvalues < 1:
+        raise ValueError(f"num_eigenvalues={num_eigenvalues}; at least one is needed.")
+    if num_gradients is not None:
+        _check_enough(num_gradients, tests)
+    if preconditioner not in (None, "adam"):
+        raise ValueError(f"preconditioner={preconditioner!r} is unknown; give 'adam' or None.")
+    if max_tested is not None and max_tested < 1:
+        raise ValueError(f"max_tested={max_tested}; give at least 1, None for all, or tests=False.")
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
+    if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ValueError(f"clip_norm={clip_norm}; give a positive norm, or None.")
+
+
+def check_size(num_parameters: int, tests: bool) -> None:
+    """Checks that gradients are long enough for the tests.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if tests and num_parameters < MIN_POINTS:
+        raise ValueError(
+            f"{num_parameters} parameters are too few to be tested (at least {MIN_POINTS}); give "
+            "tests=False."
+        )
+
+
+def _check_enough(num_gradients: int, tests: bool) -> None:
+    if num_gradients < _least(tests):
+        raise ValueError(
+            f"num_gradients={num_gradients} is too few: tests need {MIN_POINTS}, spectra alone "
+            "(tests=False) 2. Raise it, lower batch_size, or bring more data."
+        )
+
+
+def _least(tests: bool) -> int:
+    return MIN_POINTS if tests else 2
+
+
+def _left_by_gram(memory_budget: float | None, gradients: MiniBatchGradients, tests: bool) -> float:
+    """Returns what the Gram matrix leaves of the budget.
+
+    Raises:
+        MeasurementError: Not even the Gram matrix fits, which the eigensolver copies once.
+    """
+    if memory_budget is None:
+        memory_budget = free_bytes(torch.device("cpu") if tests else gradients.device) / 2
+    gram_bytes = 8 * gradients.num_gradients**2
+    if 2 * gram_bytes > memory_budget:
+        raise MeasurementError(
+            f"The inner products of {gradients.num_gradients} gradients take "
+            f"{2 * gram_bytes / 1e9:.1f} GB, and {memory_budget / 1e9:.1f} GB may be used. Lower "
+            "num_gradients or raise memory_budget."
+        )
+    return memory_budget - gram_bytes
+
+
+def _check_count(count: int, wanted: int, tests: bool) -> None:
+    """Says where time cut the gradients short, or raises if too few are left."""
+    least = _least(tests)
+    if count < least:
+        raise MeasurementError(
+            f"The time was up after {count} gradients, and at least {least} are needed. Allow "
+            "more, or lower num_gradients or batch_size."
+        )
+    if count < wanted:
+        warnings.warn(
+            f"The time was up after {count} of {wanted} gradients; allow more or lower "
+            "num_gradients.",
+            stacklevel=3,
+        )
+
+
+def _tests(
+    history: GradientHistory, max_tested: int | None, significance: float, seed: int
+) -> tuple[RowTests, RowTests]:
+    """Returns the tests over dimensions and over iterations."""
+    rng = np.random.default_rng(seed)
+
+    def chosen(count: int) -> np.ndarray | None:
+        if max_tested is None or max_tested >= count:
+            return None
+        return np.sort(rng.choice(count, max_tested, replace=False))
+
+    return (
+        row_tests(
+            history.by_gradient(chosen(history.num_gradients)),
+            significance=significance,
+            seed=seed,
+        ),
+        row_tests(
+            history.by_parameter(chosen(history.size)), significance=significance, seed=seed + 1
+        ),
+    )

@@ -1,0 +1,163 @@
+"""Spectral densities by stochastic Lanczos quadrature, of a whole operator or a diagonal block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.results import FloatArray, MeasurementError, SpectralDensity
+from lightning_hessian.solvers.basis import KrylovBasis
+
+
+class RestrictedOperator:
+    """The diagonal block of an operator on some of its coordinates.
+
+    Args:
+        operator: Symmetric operator of order n.
+        coordinates: int64 [m], which of them; vectors of the block are in this order.
+
+    Example:
+        >>> from lightning_hessian.operators.linear import MatrixOperator
+        >>> matrix = torch.tensor([[1.0, 9.0, 2.0], [9.0, 9.0, 9.0], [2.0, 9.0, 3.0]])
+        >>> block = RestrictedOperator(MatrixOperator(matrix), torch.tensor([0, 2]))
+        >>> block.matvec(torch.ones(2))
+        tensor([3., 5.])
+    """
+
+    def __init__(self, operator: SymmetricOperator, coordinates: Tensor) -> None:
+        self.operator = operator
+        self.coordinates = coordinates.to(operator.device)
+        self.size = len(coordinates)
+        self.dtype, self.device = operator.dtype, operator.device
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Returns the product with a vector [m], a new tensor [m]."""
+        return self.matmat(vector[None])[0]
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of [b, m], a new tensor [b, m]."""
+        whole = vectors.new_zeros(len(vectors), self.operator.size)
+        whole[:, self.coordinates] = vectors
+        return self.operator.matmat(whole)[:, self.coordinates]
+
+
+def spectral_density(
+    operator: SymmetricOperator,
+    *,
+    num_steps: int = 80,
+    num_probes: int = 4,
+    seed: int = 0,
+    should_stop: Callable[[], bool] | None = None,
+) -> SpectralDensity | None:
+    """Returns the density of the eigenvalues, by Lanczos from probes of random signs.
+
+    From each probe, m steps with full reorthogonalisation give m Ritz values and, as the squares
+    of the first components of the projected eigenvectors, their weights: a Gauss quadrature whose
+    mean over probes is unbiased for all moments below 2 m (Ubaru, Chen and Saad 2017). Where the
+    order is at most ``num_steps * num_probes``, the products with all unit vectors cost no more
+    and give the eigenvalues themselves.
+
+    Memory: m + 2 vectors, or n^2 numbers if exact. Work: m products for each probe.
+
+    Args:
+        operator: Symmetric operator of order n.
+        num_steps: m, steps from each probe.
+        num_probes: Probes, each with the same weight.
+        seed: Of the probes.
+        should_stop: Asked after every product; True ends with the probes completed.
+
+    Returns:
+        The density, or None where time was up before the first probe was done.
+
+    Raises:
+        ValueError: Fewer than one step or probe.
+        MeasurementError: A product is NaN or infinite.
+
+    Example:
+        >>> from lightning_hessian.operators.linear import MatrixOperator
+        >>> spectral_density(MatrixOperator(torch.diag(torch.tensor([3.0, 1.0])))).nodes
+        array([1., 3.])
+    """
+    if num_steps < 1 or num_probes < 1:
+        raise ValueError(f"num_steps={num_steps}, num_probes={num_probes}; each is at least 1.")
+    if operator.size <= num_steps * num_probes:
+        return _all_eigenvalues(operator, should_stop)
+    generator = torch.Generator().manual_seed(seed)
+    nodes, weights, num_products = [], [], 0
+    for _ in range(num_probes):
+        signs = torch.randint(0, 2, (operator.size,), generator=generator)
+        start = (2 * signs - 1).to(operator.device, operator.dtype)
+        found = _gauss_rule(operator, start, num_steps, should_stop)
+        if found is None:
+            break
+        nodes.append(found[0])
+        weights.append(found[1])
+        num_products += len(found[0])
+    if not nodes:
+        return None
+    return SpectralDensity(
+        nodes=np.concatenate(nodes),
+        weights=np.concatenate(weights) / len(nodes),
+        size=operator.size,
+        num_products=num_products,
+        exact=False,
+    )
+
+
+def _all_eigenvalues(
+    operator: SymmetricOperator, should_stop: Callable[[], bool] | None
+) -> SpectralDensity | None:
+    rows = []
+    for unit in torch.eye(operator.size, dtype=operator.dtype, device=operator.device):
+        rows.append(operator.matvec(unit))
+        if should_stop is not None and len(rows) < operator.size and should_stop():
+            return None
+    matrix = torch.stack(rows).to("cpu", torch.float64)
+    _check_finite(matrix)
+    nodes = torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy()
+    weights = np.full(len(nodes), 1 / len(nodes))
+    return SpectralDensity(nodes, weights, operator.size, operator.size, True)
+
+
+def _gauss_rule(
+    operator: SymmetricOperator,
+    start: Tensor,
+    num_steps: int,
+    should_stop: Callable[[], bool] | None,
+) -> tuple[FloatArray, FloatArray] | None:
+    """Returns nodes and weights of one Lanczos run; None where it was stopped."""
+    basis = KrylovBasis(num_steps, operator.size, dtype=operator.dtype, device=operator.device)
+    projected = torch.zeros(num_steps, num_steps, dtype=torch.float64)
+    negligible = 10 * torch.finfo(operator.dtype).eps
+    vector, scale = start / torch.linalg.vector_norm(start), 0.0
+    count = 0
+    while count < num_steps:
+        basis.vectors[count] = vector
+        product = operator.matvec(basis[count])
+        count += 1
+        removed, norm = basis.orthogonalize(product, count)
+        column = torch.cat([removed, norm.reshape(1)]).to("cpu", torch.float64)
+        _check_finite(column)
+        projected[count - 1, count - 1] = column[count - 1]
+        beta = float(column[-1])
+        scale = max(scale, float(column.abs().max()))
+        if count == num_steps or beta <= negligible * scale:
+            break  # an invariant subspace is all that this probe sees
+        if should_stop is not None and should_stop():
+            return None
+        projected[count, count - 1] = projected[count - 1, count] = beta
+        vector = product.div_(beta)
+    values, vectors = torch.linalg.eigh(projected[:count, :count])
+    return values.numpy(), vectors[0].square().numpy()
+
+
+def _check_finite(found: Tensor) -> None:
+    if not found.isfinite().all():
+        raise MeasurementError(
+            "A product with the operator is NaN or infinite. The gradient may overflow in this "
+            "precision, or an operation has no finite second derivative."
+        )

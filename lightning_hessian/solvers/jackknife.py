@@ -1,0 +1,132 @@
+"""Norms, ratio and share of blocks from samples of their columns, by the jackknife."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_hessian.results import FloatArray
+
+_PRIOR_DEGREES = 4
+"""Weight of the mean relative variance in the standard error of an entry."""
+
+
+class BlockEstimate:
+    """Norms, ratio and share with their standard errors, from exact columns and probed ones.
+
+    An entry of the squared norms is ``weight[i, j] column[i, j] + weight[j, i] column[j, i]``:
+    halves where both columns are of one kind, all of the exact one otherwise. The jackknife
+    leaves out one probe at a time, and shows how every norm changes. Arrays of changes are
+    [k, B, B]: by probe, row and column; zero where a column has had fewer probes.
+    """
+
+    def __init__(
+        self,
+        exact_squares: FloatArray,
+        samples: Sequence[Sequence[FloatArray]],
+        dense: NDArray[np.bool_],
+    ) -> None:
+        self.dense = dense
+        self.counts = np.array([len(column) for column in samples])
+        values = np.zeros((self.counts.max(), *exact_squares.shape))
+        for j, column in enumerate(samples):
+            if column:
+                values[: len(column), :, j] = column
+        self.taken = np.arange(len(values))[:, None] < self.counts  # [k, B]
+        means = values.sum(0) / np.maximum(1, self.counts)
+        weight = np.where(dense[:, None] == dense, 0.5, np.where(dense, 1.0, 0.0))
+        halves = weight * np.where(dense, exact_squares, means)
+        self.squared = halves + halves.T
+        # Leaving out one probe of column j changes the entries (i, j) and (j, i) by this much.
+        np.fill_diagonal(weight, 1.0)
+        left_out = (means - values) / np.maximum(1, self.counts - 1) * weight
+        self.change_squared = np.where(self.taken[:, None], left_out, 0.0)
+        root = np.sqrt(self.squared)
+        self.change = np.sqrt(np.maximum(self.squared + self.change_squared, 0)) - root
+        excess = self.change.sum(0) * (self.counts - 1) / np.maximum(1, self.counts)
+        self.frobenius = root - _symmetric(excess)
+        self.std_error = self.frobenius * np.sqrt(self._relative_variance())
+        self.weight = weight
+
+    def _relative_variance(self) -> FloatArray:
+        """Returns the squared standard errors over the squared norms, [B, B].
+
+        With few probes the variance of one entry is known badly. A relative variance does not
+        differ much between entries (for one probe it lies between 0 and 2 for any matrix), so
+        each is drawn to the mean of its kind, as if that had been seen `_PRIOR_DEGREES` times.
+        """
+        squared = np.square(self.frobenius)
+        own = np.divide(
+            _symmetric(self._variance(self.change)), squared, where=squared > 0,
+            out=np.zeros_like(squared),
+        )  # fmt: skip
+        probed = ~(self.dense[:, None] | self.dense) & (squared > 0)
+        on_diagonal = np.eye(len(squared), dtype=bool)
+        degrees = _symmetric(np.broadcast_to(self.counts - 1, own.shape))
+        for kind in (on_diagonal & probed, ~on_diagonal & probed):
+            if kind.any():
+                total = degrees[kind] * own[kind] + _PRIOR_DEGREES * own[kind].mean()
+                own[kind] = total / (degrees[kind] + _PRIOR_DEGREES)
+        return own
+
+    def _variance(self, changes: FloatArray) -> FloatArray:
+        """Returns the jackknife variance over the probes, the first axis, for [k, ..., B]."""
+        counts = np.maximum(1, self.counts)
+        taken = self.taken if changes.ndim == 2 else self.taken[:, None]
+        spread = np.where(taken, changes - (changes * taken).sum(0) / counts, 0.0)
+        return (counts - 1) / counts * np.square(spread).sum(0)
+
+    def is_known_to(self, rel_error: float) -> bool:
+        """Whether the standard error of the ratio is small enough, or there is no ratio."""
+        ratio, error = self.ratio()
+        return ratio is None or error is None or error <= rel_error * ratio
+
+    def by_worth(self) -> list[int]:
+        """Returns the probed columns, those first that a further probe is worth most on.
+
+        A column adds to the variance of the ratio about the square of its weight in it over its
+        probes. The weights are judged by the norms, not by the scatter of the samples: else
+        columns whose scatter is small by chance would be left alone, and the error look small.
+        """
+        ratio = self.ratio()[0] or 0.0
+        shares = self.weight * self.frobenius
+        on = np.diagonal(shares)
+        size = len(shares)
+        weights = 2 * (shares.sum(0) - on) / max(1, size - 1) + ratio * on
+        gain = np.square(weights) / np.maximum(1, self.counts * (self.counts + 1))
+        return [int(j) for j in np.argsort(-gain, kind="stable") if not self.dense[j]]
+
+    def ratio(self) -> tuple[float | None, float | None]:
+        """Returns the mean off the diagonal over the mean on it, with its standard error."""
+        size = len(self.frobenius)
+        on = float(np.trace(self.frobenius))
+        off = float(self.frobenius.sum()) - on
+        if size == 1 or on <= 0:
+            return None, None
+        d_on, d_off = _on_and_off(self.change)
+        leaving_out = (off + d_off) / (on + d_on) / (size - 1)
+        return off / on / (size - 1), float(np.sqrt(self._variance(leaving_out).sum()))
+
+    def share(self) -> tuple[float | None, float | None]:
+        """Returns the share of the squared norm off the diagonal, with its standard error."""
+        on, total = float(np.trace(self.squared)), float(self.squared.sum())
+        if total <= 0:
+            return None, None
+        d_on, d_off = _on_and_off(self.change_squared)
+        leaving_out = 1 - (on + d_on) / (total + d_on + d_off)
+        return 1 - on / total, float(np.sqrt(self._variance(leaving_out).sum()))
+
+
+def _symmetric(by_column: FloatArray) -> FloatArray:
+    """Returns the sum of what the columns i and j do to an entry; on the diagonal they are one."""
+    total = by_column + by_column.T
+    np.fill_diagonal(total, np.diagonal(by_column))
+    return total
+
+
+def _on_and_off(change: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Returns by how much each probe changes the sums on and off the diagonal, [k, B] each."""
+    on = np.diagonal(change, axis1=1, axis2=2)
+    return on, 2 * (change.sum(1) - on)

@@ -1,0 +1,149 @@
+"""How different the spectra of the diagonal blocks are: Jensen-Shannon distances.
+
+HBS, implication I: the spectra of a Transformer's blocks differ much, those of a CNN's little,
+and Adam beats SGD by far on the first alone (Zhang et al., NeurIPS 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lightning_hessian.results import FloatArray, SpectralDensity
+
+_LINEAR_SHARE = 1e-3
+_WIDTH = 0.5
+_POINTS_PER_WIDTH = 4
+
+
+def jensen_shannon_distances(probabilities: ArrayLike) -> FloatArray:
+    """Return the Jensen-Shannon distance between every two of B distributions.
+
+    The root of the mean Kullback-Leibler divergence, in bits, from the two to their mean: a
+    metric from 0 (equal) to 1 (nowhere both positive).
+
+    Args:
+        probabilities: Not negative, [B, G]; each row is divided by its sum.
+
+    Returns:
+        float64 [B, B], symmetric with zeros on the diagonal.
+
+    Raises:
+        ValueError: Not a matrix, a negative or infinite entry, or a row without any mass.
+
+    Source: Lin 1991; Endres and Schindelin 2003. Equal to
+    `scipy.spatial.distance.jensenshannon` with base 2.
+
+    Example:
+        >>> jensen_shannon_distances([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+        array([[0., 1., 1.],
+               [1., 0., 0.],
+               [1., 0., 0.]])
+    """
+    rows = np.asarray(probabilities, dtype=np.float64)
+    if rows.ndim != 2 or not np.isfinite(rows).all() or (rows < 0).any():
+        raise ValueError(
+            "The distributions must be a matrix [B, G] of finite values, none below 0."
+        )
+    if (rows.sum(1) <= 0).any():
+        raise ValueError("A distribution without any mass has no distance; leave it out.")
+    rows = rows / rows.sum(1, keepdims=True)
+    entropies = _entropy(rows)
+    distances = np.zeros((len(rows), len(rows)))
+    for i in range(len(rows) - 1):
+        others = slice(i + 1, None)
+        middle = _entropy((rows[i] + rows[others]) / 2)
+        divergence = middle - (entropies[i] + entropies[others]) / 2
+        distances[i, others] = distances[others, i] = np.sqrt(np.clip(divergence, 0, 1))
+    return distances
+
+
+def heterogeneity(
+    densities: Sequence[SpectralDensity], *, unit: float | None = None, width: float = _WIDTH
+) -> FloatArray:
+    """Return the Jensen-Shannon distance between the spectral densities of every two blocks.
+
+    Eigenvalues of blocks differ by orders of magnitude, and on a linear axis most of them would
+    be one peak at zero. So the densities are compared over t = asinh(lambda / unit), which is
+    linear below ``unit`` and logarithmic, with both signs, above; there each node is broadened to
+    a Gaussian. Measured in the unit of its own eigenvalues, the result does not change when the
+    loss is multiplied by a number.
+
+    Args:
+        densities: B of them.
+        unit: Eigenvalues far below it count as zero; by default 1e-3 of the median over blocks
+            of the largest absolute node.
+        width: Standard deviation of the Gaussian in t; above ``unit``, 0.5 is a factor of 1.6.
+
+    Returns:
+        float64 [B, B] between 0 and 1, symmetric with zeros on the diagonal.
+
+    Raises:
+        ValueError: No densities, or a unit or width that is not positive.
+
+    Source: HBS, implication I; Zhang et al., NeurIPS 2024, figure 4.
+
+    Example:
+        >>> import numpy as np
+        >>> flat, steep = (SpectralDensity(np.array([0.0, top]), np.array([0.5, 0.5]), 2, 2, True)
+        ...                for top in (1.0, 100.0))
+        >>> heterogeneity([flat, flat, steep]).round(2)
+        array([[0.  , 0.  , 0.71],
+               [0.  , 0.  , 0.71],
+               [0.71, 0.71, 0.  ]])
+    """
+    return jensen_shannon_distances(transformed_densities(densities, unit=unit, width=width)[1])
+
+
+def transformed_densities(
+    densities: Sequence[SpectralDensity], *, unit: float | None = None, width: float = _WIDTH
+) -> tuple[FloatArray, FloatArray, float]:
+    """Return the densities over t = asinh(lambda / unit) on one grid, as `heterogeneity` does.
+
+    Args:
+        densities: B of them.
+        unit: As in `heterogeneity`.
+        width: As in `heterogeneity`.
+
+    Returns:
+        The grid of t, float64 [G]; the densities, float64 [B, G]; and the unit.
+
+    Raises:
+        ValueError: No densities, or a unit or width that is not positive.
+    """
+    if not densities:
+        raise ValueError("There is no density to compare.")
+    if unit is None:
+        unit = default_unit(densities)
+    if not (unit > 0 and width > 0):
+        raise ValueError(f"unit={unit}, width={width}; both must be positive.")
+    transformed = [np.arcsinh(density.nodes / unit) for density in densities]
+    low = min(float(nodes.min()) for nodes in transformed) - 4 * width
+    high = max(float(nodes.max()) for nodes in transformed) + 4 * width
+    grid = np.linspace(low, high, 1 + int(np.ceil((high - low) / width * _POINTS_PER_WIDTH)))
+    rows = [
+        SpectralDensity(nodes, d.weights, d.size, d.num_products, d.exact).on_grid(grid, width)
+        for nodes, d in zip(transformed, densities, strict=True)
+    ]
+    return grid, np.stack(rows), unit
+
+
+def default_unit(densities: Sequence[SpectralDensity]) -> float:
+    """Return 1e-3 of the median over blocks of the largest absolute node; 1 where all are 0.
+
+    Example:
+        >>> import numpy as np
+        >>> default_unit([SpectralDensity(np.array([-5.0, 2.0]), np.array([0.5, 0.5]), 2, 2, True)])
+        0.005
+    """
+    largest = [float(np.abs(density.nodes).max()) for density in densities]
+    positive = [size for size in largest if size > 0]
+    return _LINEAR_SHARE * float(np.median(positive)) if positive else 1.0
+
+
+def _entropy(rows: FloatArray) -> FloatArray:
+    """Return the entropy of each row in bits."""
+    logs = np.log2(rows, where=rows > 0, out=np.zeros_like(rows))
+    return -(rows * logs).sum(-1)

@@ -1,0 +1,116 @@
+"""Figures of gradient spectra, beside the Hessian's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_hessian.results import FloatArray, GradientStructure, HessianSpectrum
+from lightning_hessian.statistics.power_law import fit_power_law
+from lightning_hessian.statistics.subspace import proportionality
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers and in grey.
+_COVARIANCE, _SECOND_MOMENT, _HESSIAN = "#0072B2", "#009E73", "#D55E00"
+
+
+def spectra_plot(
+    structure: GradientStructure,
+    hessian: HessianSpectrum | None = None,
+    *,
+    significance: float = 0.05,
+) -> Figure:
+    """Returns the spectra of covariance, second moment and Hessian by rank, log-log (SG fig. 5).
+
+    The lines are the fitted power laws lambda_k = lambda_K (K / k)^s; of the Hessian only
+    converged eigenvalues are drawn.
+
+    Args:
+        structure: Of the gradients.
+        hessian: Spectrum at the same parameters, on the same data.
+        significance: Level of the verdicts in the legend.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    floor = structure.leading[-1] if len(structure.leading) else np.inf
+    second_moment = structure.second_moment[structure.second_moment >= floor]
+    _draw(axes, "covariance C", structure.leading, _COVARIANCE, "o", significance)
+    _draw(axes, "second moment", second_moment, _SECOND_MOMENT, "^", significance)
+    if hessian is not None:
+        _draw(axes, "Hessian H", hessian.leading, _HESSIAN, "s", significance)
+    axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel="eigenvalue $\\lambda_k$")
+    axes.grid(True, which="major", alpha=0.25)
+    axes.legend(loc="lower left", frameon=False, fontsize="small")
+    return figure
+
+
+def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure:
+    """Returns lambda_k(C) / lambda_k(H) by rank, with its geometric mean and spread.
+
+    A flat line is what proportional matrices would give (SG eq. 3); the dotted one is 1 / B.
+
+    Args:
+        structure: Of the gradients.
+        hessian: Spectrum at the same parameters, on the same data.
+
+    Raises:
+        ValueError: Fewer than two ranks have positive eigenvalues in both.
+    """
+    from matplotlib.figure import Figure
+
+    found = proportionality(structure.leading, hessian.leading)
+    ranks = np.arange(1, len(found.ratios) + 1)
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(ranks, found.ratios, s=14, color=_COVARIANCE, alpha=0.75)
+    axes.axhline(
+        found.constant,
+        color=_COVARIANCE,
+        linewidth=1.2,
+        label=f"geometric mean {found.constant:.3g}, spread $\\times$ {found.spread:.2f}",
+    )
+    axes.axhspan(
+        found.constant / found.spread,
+        found.constant * found.spread,
+        color=_COVARIANCE,
+        alpha=0.12,
+        linewidth=0,
+    )
+    if structure.batch_size is not None:
+        axes.axhline(
+            1 / structure.batch_size,
+            color=_HESSIAN,
+            linestyle=":",
+            label=f"$1/B$ = {1 / structure.batch_size:.3g}",
+        )
+    axes.set(
+        xscale="log", yscale="log", xlabel="rank $k$", ylabel="$\\lambda_k(C)\\,/\\,\\lambda_k(H)$"
+    )
+    axes.grid(True, which="major", alpha=0.25)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _draw(
+    axes: Axes, name: str, values: FloatArray, colour: str, marker: str, significance: float
+) -> None:
+    """Draws one spectrum and its line."""
+    if not len(values):
+        return
+    ranks = np.arange(1, len(values) + 1)
+    if len(values) >= 2 and values[0] > values[-1]:
+        fit = fit_power_law(values, significance=significance)
+        sign = "<" if fit.is_power_law else "≥"
+        name += (
+            f": $\\hat s$ = {fit.slope:.2f}, $d_{{ks}}$ = {fit.ks_distance:.3f} {sign} "
+            f"$d_c$ = {fit.critical_value:.3f}"
+        )
+        line = fit.cutoff * (ranks[-1] / ranks) ** fit.slope
+        axes.plot(ranks, line, color=colour, linewidth=1.2, zorder=3)
+    axes.scatter(ranks, values, s=14, marker=marker, color=colour, alpha=0.6, label=name)

@@ -1,0 +1,46 @@
+"""Trainers that write nothing but where a test wants it, and a W&B that belongs to the test."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Any]:
+    """Returns ``make(*callbacks, package=..., **arguments)``, a silent Trainer on the CPU."""
+
+    def make(*callbacks: Any, package: Any = L, **arguments: Any) -> Any:
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "default_root_dir": tmp_path,
+        }
+        return package.Trainer(callbacks=list(callbacks), **{**defaults, **arguments})
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's advice on workers and batch sizes is not what is tested here."""
+    with warnings.catch_warnings():
+        for topic in (
+            ".*does not have many workers.*",
+            ".*number of training batches.*",
+            ".*infer the `batch_size`.*",
+            ".*Checkpoint directory .* exists.*",
+        ):
+            warnings.filterwarnings("ignore", topic)
+        yield

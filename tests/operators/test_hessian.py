@@ -1,0 +1,549 @@
+"""Every engine against the dense Hessian of the mean loss over all samples."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from contextlib import contextmanager
+
+import pytest
+import torch
+from references import (
+    PROBLEMS,
+    Problem,
+    cross_entropy,
+    dense_hessian,
+    dot_product_attention,
+    finite_difference_hessian,
+    fused_attention,
+    in_double,
+    mlp,
+    multihead_attention,
+    problem,
+    ragged,
+    tied_embedding,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.parameters import ParameterSpace
+from lightning_hessian.results import MeasurementError
+
+KEEPING = ("linearize", "autograd")
+ENGINES = (*KEEPING, "recompute")
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@contextmanager
+def hessian(module, loss_fn, batches, engine="auto", *, parameters=None, **options):
+    space = ParameterSpace.select(module, parameters)
+    built = {k: options.pop(k) for k in ("memory_budget", "expected_products") if k in options}
+    objective = Objective(module, loss_fn, batches, space, **options)
+    with objective.isolated():
+        yield HessianOperator(objective, engine, **built)
+
+
+def as_matrix(operator: HessianOperator) -> Tensor:
+    columns = [operator.matvec(e) for e in torch.eye(operator.size, dtype=operator.dtype)]
+    return torch.stack(columns, dim=1)
+
+
+def departure(operator: HessianOperator, expected: Tensor) -> float:
+    """Returns the relative distance (Frobenius) between products and the dense matrix."""
+    vectors = torch.randn(expected.shape[0], 6, dtype=torch.float64)
+    found = [operator.matvec(vector.to(operator.dtype)) for vector in vectors.T]
+    assert all(product.dtype == operator.dtype for product in found)
+    exact = expected @ vectors.to(operator.dtype).double()
+    return float((torch.stack(found, 1).double() - exact).norm() / exact.norm())
+
+
+# The oracle -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def reference(name: str) -> tuple[Problem, Tensor]:
+    given = problem(name)
+    return given, given.hessian()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_oracle_agrees_with_finite_differences(name):
+    given, expected = reference(name)
+    found = finite_difference_hessian(given.reference_module(), given.loss_fn, given.whole)
+    assert float((found - expected).norm() / expected.norm()) < 1e-7
+    assert float((expected - expected.T).norm() / expected.norm()) < 1e-13
+
+
+# Networks ---------------------------------------------------------------------------------------
+
+
+def in_precision(given: Problem, dtype: torch.dtype):
+    if dtype == torch.float64:
+        return in_double(given.module), in_double(given.batches)
+    return given.module, given.batches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", ["auto", "autograd", "recompute"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_engines_agree_with_the_dense_hessian(name, engine, dtype):
+    given, expected = reference(name)
+    module, batches = in_precision(given, dtype)
+    with hessian(module, given.loss_fn, batches, engine, mode=given.mode) as operator:
+        assert operator.size == len(expected)
+        assert operator.dtype == dtype
+        assert departure(operator, expected) < TOLERANCE[dtype]
+        assert operator.num_products == 6
+        assert operator.engine in ENGINES
+
+
+LINEARIZED = [(name, torch.float64) for name in PROBLEMS if name != "lstm"] + [
+    (name, torch.float32) for name in ("mlp", "multihead_attention")
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), LINEARIZED)
+def test_linearisations_agree_with_the_dense_hessian(name, dtype):
+    """One batch, and fewer cases than for the others: a linearisation takes a second to make."""
+    given, expected = reference(name)
+    module, batches = in_precision(given, dtype)
+    if name != "mlp":
+        batches = [given.whole if dtype == torch.float32 else in_double(given.whole)]
+    with hessian(module, given.loss_fn, batches, "linearize", mode=given.mode) as operator:
+        assert departure(operator, expected) < TOLERANCE[dtype]
+        assert operator.engine == "linearize"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_linearised_lstm_is_right_or_refused_with_the_remedy(dtype):
+    """torch.func.linearize writes into its constants there: right once, wrong from then on."""
+    given, _ = reference("lstm")
+    module, (batch, _) = in_precision(given, dtype)
+    expected = dense_hessian(given.module, given.loss_fn, batch)
+    try:
+        with hessian(module, given.loss_fn, [batch], "linearize") as operator:
+            assert departure(operator, expected) < TOLERANCE[dtype]
+    except MeasurementError as error:
+        assert "hvp='autograd'" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_products_with_several_vectors_are_those_with_each(engine):
+    given, _ = reference("mlp")
+    with hessian(given.module, given.loss_fn, given.batches, engine) as operator:
+        vectors = torch.randn(3, operator.size)
+        expected = torch.stack([operator.matvec(vector) for vector in vectors])
+        torch.testing.assert_close(operator.matmat(vectors), expected)
+        assert operator.num_products == 6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("parameters", [None, "2.*"])
+def test_a_product_is_a_new_tensor_without_graph(engine, parameters):
+    given, _ = reference("mlp")
+    with hessian(
+        given.module, given.loss_fn, given.batches, engine, parameters=parameters
+    ) as operator:
+        vector = torch.randn(operator.size)
+        first = operator.matvec(vector)
+        assert not first.requires_grad
+        kept = first.clone()
+        first.zero_()
+        assert torch.equal(operator.matvec(vector), kept)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_entry_is_right_and_the_matrix_symmetric(engine):
+    given, expected = reference("mlp")
+    with hessian(in_double(given.module), given.loss_fn, in_double(given.batches), engine) as found:
+        matrix = as_matrix(found)
+    torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-14)
+
+
+def test_batch_norm_in_training_mode_differs_from_evaluation():
+    """Else the two problems would show nothing."""
+    (_, evaluated), (_, trained) = reference("batch_norm"), reference("batch_norm_in_training")
+    assert float((evaluated - trained).norm() / evaluated.norm()) > 0.1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_mode_reaches_a_module_that_stands_in_evaluation_mode(engine):
+    given, expected = reference("batch_norm_in_training")
+    module = copy.deepcopy(given.module).eval()
+    with hessian(module, given.loss_fn, given.batches, engine, mode="train") as operator:
+        assert departure(operator, expected) < 1e-5
+
+
+# What is averaged -------------------------------------------------------------------------------
+
+
+def masked_cross_entropy(module, batch):
+    (tokens, targets), mask = batch["text"], batch["mask"]
+    losses = F.cross_entropy(module(tokens).flatten(0, 1), targets.flatten(), reduction="none")
+    return (losses * mask.flatten()).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_masked_tokens_are_weighted_by_their_number_in_nested_batches(engine):
+    module = tied_embedding().module
+    tokens, targets = torch.randint(7, (2, 10, 5))
+    mask = torch.zeros(10, 5)
+    mask[:6, :1] = mask[6:] = 1.0
+    batches = [
+        {"text": (x, y), "mask": m} for x, y, m in ragged(tokens, targets, mask, sizes=(6, 4))
+    ]
+    whole = {"text": (tokens, targets), "mask": mask}
+    expected = dense_hessian(module, masked_cross_entropy, whole)
+    by_tokens = {"batch_weight": lambda batch: batch["mask"].sum()}
+    with hessian(module, masked_cross_entropy, batches, engine, **by_tokens) as operator:
+        assert departure(operator, expected) < 1e-5
+    with hessian(module, masked_cross_entropy, batches, engine) as operator:
+        assert departure(operator, expected) > 1e-2  # samples are the wrong weights here
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_of_weight_zero_counts_for_nothing(engine):
+    given, expected = reference("mlp")
+    batches = [given.whole, (torch.randn(3, 5), torch.zeros(3, dtype=torch.long))]
+    weights = iter((1.0, 0.0))
+    options = {"batch_weight": lambda batch: next(weights)}
+    with hessian(given.module, given.loss_fn, batches, engine, **options) as operator:
+        assert departure(operator, expected) < 1e-5
+
+
+# Which parameters -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_subset_gives_the_block_of_the_whole_hessian(engine):
+    given, expected = reference("mlp")
+    rows = torch.cat([torch.arange(30), torch.arange(36, 54)])  # 0.weight and 2.weight
+    with hessian(
+        given.module, given.loss_fn, given.batches, engine, parameters="*.weight"
+    ) as operator:
+        assert departure(operator, expected[rows][:, rows]) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frozen_parameters_are_constants(engine):
+    given = mlp()
+    given.module[0].requires_grad_(False)
+    expected = dense_hessian(given.module, given.loss_fn, given.whole)
+    assert len(expected) == 21
+    with hessian(given.module, given.loss_fn, given.batches, engine) as operator:
+        assert departure(operator, expected) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("parameters", ["embedding.weight", "head.weight"])
+def test_a_tied_parameter_is_differentiated_through_all_its_uses(engine, parameters):
+    given, expected = reference("tied_embedding")
+    with hessian(
+        given.module, given.loss_fn, given.batches, engine, parameters=parameters
+    ) as operator:
+        assert operator.size == 28
+        assert departure(operator, expected[:28, :28]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("make", "engine"),
+    [(mlp, engine) for engine in ENGINES] + [(multihead_attention, "autograd")],
+)
+def test_a_bfloat16_module_is_measured_in_single_precision(make, engine):
+    given = make()
+    module = copy.deepcopy(given.module).bfloat16()
+    expected = dense_hessian(module, given.loss_fn, given.whole)
+    with hessian(module, given.loss_fn, given.batches, engine) as operator:
+        assert operator.dtype == torch.float32
+        assert departure(operator, expected) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_adapters_on_a_frozen_bfloat16_backbone_are_measured_in_single_precision(engine):
+    given = mlp()
+    given.module[0].bfloat16().requires_grad_(False)
+    expected = dense_hessian(given.module, given.loss_fn, given.whole)
+    with hessian(given.module, given.loss_fn, given.batches, engine) as operator:
+        assert departure(operator, expected) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_compiled_module_has_the_hessian_of_the_module(engine):
+    given, expected = reference("mlp")
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(given.module), backend="aot_eager")
+    compiled(given.whole[0]).sum().backward()  # compiled, with a backward that stops there
+    with hessian(compiled, given.loss_fn, given.batches, engine) as operator:
+        assert departure(operator, expected) < 1e-5
+
+
+# Rows of zeros ----------------------------------------------------------------------------------
+
+
+class PartlyCurved(nn.Module):
+    """A curved part, a part in which the loss is linear, and one that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 3)
+        self.linear = nn.Linear(5, 1)
+        self.curved = mlp().module
+
+    def hessian_loss(self, batch):
+        return cross_entropy(self.curved, batch) + self.linear(batch[0]).mean()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_unused_and_linear_parameters_have_rows_of_zeros(engine):
+    module, given = PartlyCurved(), mlp()
+    expected = torch.zeros(15 + 57, 15 + 57, dtype=torch.float64)
+    expected[15:, 15:] = dense_hessian(module.curved, cross_entropy, given.whole)
+    with hessian(module, None, given.batches, engine) as operator:
+        assert departure(operator, expected) < 1e-5
+        assert not as_matrix(operator)[:15].any()
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_a_hessian_of_zeros_is_one(engine):
+    with hessian(
+        nn.Linear(4, 2), lambda module, x: module(x).mean(), [torch.randn(3, 4)], engine
+    ) as operator:
+        assert operator.matvec(torch.randn(10)).tolist() == [0.0] * 10
+        assert operator.self_check_error == 0.0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_that_uses_none_of_the_selected_parameters_adds_nothing(engine, frozen):
+    """As with several tasks, each with a head and batches of its own."""
+
+    def loss(module, batch):
+        x, task = batch
+        return torch.tanh(module[task](x)).square().mean()
+
+    module, x = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)}), torch.randn(4, 3)
+    module["b"].requires_grad_(not frozen)
+    expected = dense_hessian(module["a"], lambda layer, x: torch.tanh(layer(x)).square().mean(), x)
+    with hessian(module, loss, [(x, "a"), (x, "b")], engine, parameters="a.*") as operator:
+        assert departure(operator, expected / 2) < 1e-5
+
+
+# Random layers ----------------------------------------------------------------------------------
+
+
+def noisy_problem():
+    module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 3))
+    whole = (torch.randn(10, 5), torch.randint(3, (10,)))
+    return module, ragged(*whole)
+
+
+def test_the_self_check_catches_dropout_under_linearize():
+    module, batches = noisy_problem()
+    with (
+        pytest.raises(MeasurementError, match=r"dropout.*hvp='autograd'"),
+        hessian(module, cross_entropy, batches, "linearize", mode="train"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd", "recompute"])
+def test_dropout_gives_a_repeatable_symmetric_operator(engine):
+    module, batches = noisy_problem()
+    matrices = []
+    for _ in range(2):
+        with hessian(
+            module, cross_entropy, batches, engine, mode="train", expected_products=10**9
+        ) as operator:
+            matrices.append(as_matrix(operator))
+        torch.rand(3)
+    first, second = matrices
+    assert torch.equal(first, second)
+    assert float((first - first.T).norm() / first.norm()) < 1e-6
+    evaluated = dense_hessian(copy.deepcopy(module).eval(), cross_entropy, batches[0])
+    assert float((first - evaluated).norm() / evaluated.norm()) > 0.1
+
+
+# Choice of the engine ---------------------------------------------------------------------------
+
+
+def test_auto_keeps_nothing_where_nothing_fits():
+    given, expected = reference("mlp")
+    with hessian(given.module, given.loss_fn, given.batches, memory_budget=0) as operator:
+        assert operator.engine == "recompute"
+        assert departure(operator, expected) < 1e-5
+
+
+def test_auto_keeps_graphs_where_a_linearisation_does_not_pay():
+    given, _ = reference("mlp")
+    with hessian(given.module, given.loss_fn, given.batches, expected_products=1) as operator:
+        assert operator.engine == "autograd"
+
+
+def test_the_self_check_says_how_far_engines_are_apart():
+    given, _ = reference("mlp")
+    for engine in ENGINES:
+        with hessian(given.module, given.loss_fn, given.batches, engine) as operator:
+            assert operator.engine == engine
+            assert 0 <= operator.self_check_error < 1e-6
+
+
+def test_a_confident_network_can_be_measured():
+    """Near zero loss the softmax's derivatives cancel, and engines differ by rounding alone."""
+    given = mlp()
+    with torch.no_grad():
+        given.module[2].weight.mul_(60)
+    targets = given.module(given.whole[0]).argmax(1)
+    batches = [(given.whole[0], targets)]
+    assert float(cross_entropy(given.module, batches[0])) < 0.01
+    with hessian(given.module, given.loss_fn, batches, "auto", expected_products=10**9) as operator:
+        assert bool(operator.matvec(torch.randn(operator.size)).isfinite().all())
+
+
+# Refusals ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_engine_is_refused():
+    given = mlp()
+    with (
+        pytest.raises(ValueError, match=r"'fast'.*'linearize'"),
+        hessian(given.module, given.loss_fn, given.batches, "fast"),
+    ):
+        pass
+
+
+def product_of(module, loss_fn, batches, engine, **options):
+    with hessian(module, loss_fn, batches, engine, **options) as operator:
+        return operator.matvec(torch.randn(operator.size))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_forced_fused_attention_kernel_is_named_with_the_remedy(engine):
+    given = fused_attention()
+    with pytest.raises(MeasurementError, match=r"fused kernel.*MATH") as caught:
+        product_of(given.module, given.loss_fn, given.batches, engine)
+    assert len(str(caught.value)) < 500
+
+
+def test_auto_says_why_it_falls_back_to_finite_differences():
+    given = fused_attention()
+    free = dot_product_attention().module
+    free.load_state_dict(given.module.state_dict())
+    expected = dense_hessian(free, given.loss_fn, given.whole)
+    measured = hessian(given.module, given.loss_fn, given.batches)
+    with pytest.warns(UserWarning, match=r"(?i)finite differences.*fused kernel.*MATH"):
+        operator = measured.__enter__()
+    assert operator.engine == "finite_difference"
+    assert departure(operator, expected) < 1e-2
+    measured.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["mlp", "multihead_attention", "lstm", "batch_norm_in_training"])
+def test_finite_differences_are_as_good_as_their_rounding(name, dtype):
+    given, expected = reference(name)
+    module, batches = in_precision(given, dtype)
+    with hessian(module, given.loss_fn, batches, "finite_difference", mode=given.mode) as operator:
+        assert departure(operator, expected) < 100 * torch.finfo(dtype).eps ** (2 / 3)
+        assert operator.self_check_error < 0.01
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """As many custom kernels are: PyTorch ends the graph there without a word."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class KernelBackward(torch.autograd.Function):
+    """A backward by a kernel that autograd does not see into (Triton, a C++ extension)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x.detach() * grad
+
+
+@pytest.mark.filterwarnings("ignore:Finite differences")
+@pytest.mark.parametrize("engine", ["auto", "autograd", "recompute"])
+@pytest.mark.parametrize("function", [OnceDifferentiable, KernelBackward])
+def test_an_operation_without_second_derivative_is_never_silently_left_out(function, engine):
+    def loss(square):
+        return lambda module, x: square(module(x)).square().mean()
+
+    module, x = nn.Linear(3, 1), torch.randn(4, 3)
+    expected = dense_hessian(module, loss(torch.square), x)
+    try:
+        with hessian(module, loss(function.apply), [x], engine) as operator:
+            assert departure(operator, expected) < 0.01
+    except MeasurementError:
+        pass  # refused
+
+
+def branching(module, x):
+    output = module(x)
+    return output.square().mean() if float(output.detach().sum()) > 0 else output.cos().mean()
+
+
+def test_a_loss_that_looks_at_values_names_the_engine_that_can():
+    with pytest.raises(MeasurementError, match="hvp='autograd'"):
+        product_of(nn.Linear(3, 1), branching, [torch.randn(4, 3)], "linearize")
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd", "recompute"])
+def test_a_loss_that_looks_at_values_is_differentiated(engine):
+    module, x = nn.Linear(3, 1), torch.randn(4, 3)
+    options = {"expected_products": 10**9}
+    with hessian(module, branching, [x], engine, **options) as operator:
+        matrix = as_matrix(operator).double()
+    expected = finite_difference_hessian(module, branching, x)
+    assert float((matrix - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_a_detached_loss_is_named(engine):
+    def loss(module, x):
+        return module(x).square().mean().detach()
+
+    with pytest.raises(MeasurementError, match="not detached"):
+        product_of(nn.Linear(3, 1), loss, [torch.randn(4, 3)], engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_a_selection_that_the_loss_does_not_use_is_named(engine):
+    with pytest.raises(MeasurementError, match="does not depend on any selected parameter"):
+        product_of(PartlyCurved(), None, mlp().batches, engine, parameters="unused.*")
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd", "recompute"])
+def test_a_loss_that_differentiates_inside_has_a_hessian(engine):
+    def residual(module, x):
+        x = x.clone().requires_grad_()
+        slope = torch.autograd.grad(module(x).sum(), x, create_graph=True)[0]
+        return (slope - x).square().mean()
+
+    module = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.randn(6, 1)
+    expected = finite_difference_hessian(module, residual, x)
+    with hessian(module, residual, [x], engine, expected_products=10**9) as operator:
+        assert departure(operator, expected) < 1e-5
