@@ -55,8 +55,9 @@ def main() -> None:
     )
     trainer.fit(Regression(), train, val)
 
+    keys = ("step", "val_loss", "d_ks", "s_hat", "lambda_1")
     for row in hessian.history:
-        print({key: round(row[key], 4) for key in ("step", "val_loss", "d_ks", "s_hat", "lambda_1")})
+        print({key: round(row[key], 4) for key in keys})
     for (statistic, monitor), found in hessian.correlations().items():
         print(f"{statistic} with {monitor}: r = {found.r:.2f} over {found.num_points} points")
 

@@ -113,12 +113,15 @@ class Table(L.Callback):
         print("  ".join(_cell(rows[-1], key, form) for key, _, form in _COLUMNS), flush=True)
 
 
-def run_demo(out: Path, *, num_epochs: int = NUM_EPOCHS) -> Path:
+def run_demo(
+    out: Path, *, num_epochs: int = NUM_EPOCHS, num_eigenvalues: int = NUM_EIGENVALUES
+) -> Path:
     """Trains, measures, prints, and writes the figure.
 
     Args:
         out: Folder for the offline W&B run and the figure; made if missing.
         num_epochs: How long to train.
+        num_eigenvalues: How many eigenvalues to find after each epoch.
 
     Returns:
         The path of the figure.
@@ -133,14 +136,14 @@ def run_demo(out: Path, *, num_epochs: int = NUM_EPOCHS) -> Path:
     model, data = DigitsClassifier(), DigitsData()
     data.setup("fit")
     probe = DataLoader(data.train_set, batch_size=350)  # the Hessian of the whole training loss
-    hessian = HessianSpectrumCallback(num_eigenvalues=NUM_EIGENVALUES, data=probe)
+    hessian = HessianSpectrumCallback(num_eigenvalues=num_eigenvalues, data=probe)
     print(
         f"Training a network of {sum(p.numel() for p in model.parameters()):,} parameters on "
         f"{len(data.train_set):,} handwritten digits; after each epoch the top "
-        f"{NUM_EIGENVALUES} eigenvalues of its Hessian.\n"
+        f"{num_eigenvalues} eigenvalues of its Hessian.\n"
     )
     spectra = {
-        "at initialisation": hessian_spectrum(model, None, probe, num_eigenvalues=NUM_EIGENVALUES)
+        "at initialisation": hessian_spectrum(model, None, probe, num_eigenvalues=num_eigenvalues)
     }
     logger = WandbLogger(project="lightning-hessian-demo", save_dir=out, offline=True)
     trainer = L.Trainer(

@@ -17,7 +17,8 @@ from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.history import History, correlation_scalars
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
-_COSTLY_SHARE = 0.2
+_COSTLY_SHARE = 0.2  # of the training time since the last measurement
+_COSTLY_SECONDS = 1.0  # below which no cost is worth a word
 
 
 class MeasurementCallback(Callback):
@@ -264,7 +265,8 @@ class MeasurementCallback(Callback):
     def _note_cost(self, seconds: float) -> None:
         trained = self._budget.since_last
         self._budget.measured(seconds)
-        if self._time_budget is None and 0 < trained < seconds / _COSTLY_SHARE:
+        costly = seconds > max(_COSTLY_SECONDS, _COSTLY_SHARE * trained)
+        if self._time_budget is None and self._clock is not None and costly:
             self._warn_once(
                 "cost",
                 f"The measurement took {seconds:.1f} s after {trained:.1f} s of training. "

@@ -1,0 +1,69 @@
+"""The demo and the command line, as a user meets them."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_hessian.cli import main
+from lightning_hessian.demo import run_demo
+from lightning_hessian.reports.offline_run import read_offline_run
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def finished_run(folder: Path):
+    """Returns the run once wandb has written its end, which may take a moment after `finish`."""
+    deadline = time.monotonic() + 20
+    while True:
+        run = read_offline_run(folder)
+        if run.exit_code is not None or time.monotonic() > deadline:
+            return run
+        time.sleep(0.2)
+
+
+def test_the_demo_logs_every_epoch_in_one_row_and_draws_the_spectrum(tmp_path, capsys):
+    figure = run_demo(tmp_path, num_epochs=4, num_eigenvalues=10)
+    printed = capsys.readouterr().out
+    assert "Correlation with val_loss" in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert str(folder) in printed
+    rows = finished_run(folder).rows
+    measured = [row for row in rows if "hessian/d_ks" in row]
+    assert len(measured) == 4
+    assert all("val_loss" in row and "hessian/lambda_1" in row for row in measured)
+    assert any("correlation/pearson_s_hat_val_loss" in row for row in rows)
+    losses = [row["val_loss"] for row in measured]
+    assert all(f"{loss:.4f}" in printed for loss in losses)
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_wrong_folder_ends_in_one_line_and_status_two(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("lightning-hessian: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_the_console_script_names_its_commands():
+    script = Path(sys.executable).with_name("lightning-hessian")
+    if not script.exists():
+        pytest.skip("the package is not installed, only on the path")
+    found = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert "demo" in found.stdout
+    missing = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert missing.returncode == 2
+    assert "COMMAND" in missing.stderr
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
+    assert "s_hat with val_loss: r = " in capsys.readouterr().out
