@@ -45,8 +45,8 @@ def block_structure(
 ) -> BlockStructure:
     """Returns the Frobenius norms of all blocks of the Hessian, and what follows from them.
 
-    The norms of B blocks take 2 to 9 products for each, and more until the off-diagonal ratio is
-    known to ``rel_error``; n products where n is small, and the result then exact. Densities take
+    The norms of B blocks take about B + 24 products, or 2 B if that is more, and more until the
+    off-diagonal ratio is known to ``rel_error``; n products where n is small, and are then exact. Densities take
     up to ``density_steps * density_probes`` products for each block. The model is left exactly as
     it was.
 

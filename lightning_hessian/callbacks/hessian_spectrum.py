@@ -50,7 +50,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             a regex, or a predicate ``(name, parameter) -> bool``.
         blocks: Partition for the block ratios: ``None``, ``"layer"``, ``"neuron"``, ``"head"``,
             ``"class"``, or as in `block_structure`. The blocks take about as many products as the
-            spectrum: at least 2 for each block (more below 9 blocks), and with what is left the
+            spectrum: about 24 + B for B blocks, 2 B if that is more, and with what is left the
             densities behind the heterogeneity, at least 8 for each.
         tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
         max_hvps: Bound on Hessian-vector products of one measurement; the spectrum comes first.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -89,9 +89,8 @@ class MiniBatchGradients:
         clip_norm: float | None = None,
         seed: int = 0,
     ) -> None:
-        self._module, self._loss_fn, self._minibatches = module, loss_fn, minibatches
-        self._space, self._mode, self._seed = space, mode, seed
-        self._clip_norm = clip_norm
+        self._minibatches, self._space, self._clip_norm = minibatches, space, clip_norm
+        self._objective = Objective(module, loss_fn, [minibatches[0]], space, mode=mode, seed=seed)
         self._scale: Tensor | None = None
         self.num_gradients, self.size = len(minibatches), space.size
         self.dtype, self.device = space.dtype, space.device
@@ -133,16 +132,10 @@ class MiniBatchGradients:
         bytes_each = self.size * torch.empty((), dtype=self.dtype).element_size()
         return max(1, min(_LARGEST_CHUNK, _PER_SAMPLE_BYTES // bytes_each))
 
-    def _objective(self, batch: Any, seed: int) -> Objective:
-        return Objective(
-            self._module, self._loss_fn, [batch], self._space, mode=self._mode, seed=seed
-        )
-
     def _fill(self, row: Tensor, index: int) -> None:
         """Writes the gradient of one mini-batch into ``row`` [n]."""
-        objective = self._objective(self._minibatches[index], self._seed + index)
-        leaves = tuple(value.requires_grad_() for value in objective.point())
-        loss = objective.batch_loss(leaves, 0)
+        leaves = tuple(value.requires_grad_() for value in self._objective.point())
+        loss = self._objective.loss(leaves, self._minibatches[index], index)
         if not loss.requires_grad:
             raise MeasurementError(
                 "The loss does not depend on any selected parameter (it carries no gradient). "
@@ -159,6 +152,10 @@ class MiniBatchGradients:
         The first one of all is compared with autograd's: what vmap cannot do, or does otherwise,
         is not taken from it.
         """
+        reference = None
+        if not self._checked:
+            reference = torch.empty_like(rows[0])
+            self._fill(reference, start)
         try:
             self._vmap(rows, start, stop)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
@@ -166,9 +163,7 @@ class MiniBatchGradients:
             # samples. Where autograd cannot do it either, it says why.
             self.engine = "autograd"
             return
-        if not self._checked:
-            reference = torch.empty_like(rows[0])
-            self._fill(reference, start)
+        if reference is not None:
             difference = torch.linalg.vector_norm(rows[0] - reference)
             tolerance = torch.finfo(self.dtype).eps ** 0.5
             if not difference <= tolerance * torch.linalg.vector_norm(reference):
@@ -184,13 +179,13 @@ class MiniBatchGradients:
         def loss_of_one(values: tuple[Tensor, ...], sample: Sequence[Tensor]) -> Tensor:
             parts = iter(part.unsqueeze(0) for part in sample)
             one = apply_to_collection(batch, Tensor, lambda _: next(parts))
-            return self._objective(one, self._seed + start).batch_loss(values, 0)
+            return self._objective.loss(values, one, start)
 
         # Random draws are left to autograd, which seeds them by the number of the mini-batch.
         each = torch.func.vmap(
             torch.func.grad_and_value(loss_of_one), in_dims=(None, 0), randomness="error"
         )
-        point = tuple(value.to(self.dtype) for value in self._space.values(self._module))
+        point = self._objective.point()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             gradients, losses = each(point, samples)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -13,7 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
-from lightning_hessian.probe.isolation import preserved_rng, seed_everything
+from lightning_hessian.probe.isolation import preserved_generators, preserved_rng, seed_everything
 from lightning_hessian.probe.samples import _order, draw_batches
 
 Fetch = Callable[[list[int]], Any]
@@ -28,12 +27,20 @@ class MiniBatches:
         order: Indices of each mini-batch, int64 [T, B].
         batch_size: B, or None where an index is not one sample but a whole batch, as it was given.
         seed: Of random transforms; mini-batch t is fetched with generators seeded ``seed + t``.
+        dataset: What may hold generators of its own, which are seeded likewise and put back.
     """
 
     def __init__(
-        self, fetch: Fetch, order: Tensor, *, batch_size: int | None, seed: int = 0
+        self,
+        fetch: Fetch,
+        order: Tensor,
+        *,
+        batch_size: int | None,
+        seed: int = 0,
+        dataset: Any = None,
     ) -> None:
         self._fetch, self._order, self._seed = fetch, order, seed
+        self._dataset = dataset
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -47,8 +54,9 @@ class MiniBatches:
 
     def joined(self, start: int, stop: int) -> Any:
         """Returns the samples of mini-batches ``start`` to ``stop - 1`` as one batch."""
-        with preserved_rng():
-            seed_everything(self._seed + start)
+        seed = self._seed + start
+        with preserved_rng(), preserved_generators(self._dataset, seed):
+            seed_everything(seed)
             return self._fetch(self._order[start:stop].flatten().tolist())
 
 
@@ -125,15 +133,15 @@ def _of_dataset(
     def fetch(indices: list[int]) -> Any:
         return collate(many(indices) if many else [dataset[i] for i in indices])
 
-    with preserved_rng():
+    with preserved_rng(), preserved_generators(sampler, seed):
         seed_everything(seed)
         generator = torch.Generator().manual_seed(seed)
         if sampler is None:
             passes = _shuffled(len(dataset), generator)
         else:
-            passes = (list(_order(sampler, dataset, generator, None)) for _ in itertools.count())
+            passes = _passes_of(sampler, dataset, generator)
         order = _in_passes(passes, batch_size, num)
-    return MiniBatches(fetch, order, batch_size=batch_size, seed=seed)
+    return MiniBatches(fetch, order, batch_size=batch_size, seed=seed, dataset=dataset)
 
 
 def _of_batches(
@@ -164,6 +172,15 @@ def _of_batches(
 def _shuffled(size: int, generator: torch.Generator) -> Iterator[list[int]]:
     while True:
         yield torch.randperm(size, generator=generator).tolist()
+
+
+def _passes_of(sampler: Any, dataset: Any, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yields the order of one pass after the other, as the sampler of a loader would."""
+    while True:
+        order = _order(sampler, dataset, generator, None)
+        yield list(order)
+        while not isinstance(order, list):  # a copy of the user's own goes on from pass to pass
+            yield list(order)
 
 
 def _in_passes(passes: Iterable[list[int]], batch_size: int, num: int | None) -> Tensor:

@@ -91,8 +91,12 @@ class Objective:
         Raises:
             MeasurementError: The loss is not a scalar tensor.
         """
+        return self.loss(parameters, self.batches[index], index)
+
+    def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
+        """Returns the same for any batch, which need not be held; ``index`` seeds random layers."""
         seed_everything(self._seed + index)
-        batch = apply_to_collection(self.batches[index], Tensor, torch.clone)
+        batch = apply_to_collection(batch, Tensor, lambda t: t.to(self.space.device, copy=True))
         if self._upcast:
             batch = apply_to_collection(batch, Tensor, upcast)
         state = self._state(parameters)

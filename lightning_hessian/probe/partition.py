@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ def partition(
             f"blocks={blocks!r} cuts none of the {len(space.names)} selected parameter tensors, of "
             f"which the first is {space.names[0]!r}. Change `blocks` or `parameters`."
         )
-    found = _numbered(module, cuts)
+    found = _numbered(space, cuts)
     if len(found.names) > _MOST_BLOCKS:
         raise ValueError(
             f"blocks={blocks if isinstance(blocks, str) else '...'!r} makes {len(found.names)} "
@@ -110,24 +111,23 @@ def _checked(blocks: Sequence[BlockRule]) -> list[BlockRule]:
     return rules
 
 
-def _numbered(module: nn.Module, cuts: _Cuts) -> Partition:
-    """Numbers the blocks in the order in which the parameters hold them."""
-    space = ParameterSpace.select(module, lambda name, _: name in cuts)
+def _numbered(space: ParameterSpace, cuts: _Cuts) -> Partition:
+    """Numbers the blocks in the order of their first mention, and leaves out other parameters."""
+    shapes = dict(zip(space.names, space.shapes, strict=True))
+    kept = tuple(name for name in space.names if name in cuts)
     number: dict[str, int] = {}
     groups: list[str] = []
     labels = []
-    for name in space.names:
+    for name in kept:
         keys, owner = cuts[name]
-        present = torch.bincount(owner[owner >= 0], minlength=len(keys)) > 0
-        table = torch.full((len(keys) + 1,), -1)
-        for i in present.nonzero().flatten().tolist():
-            block, group = keys[i]
+        for block, group in keys:
             if block not in number:
                 number[block] = len(number)
                 groups.append(group)
-            table[i] = number[block]
+        table = torch.tensor([*(number[block] for block, _ in keys), -1])
         labels.append(table[owner])
-    return Partition(space, tuple(number), tuple(groups), torch.cat(labels))
+    narrowed = dataclasses.replace(space, names=kept, shapes=tuple(shapes[name] for name in kept))
+    return Partition(narrowed, tuple(number), tuple(groups), torch.cat(labels))
 
 
 def _by_rules(module: nn.Module, space: ParameterSpace, rules: Sequence[BlockRule]) -> _Cuts:

@@ -20,7 +20,7 @@ _DENSE_ORDER = 256
 _KEPT_ORDER = 2048
 """Up to this order the matrix is kept where all its columns are there."""
 
-_LEAST_DEGREES = 8
+_LEAST_DEGREES = 24
 """Degrees of freedom that the first standard error of the ratio has."""
 
 _CHUNK_BYTES = 256 * 2**20

@@ -127,10 +127,10 @@ def num_outliers(eigenvalues: ArrayLike, *, significance: float = 0.05) -> int:
     """Return how many of the top eigenvalues stand off the power law of those below.
 
     Under a power law of slope s, the gaps k ln(lambda_k / lambda_{k+1}) are independent and
-    exponential with mean s (Renyi 1953). The last of them that is larger than the largest would be
-    by chance, at the given level (Fisher 1929), parts the outliers from the rest; without one there
-    are none. Only the upper half of the spectrum is looked at, since the end of a sampled spectrum falls
-    off steeply, and s is its mean gap without those that were found too large.
+    exponential with mean s (Renyi 1953). The last of them that is larger than the largest would
+    be by chance, at the given level (Fisher 1929), parts the outliers from the rest; without one
+    there are none. Only the upper half of the spectrum is looked at, since the end of a sampled
+    spectrum falls off steeply, and s is its mean gap without those that were found too large.
 
     A step is told from the slope where lambda_k / lambda_{k+1} > exp(s x / k), with x about 6
     for 50 values and 9 for 1000: a factor of 2 to 4 at k = 9 and s = 1.3, but of a thousand and

@@ -13,6 +13,7 @@ from tiny_modules import Regression, small_callback, train_loader, val_loader
 from torch import Tensor
 
 from lightning_hessian import AtSteps, EveryNValidations, HessianSpectrumCallback
+from lightning_hessian.callbacks import measurement
 from lightning_hessian.callbacks.schedule import TimeBudget
 
 MakeTrainer = Callable[..., Any]
@@ -177,7 +178,10 @@ def test_seconds_cut_a_measurement_short(make_trainer: MakeTrainer) -> None:
     assert "trace" not in row
 
 
-def test_a_costly_measurement_says_so_once(make_trainer: MakeTrainer) -> None:
+def test_a_costly_measurement_says_so_once(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement, "_COSTLY_SECONDS", 0.0)
     callback = HessianSpectrumCallback(
         num_eigenvalues=5, trace_probes=2, num_batches=1, loss_fn=slow_loss, hvp="recompute",
         max_hvps=8, on_error="raise",
