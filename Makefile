@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
@@ -28,6 +28,9 @@ lint: .venv-test/.done  ## ruff and mypy
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/pip install --quiet --editable ".[$*]"
 	touch $@
+
+bench: .venv-test/.done  ## what a measurement costs, in gradients
+	OMP_NUM_THREADS=1 $(TEST)/python benchmarks/cost.py
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv-demo .venv-test build dist *.egg-info demo_output

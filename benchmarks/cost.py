@@ -1,0 +1,120 @@
+"""What a measurement costs, in gradients over the same probe batches.
+
+Run it with ``make bench``. Everything is a ratio taken in one run; times of the gradient are
+printed for orientation only.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_hessian import hessian_spectrum
+from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.parameters import ParameterSpace
+
+NUM_EIGENVALUES = 50
+
+
+class Transformer(nn.Module):
+    """A small causal transformer over 65 characters."""
+
+    def __init__(self, width: int = 128, depth: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(65, width)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 65)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the logits [B, T, 65]."""
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        return self.head(self.layers(self.embedding(tokens), mask=mask, is_causal=True))
+
+
+def digits_network() -> nn.Module:
+    """Returns the demo's network."""
+    from lightning_hessian.demo import DigitsClassifier
+
+    return DigitsClassifier().network
+
+
+def lenet() -> nn.Module:
+    """Returns LeNet with 61,706 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
+def problems() -> Iterator[tuple[str, nn.Module, Callable[..., Any], list[Any]]]:
+    """Yields name, module, loss and probe batches."""
+
+    def classify(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
+
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(count, 1, size, size, generator=generator)
+        return x, torch.randint(10, (count,), generator=generator)
+
+    yield "digits network, 1,400 samples", digits_network(), classify, [images(350, 8)] * 4
+    yield "LeNet, 1,000 samples", lenet(), classify, [images(250, 28)] * 4
+    tokens = torch.randint(65, (4, 16, 65), generator=generator)
+    batches = [(part[:, :-1], part[:, 1:]) for part in tokens]
+    yield "transformer, 4,096 tokens", Transformer(), classify, batches
+
+
+def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
+    """Returns the median time of some work, after one run for warming up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Prints one row for each problem, as the README shows it."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, K = {NUM_EIGENVALUES}\n")
+    print("| problem | parameters | gradient | product: linearize | autograd | recompute | "
+          "products for K | whole measurement |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
+    for name, model, loss_fn, batches in problems():
+        space = ParameterSpace.select(model)
+        objective = Objective(model, loss_fn, batches, space)
+        cells = []
+        with objective.isolated():
+            objective.value()
+
+            def gradient(objective: Objective = objective) -> None:
+                leaves = tuple(value.requires_grad_() for value in objective.point())
+                for index in range(len(objective.batches)):
+                    torch.autograd.grad(objective.batch_loss(leaves, index), leaves)
+
+            for engine in ("linearize", "autograd", "recompute"):
+                operator = HessianOperator(objective, engine)
+                vector = torch.randn(space.size)
+                product = seconds(lambda o=operator, v=vector: o.matvec(v))
+                cells.append(f"{product / seconds(gradient):.1f}")
+        base = seconds(gradient)
+        spectrum = hessian_spectrum(model, loss_fn, batches, num_eigenvalues=NUM_EIGENVALUES)
+        cells += [str(spectrum.num_hvps), f"{spectrum.seconds / base:.0f} ({spectrum.engine})"]
+        print(f"| {name} | {space.size:,} | {1000 * base:.0f} ms | " + " | ".join(cells) + " |",
+              flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
