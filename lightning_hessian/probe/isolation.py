@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -262,7 +263,7 @@ def _twice_differentiable(module: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(m, nn.RNNBase) for m in submodules):
             # The recurrent kernels of cuDNN and MKL-DNN have none either.
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_without_mkldnn())
             cudnn = torch.backends.cudnn
             if cudnn.enabled:
                 stack.enter_context(
@@ -285,6 +286,20 @@ def _twice_differentiable(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    flags = torch.backends.mkldnn.flags(enabled=False)
+    with warnings.catch_warnings():  # it speaks of TF32 on Intel GPUs where there is none
+        warnings.simplefilter("ignore")
+        flags.__enter__()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flags.__exit__(None, None, None)
 
 
 def _is_compiled(module: nn.Module) -> bool:
