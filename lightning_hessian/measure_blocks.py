@@ -15,11 +15,16 @@ from lightning_hessian.probe.objective import LossFunction, Mode, Objective
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
 from lightning_hessian.results import BlockStructure, SpectralDensity
-from lightning_hessian.solvers.block_norms import BlockNorms, block_norms, least_products
+from lightning_hessian.solvers.block_norms import (
+    DENSE_ORDER,
+    BlockNorms,
+    block_norms,
+    least_products,
+)
 from lightning_hessian.solvers.density import RestrictedOperator, spectral_density
 from lightning_hessian.statistics.heterogeneity import heterogeneity
 
-_LEAST_STEPS = 8
+_LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
 
@@ -46,9 +51,9 @@ def block_structure(
     """Returns the Frobenius norms of all blocks of the Hessian, and what follows from them.
 
     The norms of B blocks take about B + 24 products, or 2 B if that is more, and more until the
-    off-diagonal ratio is known to ``rel_error``; n products where n is small, and are then exact. Densities take
-    up to ``density_steps * density_probes`` products for each block. The model is left exactly as
-    it was.
+    off-diagonal ratio is known to ``rel_error``. Where n is small they take n products and are
+    exact. Densities take up to ``density_steps * density_probes`` products for each block. The
+    model is left exactly as it was.
 
     Args:
         model: Any module. Half-precision parameters are measured in float32.
@@ -64,8 +69,9 @@ def block_structure(
             them the heterogeneity.
         density_steps: Lanczos steps for each, at most; fewer where ``max_hvps`` asks for it.
         density_probes: Probes for each, at most.
-        max_hvps: Bound on Hessian-vector products. What it leaves after the norms goes to the
-            densities, which are left out where that is fewer than 8 steps for each block.
+        max_hvps: Bound on Hessian-vector products. The least probes come first, then 10 steps for
+            each density, then more probes, then more steps. Densities that do not fit are left
+            out, all of them.
         max_seconds: After so many seconds the measurement ends with what is complete.
         hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"`` or ``"recompute"``.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
@@ -105,7 +111,8 @@ def block_structure(
         loss = objective.value()
         operator = HessianOperator(objective, hvp, expected_products=2 * least_products(cut.sizes))
         norms = block_norms(
-            operator, cut.labels, rel_error=rel_error, max_products=max_hvps, exact=exact,
+            operator, cut.labels, rel_error=rel_error, exact=exact,
+            max_products=_bound_of_norms(cut.sizes, max_hvps, densities),
             return_matrix=return_matrix, seed=seed, should_stop=should_stop,
         )  # fmt: skip
         spectra = None
@@ -139,6 +146,14 @@ def block_structure(
         if return_matrix and norms.matrix is not None
         else None,
     )
+
+
+def _bound_of_norms(sizes: Sequence[int], max_hvps: int | None, densities: bool) -> int | None:
+    """Returns what the norms may take, so that the densities fit where they can."""
+    if max_hvps is None or not densities or sum(sizes) <= DENSE_ORDER:
+        return max_hvps
+    left = max_hvps - sum(min(size, _LEAST_STEPS) for size in sizes)
+    return left if left >= least_products(sizes) else max_hvps
 
 
 def _diagonal_blocks(

@@ -213,7 +213,7 @@ def _left_by_gram(memory_budget: float | None, gradients: MiniBatchGradients, te
     """Returns what the Gram matrix leaves of the budget.
 
     Raises:
-        MeasurementError: Not even the Gram matrix fits, which the eigensolver copies once.
+        MeasurementError: It leaves less than half.
     """
     if memory_budget is None:
         memory_budget = free_bytes(torch.device("cpu") if tests else gradients.device) / 2
@@ -221,8 +221,8 @@ def _left_by_gram(memory_budget: float | None, gradients: MiniBatchGradients, te
     if 2 * gram_bytes > memory_budget:
         raise MeasurementError(
             f"The inner products of {gradients.num_gradients} gradients take "
-            f"{2 * gram_bytes / 1e9:.1f} GB, and {memory_budget / 1e9:.1f} GB may be used. Lower "
-            "num_gradients or raise memory_budget."
+            f"{gram_bytes / 1e9:.2g} GB, more than half of the {memory_budget / 1e9:.2g} GB that "
+            "may be used. Lower num_gradients or raise memory_budget."
         )
     return memory_budget - gram_bytes
 

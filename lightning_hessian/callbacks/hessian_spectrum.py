@@ -16,7 +16,7 @@ from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
 from lightning_hessian.results import BlockStructure, HessianSpectrum
-from lightning_hessian.solvers.block_norms import least_products
+from lightning_hessian.solvers.block_norms import DENSE_ORDER, least_products
 from lightning_hessian.statistics.power_law import critical_value
 from lightning_hessian.tracking.scalars import CORRELATED, block_scalars, spectrum_scalars
 
@@ -49,9 +49,9 @@ class HessianSpectrumCallback(MeasurementCallback):
         parameters: Which parameters: ``None`` (all that require grad), a glob or a list of globs,
             a regex, or a predicate ``(name, parameter) -> bool``.
         blocks: Partition for the block ratios: ``None``, ``"layer"``, ``"neuron"``, ``"head"``,
-            ``"class"``, or as in `block_structure`. The blocks take about as many products as the
-            spectrum: about 24 + B for B blocks, 2 B if that is more, and with what is left the
-            densities behind the heterogeneity, at least 8 for each.
+            ``"class"``, or as in `block_structure`. The ratio of B blocks takes about B + 24
+            products, 2 B if that is more; the heterogeneity at least 10 B, and is left out where
+            both together would take over one and a half times the products of the spectrum.
         tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
         max_hvps: Bound on Hessian-vector products of one measurement; the spectrum comes first.
         time_budget: Share of the training time (``0.05``), or seconds a measurement may take.
@@ -185,8 +185,8 @@ class HessianSpectrumCallback(MeasurementCallback):
         assert self.blocks is not None
         sizes = partition(pl_module, self.blocks, self.parameters).sizes
         least = least_products(sizes)
-        # As many as the spectrum took; all columns of a network of a few parameters cost nothing.
-        enough = max(spent, least, min(sum(sizes), 256))
+        # About as many as the spectrum took; all columns of a tiny network cost next to nothing.
+        enough = max(3 * spent // 2, least, sum(sizes) if sum(sizes) <= DENSE_ORDER else 0)
         bound = enough if self.max_hvps is None else min(enough, self.max_hvps - spent)
         if len(sizes) < 2:
             self._warn_once(
@@ -230,7 +230,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             self._warn_once(
                 "heterogeneity",
                 "block_heterogeneity is left out: the densities of "
-                f"{len(sizes)} blocks take at least {8 * len(sizes)} products more than the bound "
+                f"{len(sizes)} blocks take at least {10 * len(sizes)} products more than the bound "
                 "allows. Raise max_hvps or num_eigenvalues, or cut fewer blocks.",
             )
         return None

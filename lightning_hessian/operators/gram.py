@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy import linalg
 from torch import Tensor
 
 from lightning_hessian.operators.gradient_history import GradientHistory
@@ -24,10 +25,10 @@ from lightning_hessian.operators.gradients import (
 )
 from lightning_hessian.results import FloatArray, MeasurementError
 
-_CONVERTED_BYTES = 32 * 2**20
+_CONVERTED_BYTES = 16 * 2**20
 """Slices of gradients converted to float64 at a time."""
 
-_RECOMPUTED_BYTES = 32 * 2**20
+_RECOMPUTED_BYTES = 16 * 2**20
 """Gradients computed anew at a time."""
 
 _TILE = 512
@@ -121,11 +122,16 @@ def _add_products(target: Tensor, rows: Tensor, others: Tensor) -> None:
 
     Where both are the same, what lies above the diagonal tiles is left out.
     """
-    width = max(256, _CONVERTED_BYTES // (8 * (len(rows) + len(others))))
-    for start in range(0, rows.shape[1], width):
-        left = rows[:, start : start + width].to(target)
-        right = left if others is rows else others[:, start : start + width].to(target)
-        if others is not rows:
+    same = others is rows
+    size = rows.shape[1]
+    width = min(size, max(256, _CONVERTED_BYTES // (8 * (len(rows) + len(others)))))
+    # Two buffers for all slices: making them anew for each would scatter the memory.
+    buffers = [target.new_empty(len(part), width) for part in ((rows,) if same else (rows, others))]
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        left = buffers[0][:, : stop - start].copy_(rows[:, start:stop])
+        if not same:
+            right = buffers[1][:, : stop - start].copy_(others[:, start:stop])
             target.addmm_(left, right.T)
             continue
         for top in range(0, len(rows), _TILE):
@@ -188,7 +194,7 @@ def spectra(gram: Tensor, num_eigenvalues: int, size: int, num_vectors: int = 0)
     if total < 2:
         raise ValueError(f"{total} gradients have no covariance; take at least 2.")
     second_moment_trace = float(gram.trace()) / total
-    second = torch.linalg.eigvalsh(gram).flip(0)[: min(num_eigenvalues, total, size)] / total
+    second = _eigenvalues(gram)[: min(num_eigenvalues, total, size)] / total
     # The Gram matrix of g_t - g, from the row means and the mean of all entries.
     means = gram.mean(dim=1)
     mean = means.mean()
@@ -196,19 +202,36 @@ def spectra(gram: Tensor, num_eigenvalues: int, size: int, num_vectors: int = 0)
     covariance_trace = float(gram.trace()) / (total - 1)
     weights = None
     if num_vectors:
-        values, vectors = torch.linalg.eigh(gram)
+        ascending, vectors = torch.linalg.eigh(gram)
+        values = ascending.flip(0).cpu().numpy()
         weights = vectors.T.flip(0)[: min(num_vectors, total - 1, size)]
     else:
-        values = torch.linalg.eigvalsh(gram)
-    covariance = values.flip(0)[: min(num_eigenvalues, total - 1, size)] / (total - 1)
+        values = _eigenvalues(gram)
     return GramSpectra(
-        second_moment=second.cpu().numpy(),
-        covariance=covariance.cpu().numpy(),
+        second_moment=second,
+        covariance=values[: min(num_eigenvalues, total - 1, size)] / (total - 1),
         second_moment_trace=second_moment_trace,
         covariance_trace=covariance_trace,
         mean_norm=math.sqrt(max(float(mean), 0.0)),
         weights=weights,
     )
+
+
+def _eigenvalues(gram: Tensor) -> FloatArray:
+    """Returns the eigenvalues, descending, and leaves the matrix as it was.
+
+    On the CPU by SciPy, which works in place: torch copies the matrix twice.
+    """
+    if gram.device.type != "cpu":
+        return torch.linalg.eigvalsh(gram).flip(0).cpu().numpy()
+    diagonal = gram.diagonal().clone()
+    values = linalg.eigh(
+        gram.numpy().T, eigvals_only=True, overwrite_a=True, check_finite=False, driver="ev"
+    )
+    # LAPACK has used up the diagonal and what lies above it.
+    gram.diagonal().copy_(diagonal)
+    _mirrored(gram)
+    return values[::-1].copy()
 
 
 def combinations(gradients: GradientRows, weights: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -91,7 +90,7 @@ def partition(
             f"blocks={blocks!r} cuts none of the {len(space.names)} selected parameter tensors, of "
             f"which the first is {space.names[0]!r}. Change `blocks` or `parameters`."
         )
-    found = _numbered(space, cuts)
+    found = _numbered(module, cuts)
     if len(found.names) > _MOST_BLOCKS:
         raise ValueError(
             f"blocks={blocks if isinstance(blocks, str) else '...'!r} makes {len(found.names)} "
@@ -111,14 +110,14 @@ def _checked(blocks: Sequence[BlockRule]) -> list[BlockRule]:
     return rules
 
 
-def _numbered(space: ParameterSpace, cuts: _Cuts) -> Partition:
-    """Numbers the blocks in the order of their first mention, and leaves out other parameters."""
-    shapes = dict(zip(space.names, space.shapes, strict=True))
-    kept = tuple(name for name in space.names if name in cuts)
+def _numbered(module: nn.Module, cuts: _Cuts) -> Partition:
+    """Numbers the blocks in the order of their first mention."""
+    kept = {parameter for name, parameter in module.named_parameters() if name in cuts}
+    space = ParameterSpace.select(module, lambda _, parameter: parameter in kept)
     number: dict[str, int] = {}
     groups: list[str] = []
     labels = []
-    for name in kept:
+    for name in space.names:
         keys, owner = cuts[name]
         for block, group in keys:
             if block not in number:
@@ -126,8 +125,7 @@ def _numbered(space: ParameterSpace, cuts: _Cuts) -> Partition:
                 groups.append(group)
         table = torch.tensor([*(number[block] for block, _ in keys), -1])
         labels.append(table[owner])
-    narrowed = dataclasses.replace(space, names=kept, shapes=tuple(shapes[name] for name in kept))
-    return Partition(narrowed, tuple(number), tuple(groups), torch.cat(labels))
+    return Partition(space, tuple(number), tuple(groups), torch.cat(labels))
 
 
 def _by_rules(module: nn.Module, space: ParameterSpace, rules: Sequence[BlockRule]) -> _Cuts:

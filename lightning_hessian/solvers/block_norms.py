@@ -14,7 +14,7 @@ from lightning_hessian.operators.linear import SymmetricOperator
 from lightning_hessian.results import FloatArray, MeasurementError
 from lightning_hessian.solvers.jackknife import BlockEstimate
 
-_DENSE_ORDER = 256
+DENSE_ORDER = 256
 """Up to so many coordinates, all columns are computed rather than probed."""
 
 _KEPT_ORDER = 2048
@@ -197,7 +197,7 @@ def _dense_columns(
     least = least_products(sizes)
     order = sum(sizes)
     if exact is None:
-        exact = order <= max(_DENSE_ORDER, least) and order <= bound
+        exact = order <= max(DENSE_ORDER, least) and order <= bound
     needed = order if exact else least
     if needed > bound:
         raise ValueError(

@@ -13,8 +13,10 @@ from numpy.typing import ArrayLike
 
 from lightning_hessian.results import FloatArray, SpectralDensity
 
-_LINEAR_SHARE = 1e-3
-_WIDTH = 0.5
+_LINEAR_SHARE = 1e-2
+_WIDTH = 1.0
+"""Finer ones tell a CNN from a Transformer no better, and see the noise of 10 Lanczos steps."""
+
 _POINTS_PER_WIDTH = 4
 
 
@@ -73,9 +75,9 @@ def heterogeneity(
 
     Args:
         densities: B of them.
-        unit: Eigenvalues far below it count as zero; by default 1e-3 of the median over blocks
+        unit: Eigenvalues far below it count as zero; by default 1e-2 of the median over blocks
             of the largest absolute node.
-        width: Standard deviation of the Gaussian in t; above ``unit``, 0.5 is a factor of 1.6.
+        width: Standard deviation of the Gaussian in t; above ``unit``, 1 is a factor of e.
 
     Returns:
         float64 [B, B] between 0 and 1, symmetric with zeros on the diagonal.
@@ -90,9 +92,9 @@ def heterogeneity(
         >>> flat, steep = (SpectralDensity(np.array([0.0, top]), np.array([0.5, 0.5]), 2, 2, True)
         ...                for top in (1.0, 100.0))
         >>> heterogeneity([flat, flat, steep]).round(2)
-        array([[0.  , 0.  , 0.71],
-               [0.  , 0.  , 0.71],
-               [0.71, 0.71, 0.  ]])
+        array([[0.  , 0.  , 0.69],
+               [0.  , 0.  , 0.69],
+               [0.69, 0.69, 0.  ]])
     """
     return jensen_shannon_distances(transformed_densities(densities, unit=unit, width=width)[1])
 
@@ -131,12 +133,12 @@ def transformed_densities(
 
 
 def default_unit(densities: Sequence[SpectralDensity]) -> float:
-    """Return 1e-3 of the median over blocks of the largest absolute node; 1 where all are 0.
+    """Return 1e-2 of the median over blocks of the largest absolute node; 1 where all are 0.
 
     Example:
         >>> import numpy as np
         >>> default_unit([SpectralDensity(np.array([-5.0, 2.0]), np.array([0.5, 0.5]), 2, 2, True)])
-        0.005
+        0.05
     """
     largest = [float(np.abs(density.nodes).max()) for density in densities]
     positive = [size for size in largest if size > 0]

@@ -105,7 +105,7 @@ def entries_image(blocks: BlockStructure, *, title: str | None = None) -> Figure
     return figure
 
 
-def density_plot(blocks: BlockStructure, *, width: float = 0.5, title: str | None = None) -> Figure:
+def density_plot(blocks: BlockStructure, *, width: float = 1.0, title: str | None = None) -> Figure:
     """Returns the spectral densities of the diagonal blocks, over asinh(lambda / unit).
 
     They are drawn as they are compared: see `statistics.heterogeneity.heterogeneity`.
