@@ -14,10 +14,10 @@ demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
 
 test: .venv-test/.done lint  ## lint, type check, and all tests but the slow ones
-	$(TEST)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m "not slow"
 
 test-slow: .venv-test/.done  ## the tests that take minutes
-	$(TEST)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m slow
 
 lint: .venv-test/.done  ## ruff and mypy
 	$(TEST)/ruff check .

@@ -83,7 +83,7 @@ def main() -> None:
     )
     for blocks, when in ((found[0], "init"), (found[-1], "trained")):
         title = f"|H| {'at initialisation' if when == 'init' else f'after {args.steps} steps'}"
-        entries_image(blocks, title=title).savefig(args.out / f"entries_{when}.png", dpi=90)
+        entries_image(blocks, title=title).savefig(args.out / f"entries_{when}.png", dpi=55)
         block_heatmap(blocks).savefig(args.out / f"neurons_{when}.png", dpi=90)
 
     images, targets, name = load_images(args.data_dir, 1000)
@@ -91,8 +91,9 @@ def main() -> None:
     found = train_and_measure(images.flatten(1), targets, args.steps, with_matrix=False)
     norms = [np.sqrt(share_of_links(b)) * np.linalg.norm(b.frobenius) for b in found]
     print(
-        f"The norm of H_wv fell from its largest, {max(norms):.2f}, to {norms[-1]:.3f}. Its share "
-        "need not fall\nwhere the labels are learnt: then H_ww and H_vv vanish with it."
+        f"The norm of H_wv was {norms[0]:.2f} at first, {max(norms):.2f} at most and "
+        f"{norms[-1]:.2f} at last. Its share stays:\nwhere labels are learnt, H_ww and H_vv shrink "
+        "as well, since p (1 - p) vanishes with p - y."
     )
     print(f"\nFigures: {args.out}/entries_*.png, neurons_*.png")
 

@@ -111,7 +111,7 @@ def density_plot(blocks: BlockStructure, *, width: float = 1.0, title: str | Non
     They are drawn as they are compared: see `statistics.heterogeneity.heterogeneity`.
 
     Args:
-        blocks: What was measured, with densities; the first 12 blocks are drawn.
+        blocks: What was measured, with densities; the first 10 blocks are drawn.
         width: Standard deviation of the kernel.
         title: Of the figure.
 
@@ -127,7 +127,7 @@ def density_plot(blocks: BlockStructure, *, width: float = 1.0, title: str | Non
     grid, rows, unit = transformed_densities(blocks.densities, width=width)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for name, row in list(zip(blocks.names, rows, strict=True))[:12]:
+    for name, row in list(zip(blocks.names, rows, strict=True))[:10]:
         axes.plot(grid, row, linewidth=1.1, label=name)
     exponents = np.arange(-8, 9)
     powers = np.r_[-(10.0 ** exponents[::-1]), 0.0, 10.0**exponents]

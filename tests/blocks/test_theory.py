@@ -156,7 +156,7 @@ def test_the_finite_ratio_for_two_classes_is_one():
 
 
 def expected_squares(classes: int, loss: str, seeds: range) -> dict[str, float]:
-    """Ratios of expected squared norms of H_ww and H_vv, from eight rows of each layer."""
+    """Ratios of expected squared norms of H_ww and H_vv, from 8 rows of W and 24 of V."""
     inputs = samples = 100
     sums = {"ww": np.zeros(2), "vv": np.zeros(2)}
     for seed in seeds:
@@ -174,11 +174,11 @@ def expected_squares(classes: int, loss: str, seeds: range) -> dict[str, float]:
             return net(batch[0]).square().sum(1).mean() / 2
 
         rows = {f"w{i}": f"0.weight[{i}:{i + 1}]" for i in range(8)}
-        rows |= {f"v{i}": f"2.weight[{i}:{i + 1}]" for i in range(8)}
+        rows |= {f"v{i}": f"2.weight[{i}:{i + 1}]" for i in range(24)}
         found = block_structure(net, loss_fn, [batch], blocks=rows, exact=False, hvp="autograd")
         squared = np.square(found.frobenius)
-        off = ~np.eye(8, dtype=bool)
         for family, part in (("ww", squared[:8, :8]), ("vv", squared[8:, 8:])):
+            off = ~np.eye(len(part), dtype=bool)
             sums[family] += part[off].mean(), np.diagonal(part).mean()
     return {family: off / on for family, (off, on) in sums.items()}
 
