@@ -21,7 +21,7 @@ _KEPT_ORDER = 2048
 """Up to this order the matrix is kept where all its columns are there."""
 
 _LEAST_DEGREES = 24
-"""Degrees of freedom that the first standard error of the ratio has."""
+"""Degrees of freedom of the first standard error of the ratio, if all blocks weigh alike."""
 
 _CHUNK_BYTES = 256 * 2**20
 _MOST_IN_CHUNK = 32
@@ -82,10 +82,10 @@ def block_norms(
     errors. Those of ratio and share take into account that a probe enters its whole column.
 
     Every block gets `least_probes` of them. Until the standard error of the ratio is
-    ``rel_error`` of it, a quarter of the blocks gets one more, those whose columns weigh most in
-    the ratio for the probes they have had. A block of no more coordinates than the least probes
-    has its columns computed instead, which is exact. So have all blocks where that takes no more
-    products, or where there are at most 256 coordinates.
+    ``rel_error`` of it, and rests on 12 degrees of freedom, those blocks get one more whose
+    columns weigh most in the ratio for the probes they have had. A block of no more coordinates
+    than the least probes has its columns computed instead, which is exact. So have all blocks
+    where that takes no more products, or where there are at most 256 coordinates.
 
     Memory: up to 32 vectors of length n, in 256 MB if n allows; k B^2 numbers for k probes.
 
@@ -130,8 +130,7 @@ def block_norms(
     estimate = BlockEstimate(columns.exact_squares, columns.samples, dense)
     while not estimate.is_known_to(rel_error):
         left = len(sizes) if max_products is None else max_products - columns.num_products
-        worth = [j for j in estimate.by_worth() if len(columns.samples[j]) < max_probes]
-        chosen = worth[: min(left, -(-len(probed) // 4))]
+        chosen = estimate.worth_more(max_probes)[:left]
         if not on_time or not chosen:
             break
         on_time = columns.probe(chosen)

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from lightning_hessian.results import FloatArray
 
+_LEAST_DEGREES = 12
+"""Degrees of freedom that the standard error of a ratio must have to be relied on."""
+
 _PRIOR_DEGREES = 4
 """Weight of the mean relative variance in the standard error of an entry."""
 
@@ -79,24 +82,39 @@ class BlockEstimate:
         return (counts - 1) / counts * np.square(spread).sum(0)
 
     def is_known_to(self, rel_error: float) -> bool:
-        """Whether the standard error of the ratio is small enough, or there is no ratio."""
+        """Whether the ratio is known well enough, and its error too; or there is no ratio.
+
+        Where few columns make the ratio, few probes make its error: its degrees of freedom are
+        counted by Satterthwaite's rule.
+        """
         ratio, error = self.ratio()
-        return ratio is None or error is None or error <= rel_error * ratio
+        if ratio is None or error is None or error == 0:
+            return True
+        variance = self._expected_variance() / np.maximum(1, self.counts)
+        degrees = variance.sum() ** 2 / (variance**2 / np.maximum(1, self.counts - 1)).sum()
+        return error <= rel_error * ratio and bool(degrees >= _LEAST_DEGREES)
 
-    def by_worth(self) -> list[int]:
-        """Returns the probed columns, those first that a further probe is worth most on.
+    def worth_more(self, max_probes: int) -> list[int]:
+        """Returns the probed columns on which a further probe is worth most, the best first.
 
-        A column adds to the variance of the ratio about the square of its weight in it over its
-        probes. The weights are judged by the norms, not by the scatter of the samples: else
-        columns whose scatter is small by chance would be left alone, and the error look small.
+        At most a quarter of them, each at least a quarter as worth while as the best.
+        """
+        gain = self._expected_variance() / np.maximum(1, self.counts * (self.counts + 1))
+        gain[self.counts >= max_probes] = 0
+        best = np.argsort(-gain, kind="stable")[: -(-np.count_nonzero(~self.dense) // 4)]
+        return [int(j) for j in best if gain[j] > 0 and gain[j] >= gain.max() / 4]
+
+    def _expected_variance(self) -> FloatArray:
+        """Returns what one probe on each column adds to the variance of the ratio, up to a factor.
+
+        Judged by the norms, not by the scatter of the samples: else columns whose scatter is small
+        by chance would be left alone, and the error look small.
         """
         ratio = self.ratio()[0] or 0.0
         shares = self.weight * self.frobenius
         on = np.diagonal(shares)
-        size = len(shares)
-        weights = 2 * (shares.sum(0) - on) / max(1, size - 1) + ratio * on
-        gain = np.square(weights) / np.maximum(1, self.counts * (self.counts + 1))
-        return [int(j) for j in np.argsort(-gain, kind="stable") if not self.dense[j]]
+        weights = 2 * (shares.sum(0) - on) / max(1, len(shares) - 1) + ratio * on
+        return np.where(self.dense, 0.0, np.square(weights))
 
     def ratio(self) -> tuple[float | None, float | None]:
         """Returns the mean off the diagonal over the mean on it, with its standard error."""
