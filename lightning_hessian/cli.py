@@ -1,11 +1,14 @@
-"""The command line: `lightning-hessian demo`."""
+"""The command line: `lightning-hessian COMMAND`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+COMMANDS = ("demo",)
+"""Each is a module of `lightning_hessian.commands`, imported light: the work is behind ``run``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,8 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Those of the command line by default.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -33,24 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="train on real digits, log offline, draw the spectrum",
-        description="Trains a small network on scikit-learn's handwritten digits with "
-        "HessianSpectrumCallback and an offline W&B run, prints the statistics epoch by epoch and "
-        "their correlation with the validation loss, and draws the spectrum.",
-    )
-    demo.add_argument(
-        "--out", type=Path, default=Path("demo_output"), help="folder to write to (%(default)s)"
-    )
-    demo.set_defaults(run=_demo)
+    for name in COMMANDS:
+        module = importlib.import_module(f"lightning_hessian.commands.{name}")
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION)
+        module.configure(command)
+        command.set_defaults(run=module.run)
     return parser
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from lightning_hessian.demo import run_demo
-
-    run_demo(options.out)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,10 @@ import numpy as np
 
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.statistics.power_law import fit_power_law
+from lightning_hessian.tracking.style import COLOURS, MARKERS, new_figure, quiet_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, told apart by colour-blind readers and in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def rank_plot(spectra: Mapping[str, HessianSpectrum], *, significance: float = 0.05) -> Figure:
@@ -31,14 +28,11 @@ def rank_plot(spectra: Mapping[str, HessianSpectrum], *, significance: float = 0
     Raises:
         ValueError: There is no spectrum.
     """
-    from matplotlib.figure import Figure
-
     if not spectra:
         raise ValueError("There is no spectrum to draw.")
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure()
     for i, (name, spectrum) in enumerate(spectra.items()):
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         values, converged = spectrum.eigenvalues, spectrum.converged
         ranks = np.arange(1, len(values) + 1)
         label = name
@@ -69,6 +63,6 @@ def rank_plot(spectra: Mapping[str, HessianSpectrum], *, significance: float = 0
     axes.set(
         xscale="log", yscale="log", xlabel="rank $k$", ylabel="Hessian eigenvalue $\\lambda_k$"
     )
-    axes.grid(True, which="major", alpha=0.25)
+    quiet_grid(axes)
     axes.legend(loc="lower left", frameon=False, fontsize="small")
     return figure

@@ -262,7 +262,10 @@ def test_the_type_of_blocks_is_public():
 
 @pytest.mark.slow
 def test_a_hundred_blocks_of_lenet_in_300_products():
-    """Five seeds each, at initialisation and trained, against 3000 products."""
+    """Five seeds each, at initialisation and diverged, against 3000 products.
+
+    Thirty steps at this rate end at a loss of 9, where one class outweighs all other blocks.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
@@ -288,7 +291,8 @@ def test_a_hundred_blocks_of_lenet_in_300_products():
             assert found.num_hvps <= 300
             error = found.off_diagonal_ratio_std_error
             assert error <= 0.1 * found.off_diagonal_ratio
-            assert abs(found.off_diagonal_ratio - truth.off_diagonal_ratio) < 4 * error
+            allowed = 4 * np.hypot(error, truth.off_diagonal_ratio_std_error)
+            assert abs(found.off_diagonal_ratio - truth.off_diagonal_ratio) < allowed
         for _ in range(30):
             optimizer.zero_grad()
             cross_entropy(net, batches[0]).backward()
