@@ -140,7 +140,7 @@ def _explained(error: Exception, path: WandbPath) -> Exception:
             f"{where}: no such W&B run or project, and no such folder ({text[:150]}). "
             "Check the spelling, and that your account may see it."
         )
-    if kind in ("AuthenticationError", "UsageError") or "api_key" in text or "API key" in text:
+    if any(words in text for words in ("invalid credentials", "API key", "api_key", "401")):
         return ValueError(
             f"{where}: W&B does not know you ({text[:150]}). Run `wandb login`, set "
             "WANDB_API_KEY, or give an offline run folder."
