@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
-from lightning_hessian.reports.analysis import AcrossRuns, OverRuns, WithinRun, excludes_zero
+from lightning_hessian.reports.across import AcrossRuns
+from lightning_hessian.reports.within import OverRuns, WithinRun, excludes_zero
 from lightning_hessian.statistics.dependence import MIN_BLOCK_POINTS
 
+Pair = TypeVar("Pair", WithinRun, AcrossRuns)
 MINUS, NOTHING = "\u2212", "\u2013"
 
 
@@ -32,14 +36,29 @@ def p_text(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def interval_text(interval: tuple[float, float]) -> str:
+def interval_text(interval: tuple[float, float], digits: int = 2) -> str:
     """Returns an interval as text.
 
     Example:
         >>> interval_text((-0.25, 0.5))
         '−0.25 to 0.50'
     """
-    return NOTHING if math.isnan(interval[0]) else " to ".join(number(end) for end in interval)
+    return (
+        NOTHING if math.isnan(interval[0]) else " to ".join(number(end, digits) for end in interval)
+    )
+
+
+def ranked(pairs: Sequence[Pair]) -> list[Pair]:
+    """Returns pairs with the strongest evidence first, then the largest abs(r); NaN last."""
+
+    def key(pair: Pair) -> tuple[bool, int, float]:
+        if isinstance(pair, AcrossRuns):
+            clear = excludes_zero(pair.fisher), pair.holm < 0.05
+        else:
+            clear = excludes_zero((pair.differences.low, pair.differences.high)), pair.holm < 0.05
+        return math.isnan(pair.r), -sum(clear), -abs(pair.r)
+
+    return sorted(pairs, key=key)
 
 
 def verdict_within(pair: WithinRun, num_tests: int) -> str:
@@ -88,7 +107,8 @@ def _moves(pair: WithinRun, level: bool, of_steps: str, num_tests: int) -> str:
     elif level:
         text += f", though over the whole run it is the other way round (r = {number(pair.r)})"
     else:
-        text += f"; over the whole run r = {number(pair.r)} is not told from zero"
+        drift = "which drift alone can give" if abs(pair.r) >= 0.5 else "not told from zero"
+        text += f"; over the whole run r = {number(pair.r)}, {drift}"
     if num_tests > 1:
         holds = "holds" if pair.holm < 0.05 else "does not hold"
         text += f". After correction for {num_tests} pairs this {holds} (p {_equals(pair.holm)})"
