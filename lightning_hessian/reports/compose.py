@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from lightning_hessian.reports.across import AcrossRuns
 from lightning_hessian.reports.document import Block, Bullets, Document, Heading, Table, Text
 from lightning_hessian.reports.figures import (
     across_figure,
@@ -16,6 +17,8 @@ from lightning_hessian.reports.figures import (
 from lightning_hessian.reports.numbers import num_tests
 from lightning_hessian.reports.report import CorrelationReport
 from lightning_hessian.reports.verdicts import (
+    MINUS,
+    NOTHING,
     interval_text,
     number,
     p_text,
@@ -29,6 +32,7 @@ from lightning_hessian.reports.within import WithinRun, excludes_zero
 _SHOWN_RUNS = 60  # rows of the table of runs, and of problems
 _SINGLY = 3  # up to so many runs are told one by one
 _PANELS = 9
+_MOST_GROUPS = 8  # columns of the table of groups
 
 
 def compose(report: CorrelationReport) -> Document:
@@ -103,35 +107,38 @@ def _across(report: CorrelationReport) -> Iterator[Block]:
                 number(p.r),
                 interval_text(p.fisher),
                 number(p.spearman),
-                number(p.kendall),
                 p_text(p.p_value),
                 p_text(p.holm),
-                p_text(p.bh),
                 *((number(p.r_within_groups),) if group else ()),
                 str(p.num_points),
                 verdict_across(p, len(report.across), group),
             )
             for p in pairs
         )
-        header = ("statistic", "r", "95 %", "Spearman", "Kendall", "p", "Holm", "BH", *inside)
+        header = ("statistic", "r", "95 %", "Spearman", "p", "Holm", *inside)
         yield Table((*header, "runs", "what it says"), rows, words=1)
         defined = [p.statistic for p in pairs if not math.isnan(p.r)][:_PANELS]
         if defined:
             yield across_figure(report.points, defined, monitor, group)
-        if group:
-            yield from _by_group(report, monitor, group)
+        yield _more_across(pairs, group)
 
 
-def _by_group(report: CorrelationReport, monitor: str, group: str) -> Iterator[Block]:
-    pairs = [pair for pair in ranked(report.across) if pair.monitor == monitor]
+def _more_across(pairs: Sequence[AcrossRuns], group: str | None) -> Table:
+    """Returns the further coefficients, and r in each group with its number of runs."""
     names = sorted({name for pair in pairs for name in pair.groups})
-    if not 1 < len(names) <= 12:
-        return
-    yield Text(f"Pearson's r with `{monitor}` in each group of `{group}` (number of runs):")
+    names = names if len(names) <= _MOST_GROUPS else []
     rows = tuple(
-        (f"`{p.statistic}`", *(_in_group(p.groups.get(name)) for name in names)) for p in pairs
+        (
+            f"`{p.statistic}`",
+            number(p.kendall),
+            number(p.r_logs),
+            p_text(p.bh),
+            *(_in_group(p.groups.get(name)) for name in names),
+        )
+        for p in pairs
     )
-    yield Table(("statistic", *names), rows)
+    groups = (f"r for {group} {name} (runs)" for name in names)
+    return Table(("further numbers", "Kendall", "r of logs", "BH", *groups), rows)
 
 
 def _in_group(found: tuple[float, int] | None) -> str:
@@ -230,6 +237,7 @@ def _each_run(report: CorrelationReport) -> Iterator[Block]:
             drawn = [pair for pair in pairs if not math.isnan(pair.r)][:_PANELS]
             if drawn:
                 yield run_figure(run, drawn, monitor)
+            yield _more_within(pairs)
 
 
 def _run_table(pairs: Sequence[WithinRun], tests: int) -> Table:
@@ -237,29 +245,45 @@ def _run_table(pairs: Sequence[WithinRun], tests: int) -> Table:
         (
             f"`{p.statistic}`",
             number(p.r),
-            interval_text(p.fisher),
             interval_text((p.block.low, p.block.high)),
-            p_text(p.shift_p),
-            number(p.spearman),
-            number(p.kendall),
-            number(p.partial),
             number(p.r_differences),
             interval_text((p.differences.low, p.differences.high)),
-            p_text(p.differences_shift_p),
             p_text(p.differences.p_value),
             p_text(p.holm),
-            p_text(p.bh),
             str(p.num_points),
             verdict_within(p, tests),
         )
         for p in pairs
     )
+    header = ("statistic", "r", "95 % blocks", "r of differences", "95 % blocks", "p", "Holm")
+    return Table((*header, "rows", "what it says"), rows, words=1)
+
+
+def _more_within(pairs: Sequence[WithinRun]) -> Table:
+    """Returns the further coefficients of one run."""
+    rows = tuple(
+        (
+            f"`{p.statistic}`",
+            interval_text(p.fisher),
+            p_text(p.shift_p),
+            number(p.spearman),
+            number(p.kendall),
+            number(p.partial),
+            p_text(p.differences_shift_p),
+            p_text(p.bh),
+            NOTHING
+            if p.lead is None
+            else f"{p.lead.lag:+d}".replace("-", MINUS).replace("+0", "0"),
+            NOTHING if p.lead is None else number(p.lead.r),
+            NOTHING if p.lead is None else interval_text(p.lead.interval),
+        )
+        for p in pairs
+    )
     header = (
-        "statistic", "r", "95 % Fisher", "95 % blocks", "p shifts", "Spearman", "Kendall",
-        "r given step", "r of differences", "95 % blocks", "p shifts", "p blocks", "Holm", "BH",
-        "rows", "what it says",
+        "further numbers", "95 % Fisher", "p shifts", "Spearman", "Kendall", "r given step",
+        "p shifts, differences", "BH", "lead", "r there", "its interval",
     )  # fmt: skip
-    return Table(header, rows, words=1)
+    return Table(header, rows)
 
 
 def _method(report: CorrelationReport) -> Iterator[Block]:

@@ -142,12 +142,7 @@ def _html_table(table: Table) -> str:
 def _html_text(text: str) -> str:
     escaped = html.escape(text, quote=False)
     escaped = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)
-    return re.sub(r"`(.+?)`", _html_code, escaped)
-
-
-def _html_code(found: re.Match[str]) -> str:
-    """Returns code that may break after its slashes and underscores, and nowhere else."""
-    return "<code>" + re.sub("([/_])", r"\1<wbr>", found[1]) + "</code>"
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", escaped)
 
 
 def _markdown_block(block: Block, folder: str) -> str:
@@ -205,12 +200,13 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 tbody tr:nth-child(even) { background: var(--band); }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th.number { white-space: normal; }
-.words { min-width: 17rem; }
-.name code { white-space: nowrap; }
+.words { min-width: 15rem; }
+.name { white-space: nowrap; }
 figure { margin: 1.5rem 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; max-width: 60rem; }
 figure svg text { font-family: "DejaVu Sans", Verdana, sans-serif !important; }
-@media (max-width: 40rem) { .name code { white-space: normal; } .words { min-width: 14rem; } }
+@media (max-width: 40rem) { .words { min-width: 14rem; }
+  .name { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; } }
 @media print {
   @page { margin: 14mm; }
   :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #fff; }

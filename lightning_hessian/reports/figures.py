@@ -85,16 +85,23 @@ def across_figure(
                 handles[label] = axes.scatter(
                     x[mask], y[mask], s=22, color=colour, marker=marker, alpha=0.85, linewidths=0
                 )
-            axes.set_xlabel(statistic)
+            axes.set_xlabel(_plain(statistic))
             _log_if_wide(axes, x, y)
             quiet_grid(axes)
         for axes in grid.flat[len(statistics) :]:
             axes.set_visible(False)
         for axes in grid[:, 0]:
-            axes.set_ylabel(monitor)
+            axes.set_ylabel(_plain(monitor))
         if group is not None and len(handles) > 1:
-            figure.legend(handles.values(), handles.keys(), title=group, ncols=min(6, len(handles)),
-                          loc="outside upper center", frameon=False, fontsize="small")  # fmt: skip
+            figure.legend(
+                handles.values(),
+                map(_plain, handles),
+                title=_plain(group),
+                ncols=min(6, len(handles)),
+                loc="outside upper center",
+                frameon=False,
+                fontsize="small",
+            )
         colours = f", coloured by {group}" if group else ""
         caption = f"{monitor} against each statistic; a dot is a run{colours}."
         return _drawing(figure, f"across_{_slug(monitor)}", caption)
@@ -118,7 +125,8 @@ def scaling_figure(points: Points, scalings: Sequence[Scaling]) -> Drawing:
             centre, low, high = scaling.fit.predict(line)
             axes.plot(line, centre, color=_INK, linewidth=1.2)
             axes.fill_between(line, low, high, color="#888888", alpha=0.25, linewidth=0)
-            axes.set(xscale="log", yscale="log", xlabel=scaling.size, ylabel=scaling.quantity)
+            axes.set(xscale="log", yscale="log", xlabel=_plain(scaling.size))
+            axes.set_ylabel(_plain(scaling.quantity))
             axes.set_title(f"exponent {scaling.fit.exponent:.2f}", fontsize="small")
             quiet_grid(axes)
         for axes in grid.flat[len(scalings) :]:
@@ -151,9 +159,9 @@ def over_runs_figure(
                 axes.plot([np.median(r)] * 2, [place - 0.32, place + 0.32], color=COLOURS[1],
                           linewidth=2)  # fmt: skip
             axes.axvline(0, color=_INK, linewidth=0.7)
-            axes.set(xlim=(-1.05, 1.05), xlabel=f"Pearson's r with {monitor}, {title}")
+            axes.set(xlim=(-1.05, 1.05), xlabel=f"r with {_plain(monitor)}, {title}")
             quiet_grid(axes)
-        left.set_yticks(range(len(statistics)), statistics)
+        left.set_yticks(range(len(statistics)), [_plain(key) for key in statistics])
         left.invert_yaxis()
         caption = f"Pearson's r with {monitor} within each run (a dot a run, a bar at the median)."
         return _drawing(figure, f"within_{_slug(monitor)}", caption)
@@ -193,7 +201,7 @@ def _series(axes: Axes, run: RunRecord, statistic: str, monitor: str) -> None:
         seen = np.isfinite(values)
         place.plot(run.steps[seen], values[seen], color=colour, linestyle=line, linewidth=1.3,
                    marker="o" if seen.sum() <= 60 else None, markersize=2.5)  # fmt: skip
-        place.set_ylabel(key, color=colour, fontsize="small")
+        place.set_ylabel(_plain(key).replace("/", "/\n", 1), color=colour, fontsize="small")
         place.spines[["top"]].set_visible(False)
     quiet_grid(axes)
 
@@ -248,7 +256,6 @@ def _style() -> Iterator[None]:
     clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
     settings: dict[str, Any] = dict.fromkeys(ink, _INK) | dict.fromkeys(clear, "none")
     settings |= {"svg.fonttype": "none", "font.size": 9.0, "axes.unicode_minus": True}
-    settings["text.parse_math"] = False  # a key may have a dollar sign
     with matplotlib.rc_context(settings):  # type: ignore[arg-type, unused-ignore]
         yield
 
@@ -260,6 +267,11 @@ def _drawing(figure: Figure, name: str, caption: str) -> Drawing:
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     return Drawing(name, out.getvalue(), caption)
+
+
+def _plain(key: str) -> str:
+    """Returns a key that matplotlib takes for words, dollar signs and all."""
+    return key.replace("$", r"\$")
 
 
 def _slug(text: str) -> str:

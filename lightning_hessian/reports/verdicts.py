@@ -11,6 +11,7 @@ from lightning_hessian.reports.within import OverRuns, WithinRun, excludes_zero
 from lightning_hessian.statistics.dependence import MIN_BLOCK_POINTS
 
 Pair = TypeVar("Pair", WithinRun, AcrossRuns)
+_HIGH = 0.5  # a coefficient that a reader would take for something
 MINUS, NOTHING = "\u2212", "\u2013"
 
 
@@ -70,48 +71,46 @@ def verdict_within(pair: WithinRun, num_tests: int) -> str:
     """
     if math.isnan(pair.r):
         return f"No coefficient. {pair.reason.capitalize()}."
-    what = f"r = {number(pair.r)}"
-    if pair.num_points < MIN_BLOCK_POINTS or math.isnan(pair.r_differences):
-        why = pair.reason or f"an interval takes {MIN_BLOCK_POINTS} points"
-        return f"Too little to tell: {what} over {pair.num_points} measurements ({why})."
     differences = (pair.differences.low, pair.differences.high)
+    if math.isnan(pair.r_differences):
+        why = pair.reason.partition("r_differences: ")[2]
+        return f"Too little to tell. First differences have no coefficient: {why}."
     if math.isnan(differences[0]):
         return (
-            f"Too little to tell: {what} over {pair.num_points} measurements, and first "
-            f"differences are too few for an interval (r = {number(pair.r_differences)})."
+            f"Too little to tell: an interval of first differences takes {MIN_BLOCK_POINTS + 1} "
+            f"measurements, and there are {pair.num_points}."
         )
     level = excludes_zero((pair.block.low, pair.block.high))
-    steps = excludes_zero(differences)
-    of_steps = f"r = {number(pair.r_differences)}, 95 % {interval_text(differences)}"
-    if steps:
-        return _moves(pair, level, of_steps, num_tests) + _lead(pair)
-    nothing = f"first differences show nothing ({of_steps})"
+    if excludes_zero(differences):
+        return _moves(pair, level, num_tests) + _lead(pair)
     if level:
         way = "the same way" if pair.r > 0 else "opposite ways"
         return (
-            f"Both drift {way} over the run ({what}), but {nothing}: a trend that they share "
-            "would look like this." + _lead(pair)
+            f"Both drift {way} over the run, as a trend that they share would make them; first "
+            "differences show nothing." + _lead(pair)
         )
-    allowed = interval_text((pair.block.low, pair.block.high))
-    if abs(pair.r) >= 0.5:
-        what += " is high, but two series that drift give that without any link"
-    despite = f"{what}; allowing for dependence it may be {allowed}"
-    return f"Nothing shown: {despite}, and {nothing}." + _lead(pair)
+    if abs(pair.r) >= _HIGH:
+        return (
+            "Nothing shown: r is far from zero, but two series that drift give that without any "
+            "link, and first differences show nothing." + _lead(pair)
+        )
+    return "Nothing shown, neither over the run nor by first differences." + _lead(pair)
 
 
-def _moves(pair: WithinRun, level: bool, of_steps: str, num_tests: int) -> str:
+def _moves(pair: WithinRun, level: bool, num_tests: int) -> str:
     way = "together" if pair.r_differences > 0 else "in opposite ways"
-    text = f"From one measurement to the next they move {way} ({of_steps})"
+    text = f"From one measurement to the next they move {way}"
     if level and pair.r * pair.r_differences > 0:
-        text += f", as they do over the whole run (r = {number(pair.r)})"
+        text += ", as they do over the whole run"
     elif level:
-        text += f", though over the whole run it is the other way round (r = {number(pair.r)})"
+        text += ", though over the whole run it is the other way round"
+    elif abs(pair.r) >= _HIGH:
+        text += "; over the whole run drift alone could give this r"
     else:
-        drift = "which drift alone can give" if abs(pair.r) >= 0.5 else "not told from zero"
-        text += f"; over the whole run r = {number(pair.r)}, {drift}"
+        text += "; over the whole run nothing is shown"
     if num_tests > 1:
         holds = "holds" if pair.holm < 0.05 else "does not hold"
-        text += f". After correction for {num_tests} pairs this {holds} (p {_equals(pair.holm)})"
+        text += f". After correction for {num_tests} pairs this {holds}"
     return text + "."
 
 
@@ -122,7 +121,7 @@ def _lead(pair: WithinRun) -> str:
     which = "later" if lag > 0 else "earlier"
     return (
         f" Its changes agree best with those of {pair.monitor} {abs(lag)} measurement"
-        f"{'s' if abs(lag) > 1 else ''} {which} (r = {number(pair.lead.r)})."
+        f"{'s' if abs(lag) > 1 else ''} {which}."
     )
 
 
@@ -136,37 +135,36 @@ def verdict_across(pair: AcrossRuns, num_tests: int, group: str | None = None) -
     """
     if math.isnan(pair.r):
         return f"No coefficient. {pair.reason.capitalize()}."
-    what = f"r = {number(pair.r)}, 95 % {interval_text(pair.fisher)}, {pair.num_points} runs"
     if not excludes_zero(pair.fisher):
-        return f"Not told from zero ({what})." + _groups(pair, group)
-    way = "higher" if pair.r > 0 else "lower"
-    text = f"Higher {pair.statistic} goes with {way} {pair.monitor} ({what})"
+        return "Not told from zero." + _groups(pair, group)
+    text = _goes(pair, pair.r)
     if num_tests > 1:
         holds = ", also" if pair.holm < 0.05 else ", but not"
-        text += f"{holds} after correction for {num_tests} pairs (p {_equals(pair.holm)})"
+        text += f"{holds} after correction for {num_tests} pairs"
     elif pair.p_value >= 0.05:
         text += f", though permutations give p {_equals(pair.p_value)}"
     text += "."
     if pair.r * pair.spearman <= 0 or abs(pair.r) - abs(pair.spearman) > 0.3:
-        text += (
-            f" Ranks say less (Spearman {number(pair.spearman)}): a few runs carry it, or it is "
-            "no straight line."
-        )
+        text += " Ranks say less: a few runs carry it, or it is no straight line."
     return text + _groups(pair, group)
+
+
+def _goes(pair: AcrossRuns, r: float) -> str:
+    return f"Higher {pair.statistic} goes with {'higher' if r > 0 else 'lower'} {pair.monitor}"
 
 
 def _groups(pair: AcrossRuns, group: str | None) -> str:
     if group is None or math.isnan(pair.r_within_groups):
         return ""
-    inside = f"r = {number(pair.r_within_groups)}, 95 % {interval_text(pair.within_interval)}"
     clear, whole = excludes_zero(pair.within_interval), excludes_zero(pair.fisher)
-    if clear and pair.r_within_groups * pair.r < 0 and whole:
-        return f" Within the groups of {group} it is the other way round ({inside})."
-    if clear:
-        return f" Within the groups of {group}: {inside}."
-    if whole:
-        return f" Within the groups of {group} it is not told from zero ({inside})."
-    return ""
+    if not clear:
+        return f" Within the groups of {group} it is not told from zero." if whole else ""
+    if not whole:
+        goes = _goes(pair, pair.r_within_groups).replace("Higher", "higher", 1)
+        return f" Within the groups of {group} {goes} (not corrected)."
+    if pair.r_within_groups * pair.r < 0:
+        return f" Within the groups of {group} it is the other way round."
+    return f" The same within the groups of {group}."
 
 
 def verdict_over(pair: OverRuns, num_tests: int) -> str:
@@ -176,18 +174,11 @@ def verdict_over(pair: OverRuns, num_tests: int) -> str:
         pair: The numbers.
         num_tests: How many pairs were looked at.
     """
-    count = f"{pair.num_positive} of {pair.num_runs}"
-    if pair.holm < 0.05:
-        way = "together" if pair.num_positive * 2 > pair.num_runs else "in opposite ways"
-        corrected = f", corrected for {num_tests} pairs" if num_tests > 1 else ""
-        return (
-            f"From one measurement to the next they tend to move {way}: the sign is positive in "
-            f"{count} runs (sign test p {_equals(pair.holm)}{corrected})."
-        )
-    return (
-        f"First differences show no common sign (positive in {count} runs, "
-        f"sign test p {_equals(pair.holm)})."
-    )
+    if not pair.holm < 0.05:
+        return "First differences show no common sign."
+    way = "together" if pair.num_positive * 2 > pair.num_runs else "in opposite ways"
+    corrected = f", also after correction for {num_tests} pairs" if num_tests > 1 else ""
+    return f"From one measurement to the next they tend to move {way}{corrected}."
 
 
 def _equals(p_value: float) -> str:
