@@ -73,7 +73,7 @@ def list_wandb_runs(path: WandbPath, filters: Mapping[str, Any] | None = None) -
         chosen = dict(filters or {}) | ({"sweep": path.sweep_id} if path.sweep_id else {})
         runs = list(api.runs(path.project, filters=chosen, lazy=False))
     except Exception as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
     if not runs:
         what = " that pass the filters" if filters else ""
         raise ValueError(f"{path.project} has no runs{what}.")
@@ -120,7 +120,7 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
             problems.append(f"{last + 1} rows: only {', '.join(keys) or 'nothing'} was read")
         config = flat_config(run.config)
     except Exception as error:
-        raise _explained(error, WandbPath(f"{run.entity}/{run.project}", run.id)) from error
+        raise explained(error, WandbPath(f"{run.entity}/{run.project}", run.id)) from error
     if run.state not in ENDED:
         problems.append(f"the run is {run.state}: more rows may come")
     steps, columns = columns_of(rows)
@@ -130,7 +130,7 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
     )
 
 
-def _explained(error: Exception, path: WandbPath) -> Exception:
+def explained(error: Exception, path: WandbPath) -> Exception:
     """Returns an error that says what to do; one that is not W&B's is handed back."""
     where = "/".join(filter(None, (path.project, path.run_id)))
     text = " ".join(str(error).split())
@@ -142,8 +142,8 @@ def _explained(error: Exception, path: WandbPath) -> Exception:
         )
     if any(words in text for words in ("invalid credentials", "API key", "api_key", "401")):
         return ValueError(
-            f"{where}: W&B does not know you ({text[:150]}). Run `wandb login`, set "
-            "WANDB_API_KEY, or give an offline run folder."
+            f"{where}: no such folder here, and W&B does not know you ({text[:150]}). Run "
+            "`wandb login`, set WANDB_API_KEY, or give a run folder."
         )
     if type(error).__module__.split(".")[0] in ("wandb", "requests", "urllib3") or isinstance(
         error, (OSError, TimeoutError)
