@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_hessian.reports.compose import compose
 from lightning_hessian.reports.document import Document
+from lightning_hessian.reports.figures import Drawing
 from lightning_hessian.reports.report import CorrelationReport
 from lightning_hessian.reports.verdicts import ranked
 
@@ -37,9 +38,8 @@ def wandb_report(report: CorrelationReport, project: str) -> Any:
             "W&B Reports are built by wandb-workspaces: pip install 'lightning-hessian[workspaces]'"
         ) from error
     document = compose(report)
-    words = Document(
-        document.title, tuple(b for b in document.blocks if b not in document.drawings)
-    )
+    words = tuple(block for block in document.blocks if not isinstance(block, Drawing))
+    text = to_markdown(Document(document.title, words)).partition("\n")[2].strip()
     group = report.settings.get("group")
     runset = wr.Runset(
         entity=entity, project=name, name="runs", groupby=[f"config.{group}"] if group else []
