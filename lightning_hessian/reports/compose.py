@@ -6,7 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lightning_hessian.reports.across import AcrossRuns
-from lightning_hessian.reports.document import Block, Bullets, Document, Heading, Table, Text
+from lightning_hessian.reports.document import (
+    Block,
+    Bullets,
+    Document,
+    Heading,
+    Table,
+    Text,
+    code,
+)
 from lightning_hessian.reports.figures import (
     across_figure,
     has_band,
@@ -103,7 +111,7 @@ def _across(report: CorrelationReport) -> Iterator[Block]:
         inside = (f"within {group}",) if group else ()
         rows = tuple(
             (
-                f"`{p.statistic}`",
+                code(p.statistic),
                 number(p.r),
                 interval_text(p.fisher),
                 number(p.spearman),
@@ -129,7 +137,7 @@ def _more_across(pairs: Sequence[AcrossRuns], group: str | None) -> Table:
     names = names if len(names) <= _MOST_GROUPS else []
     rows = tuple(
         (
-            f"`{p.statistic}`",
+            code(p.statistic),
             number(p.kendall),
             number(p.r_logs),
             p_text(p.bh),
@@ -151,7 +159,7 @@ def _scaling(report: CorrelationReport) -> Iterator[Block]:
     yield Heading(f"Scaling with {size}")
     rows = tuple(
         (
-            f"`{s.quantity}`",
+            code(s.quantity),
             number(s.fit.exponent, 3),
             " to ".join(number(end, 3) for end in s.fit.interval)
             if has_band(s)
@@ -172,7 +180,7 @@ def _scaling(report: CorrelationReport) -> Iterator[Block]:
 
 def _scaling_words(interval: tuple[float, float], reason: str, size: str) -> str:
     if reason:
-        return f"No fit. {reason.capitalize()}."
+        return f"No fit: {reason}."
     if not excludes_zero(interval):
         return f"No trend with {size} shown."
     return f"{'Grows' if interval[0] > 0 else 'Falls'} with {size} over these runs."
@@ -193,7 +201,7 @@ def _over_runs(report: CorrelationReport) -> Iterator[Block]:
         overs.sort(key=lambda over: (over.holm, -abs(over.median_differences)))
         rows = tuple(
             (
-                f"`{o.statistic}`",
+                code(o.statistic),
                 number(o.median_r),
                 interval_text(o.range_r),
                 number(o.median_differences),
@@ -243,7 +251,7 @@ def _each_run(report: CorrelationReport) -> Iterator[Block]:
 def _run_table(pairs: Sequence[WithinRun], tests: int) -> Table:
     rows = tuple(
         (
-            f"`{p.statistic}`",
+            code(p.statistic),
             number(p.r),
             interval_text((p.block.low, p.block.high)),
             number(p.r_differences),
@@ -263,7 +271,7 @@ def _more_within(pairs: Sequence[WithinRun]) -> Table:
     """Returns the further coefficients of one run."""
     rows = tuple(
         (
-            f"`{p.statistic}`",
+            code(p.statistic),
             interval_text(p.fisher),
             p_text(p.shift_p),
             number(p.spearman),
@@ -346,7 +354,7 @@ def _runs(report: CorrelationReport) -> Iterator[Block]:
             str(len(run)),
             *((f"{chosen[run.name]:g}" if run.name in chosen else "none",) if chosen else ()),
             *(str(run.config.get(key, "")) for key in varying),
-            f"`{run.source}`",
+            code(run.source),
         )
         for run in report.table.runs[:_SHOWN_RUNS]
     )

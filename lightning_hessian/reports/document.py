@@ -81,6 +81,11 @@ class Document:
         return tuple(block for block in self.blocks if isinstance(block, Drawing))
 
 
+def code(text: str) -> str:
+    """Returns a key or a path, marked as such."""
+    return "`" + text.replace("`", "'") + "`"
+
+
 def to_html(document: Document) -> str:
     """Returns one page that needs no network, follows light and dark, and prints."""
     body = "\n".join(_html_block(block) for block in document.blocks)
@@ -171,10 +176,12 @@ def _markdown_table(table: Table) -> str:
 def _escaped_markdown(text: str) -> str:
     """Returns text in which what a run was called cannot become markup; code stays as it is."""
     parts = re.split(r"(`[^`]*`|\*\*)", " ".join(text.split()))
-    return "".join(
-        part if place % 2 else re.sub(r"([\\_<>\[\]#])", r"\\\1", part).replace("*", "\\*")
-        for place, part in enumerate(parts)
-    )
+    return "".join(part if place % 2 else _plain_markdown(part) for place, part in enumerate(parts))
+
+
+def _plain_markdown(text: str) -> str:
+    text = re.sub(r"([\\_*\[\]#`])", r"\\\1", text)
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 _CSS = """

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lightning_hessian.reports.compose import compose
-from lightning_hessian.reports.document import Document
+from lightning_hessian.reports.document import Document, to_markdown
 from lightning_hessian.reports.figures import Drawing
 from lightning_hessian.reports.report import CorrelationReport
 from lightning_hessian.reports.verdicts import ranked

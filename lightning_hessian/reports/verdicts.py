@@ -70,7 +70,7 @@ def verdict_within(pair: WithinRun, num_tests: int) -> str:
         num_tests: How many pairs of the run were looked at.
     """
     if math.isnan(pair.r):
-        return f"No coefficient. {pair.reason.capitalize()}."
+        return f"No coefficient: {_why(pair.reason)}."
     differences = (pair.differences.low, pair.differences.high)
     if math.isnan(pair.r_differences):
         why = pair.reason.partition("r_differences: ")[2]
@@ -95,6 +95,10 @@ def verdict_within(pair: WithinRun, num_tests: int) -> str:
             "link, and first differences show nothing." + _lead(pair)
         )
     return "Nothing shown, neither over the run nor by first differences." + _lead(pair)
+
+
+def _why(reason: str) -> str:
+    return reason.partition("; r_differences")[0].removeprefix("r, spearman: ")
 
 
 def _moves(pair: WithinRun, level: bool, num_tests: int) -> str:
@@ -134,7 +138,7 @@ def verdict_across(pair: AcrossRuns, num_tests: int, group: str | None = None) -
         group: What the runs are grouped by.
     """
     if math.isnan(pair.r):
-        return f"No coefficient. {pair.reason.capitalize()}."
+        return f"No coefficient: {_why(pair.reason)}."
     if not excludes_zero(pair.fisher):
         return "Not told from zero." + _groups(pair, group)
     text = _goes(pair, pair.r)
