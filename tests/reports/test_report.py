@@ -81,8 +81,16 @@ def test_every_coefficient_within_runs_is_scipys(table, report):
         at_lag = dict(zip(pair.lead.lags, pair.lead.coefficients, strict=True))
         assert at_lag[1] == pytest.approx(stats.pearsonr(dx[:-1], dy[1:])[0])
         assert at_lag[-2] == pytest.approx(stats.pearsonr(dx[2:], dy[:-2])[0])
+        if pair.run in ("run 0", "run 5"):
+            assert pair.shift_p == pytest.approx(rolled_p(x, y))
+            assert pair.differences_shift_p == pytest.approx(rolled_p(dx, dy))
         checked += 1
     assert checked == 24
+
+
+def rolled_p(x, y) -> float:
+    r = [abs(stats.pearsonr(x, np.roll(y, shift))[0]) for shift in range(len(x))]
+    return float(np.mean(np.array(r) >= r[0] - 1e-12))
 
 
 def test_every_coefficient_across_runs_is_scipys(table, report):
