@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from lightning_hessian.distributed import Shard
 from lightning_hessian.operators.engines import (
     ENGINES,
     LINEARIZE_TO_GRAPH_MEMORY,
@@ -57,6 +58,7 @@ class HessianOperator:
 
     Attributes:
         size: Order n.
+        shard: Of vectors: all entries are here.
         engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept.
         self_check_error: Relative difference between a product of this engine and of
             ``recompute`` on the first batch (for finite differences, and where ``recompute``
@@ -80,6 +82,7 @@ class HessianOperator:
             raise ValueError(f"hvp={engine!r} is unknown; choose from {['auto', *ENGINES]}.")
         self.objective = objective
         self.size = objective.space.size
+        self.shard = Shard.whole(self.size)
         self.dtype = objective.space.dtype
         self.device = objective.space.device
         self.num_products = 0

@@ -30,17 +30,18 @@ class RestrictedOperator:
 
     def __init__(self, operator: SymmetricOperator, coordinates: Tensor) -> None:
         self.operator = operator
-        self.coordinates = coordinates.to(operator.device)
+        self.shard, local = operator.shard.restricted(coordinates)
+        self.coordinates = local.to(operator.device)
         self.size = len(coordinates)
         self.dtype, self.device = operator.dtype, operator.device
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [m], a new tensor [m]."""
+        """Returns the product with a vector [m_local], a new tensor [m_local]."""
         return self.matmat(vector[None])[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, m], a new tensor [b, m]."""
-        whole = vectors.new_zeros(len(vectors), self.operator.size)
+        """Returns the products with the rows of [b, m_local], a new tensor [b, m_local]."""
+        whole = vectors.new_zeros(len(vectors), self.operator.shard.length)
         whole[:, self.coordinates] = vectors
         return self.operator.matmat(whole)[:, self.coordinates]
 
@@ -84,13 +85,15 @@ def spectral_density(
     """
     if num_steps < 1 or num_probes < 1:
         raise ValueError(f"num_steps={num_steps}, num_probes={num_probes}; each is at least 1.")
+    shard = operator.shard
+    should_stop = shard.ranks.stopping(should_stop)
     if operator.size <= num_steps * num_probes:
         return _all_eigenvalues(operator, should_stop)
     generator = torch.Generator().manual_seed(seed)
     nodes, weights, num_products = [], [], 0
     for _ in range(num_probes):
         signs = torch.randint(0, 2, (operator.size,), generator=generator)
-        start = (2 * signs - 1).to(operator.device, operator.dtype)
+        start = (2 * shard.take(signs) - 1).to(operator.device, operator.dtype)
         found = _gauss_rule(operator, start, num_steps, should_stop)
         if found is None:
             break
@@ -113,7 +116,7 @@ def _all_eigenvalues(
 ) -> SpectralDensity | None:
     rows = []
     for unit in torch.eye(operator.size, dtype=operator.dtype, device=operator.device):
-        rows.append(operator.matvec(unit))
+        rows.append(operator.shard.gather(operator.matvec(operator.shard.take(unit))))
         if should_stop is not None and len(rows) < operator.size and should_stop():
             return None
     matrix = torch.stack(rows).to("cpu", torch.float64)
@@ -130,10 +133,11 @@ def _gauss_rule(
     should_stop: Callable[[], bool] | None,
 ) -> tuple[FloatArray, FloatArray] | None:
     """Returns nodes and weights of one Lanczos run; None where it was stopped."""
-    basis = KrylovBasis(num_steps, operator.size, dtype=operator.dtype, device=operator.device)
+    shard = operator.shard
+    basis = KrylovBasis(num_steps, shard, dtype=operator.dtype, device=operator.device)
     projected = torch.zeros(num_steps, num_steps, dtype=torch.float64)
     negligible = 10 * torch.finfo(operator.dtype).eps
-    vector, scale = start / torch.linalg.vector_norm(start), 0.0
+    vector, scale = start / shard.norm(start), 0.0
     count = 0
     while count < num_steps:
         basis.vectors[count] = vector
@@ -152,6 +156,7 @@ def _gauss_rule(
         projected[count, count - 1] = projected[count - 1, count] = beta
         vector = product.div_(beta)
     values, vectors = torch.linalg.eigh(projected[:count, :count])
+    shard.ranks.agreed(values), shard.ranks.agreed(vectors)
     return values.numpy(), vectors[0].square().numpy()
 
 

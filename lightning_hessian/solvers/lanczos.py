@@ -27,7 +27,7 @@ class RitzPairs:
         values: Ritz values, float64 [K], descending.
         residuals: Bounds on the residual norms, float64 [K].
         converged: ``residuals <= tol * abs(values)``, bool [K].
-        vectors: Orthonormal Ritz vectors [K, n].
+        vectors: Orthonormal Ritz vectors, this rank's part [K, n_local].
         lowest: The lowest Ritz value.
         lowest_residual: Its residual bound.
         num_products: Products with the operator.
@@ -112,7 +112,7 @@ def lanczos(
     if max_basis is None:
         max_basis = min(default_basis(num_eigenvalues), max_products, size)
         max_basis = fitting_capacity(
-            max_basis, least, size, dtype=operator.dtype, device=operator.device
+            max_basis, least, operator.shard, dtype=operator.dtype, device=operator.device
         )
     max_basis = min(max_basis, max_products, size)
     if max_basis < least:
@@ -120,8 +120,9 @@ def lanczos(
             f"A basis of {max_basis} vectors is too small for {num_eigenvalues} eigenvalues; "
             f"it must hold at least {least}."
         )
-    iteration = _Iteration(operator, num_eigenvalues, tol, max_basis, seed)
-    return iteration.run(max_products, num_checks, should_stop)
+    with operator.shard.ranks.together():
+        iteration = _Iteration(operator, num_eigenvalues, tol, max_basis, seed)
+    return iteration.run(max_products, num_checks, operator.shard.ranks.stopping(should_stop))
 
 
 def default_basis(num_eigenvalues: int) -> int:
@@ -159,11 +160,12 @@ class _Iteration:
         self, operator: SymmetricOperator, wanted: int, tol: float, max_basis: int, seed: int
     ) -> None:
         self.operator = operator
+        self.shard = operator.shard
         self.wanted = wanted
         self.tol = tol
         self.capacity = max_basis
         self.basis = KrylovBasis(
-            max_basis, operator.size, dtype=operator.dtype, device=operator.device
+            max_basis, self.shard, dtype=operator.dtype, device=operator.device
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.projected = torch.zeros(max_basis, max_basis, dtype=torch.float64)
@@ -171,7 +173,7 @@ class _Iteration:
         # Residuals of kept Ritz vectors by rounding, which the recurrence no longer shows.
         self.rounded = torch.zeros(max_basis, dtype=torch.float64)
         self.count = 0  # vectors in the basis; their products are known
-        self.pending = [self._random()]
+        self.pending: list[_Pending] = []
         self.scale = 0.0  # largest coefficient so far, an estimate of the norm of the operator
         self.num_products = 0
         self.searching = False
@@ -180,6 +182,7 @@ class _Iteration:
         self, max_products: int, num_checks: int | None, should_stop: Callable[[], bool] | None
     ) -> RitzPairs:
         """Iterates until converged, searches for missed copies, and returns the pairs."""
+        self.pending.append(self._random())
         next_check = self.wanted + 2
         found: RitzPairs | None = None  # what a search for more is under way to confirm
         while True:
@@ -252,16 +255,16 @@ class _Iteration:
         vector = joining.vector
         if self.pending and j:  # it has waited; restore what orthogonality it has lost
             self.basis.orthogonalize(vector, j)
-            vector /= torch.linalg.vector_norm(vector)
+            vector /= self.shard.norm(vector)
         self.basis.vectors[j] = vector
         expected = joining.coupling.clone()
         waiting = self.pending
         self.pending = []
         for other in waiting:
-            overlap = float(other.vector @ vector)
+            overlap = float(self.shard.dot(other.vector, vector))
             expected += overlap * other.coupling
             other.vector.sub_(vector, alpha=overlap)
-            left = float(torch.linalg.vector_norm(other.vector))
+            left = float(self.shard.norm(other.vector))
             if left > 1e-3:  # else it lies in the basis, but for rounding
                 coupling = torch.cat([left * other.coupling, torch.zeros(1, dtype=torch.float64)])
                 self.pending.append(_Pending(other.vector.div_(left), coupling))
@@ -270,17 +273,18 @@ class _Iteration:
     def _random(self) -> _Pending:
         """Returns a random unit vector orthogonal to the basis, which no product leans on."""
         vector = torch.randn(self.operator.size, generator=self.generator, dtype=torch.float64)
-        vector = vector.to(self.operator.device, self.operator.dtype)
+        vector = self.shard.take(vector).to(self.operator.device, self.operator.dtype)
         for _ in range(2):  # a second time after normalising, should little have been left
             if self.count:
                 self.basis.orthogonalize(vector, self.count)
-            vector /= torch.linalg.vector_norm(vector)
+            vector /= self.shard.norm(vector)
         return _Pending(vector, torch.zeros(self.count, dtype=torch.float64))
 
     def _ritz(self) -> _Ritz:
         """Solves the projected problem and bounds the residuals."""
         m = self.count
         values, rotation = torch.linalg.eigh(self.projected[:m, :m])
+        values, rotation = self.shard.ranks.agreed(values), self.shard.ranks.agreed(rotation)
         outside = torch.zeros(m, dtype=torch.float64)
         for pending in self.pending:
             outside += (pending.coupling @ rotation).abs()

@@ -46,7 +46,7 @@ def trace(
     Args:
         operator: Symmetric operator of order n.
         ritz_values: [k], may be empty.
-        ritz_vectors: Orthonormal rows [k, n].
+        ritz_vectors: Orthonormal rows, this rank's part of them [k, n_local].
         num_probes: Probes z, at least 2; each costs one product.
         seed: Of the probes.
         should_stop: Asked after every product; True ends with the probes made so far.
@@ -60,15 +60,17 @@ def trace(
     if num_probes < 2:
         raise ValueError(f"num_probes={num_probes}; a standard error needs at least 2.")
     captured = float(ritz_values.sum())
+    shard = operator.shard
+    should_stop = shard.ranks.stopping(should_stop)
     if len(ritz_vectors) == operator.size:
         return TraceEstimate(captured, 0.0, 0)
     generator = torch.Generator().manual_seed(seed)
     samples: list[float] = []
     for _ in range(num_probes):
         signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-        probe = signs.to(operator.device, operator.dtype).mul_(2).sub_(1)
-        probe.addmv_(ritz_vectors.T, ritz_vectors @ probe, alpha=-1)
-        samples.append(float(probe @ operator.matvec(probe)))
+        probe = shard.take(signs).to(operator.device, operator.dtype).mul_(2).sub_(1)
+        probe.addmv_(ritz_vectors.T, shard.ranks.sum(ritz_vectors @ probe), alpha=-1)
+        samples.append(float(shard.dot(probe, operator.matvec(probe))))
         if should_stop is not None and should_stop():
             break
     count = len(samples)
