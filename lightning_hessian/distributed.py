@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,10 @@ from lightning_hessian.results import MeasurementError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class RankError(MeasurementError):
+    """A measurement failed on one rank or more; all ranks raise it, with the same message."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,28 @@ class Ranks:
     group: ProcessGroup | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it cannot change
 
+    @classmethod
+    def of(cls, group: ProcessGroup | None, device: torch.device) -> Ranks:
+        """Returns the ranks of a process group whose tensors live on ``device``.
+
+        Args:
+            group: A process group; None for a process by itself.
+            device: The module's.
+        """
+        if group is None or dist.get_world_size(group) == 1:
+            return cls()
+        sent = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+        return cls(group, sent)
+
+    @cached_property
+    def neighbours(self) -> int:
+        """How many of the ranks share this one's memory: the same machine, the same device."""
+        if self.world == 1:
+            return 1
+        index = torch.cuda.current_device() if self.device.type == "cuda" else None
+        places = self.gathered((socket.gethostname(), index))
+        return places.count(places[self.rank])
+
     @cached_property
     def world(self) -> int:
         """How many there are."""
@@ -51,6 +78,13 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def total(self, number: float) -> float:
+        """Returns the sum of the ranks' numbers, in float64."""
+        if self.world == 1:
+            return number
+        precise = torch.float64 if self.device.type != "mps" else torch.float32
+        return float(self.sum(torch.tensor(number, dtype=precise, device=self.device)))
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """Returns the first rank's tensor on all ranks, in place.
@@ -70,13 +104,17 @@ class Ranks:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def least(self, number: int) -> int:
+    def least(self, number: float) -> float:
         """Returns the smallest of the ranks' numbers."""
+        return min(self.gathered(number))
+
+    def gathered(self, thing: Any) -> list[Any]:
+        """Returns what every rank gives, in the order of the ranks; small things only."""
         if self.world == 1:
-            return number
-        found = torch.tensor(number, dtype=torch.int64, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
-        return int(found)
+            return [thing]
+        things: list[Any] = [None] * self.world
+        dist.all_gather_object(things, thing, group=self.group)
+        return things
 
     def stopping(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool] | None:
         """Returns a question that all ranks answer alike: yes if one of them says so."""
@@ -89,8 +127,7 @@ class Ranks:
         """A block without collectives; if it fails on one rank, it fails on all.
 
         Raises:
-            MeasurementError: The block failed on some rank, which the message names. A process by
-                itself sees its own exception.
+            RankError: The block failed on some rank. A process by itself sees its own exception.
         """
         failure: Exception | None = None
         try:
@@ -102,19 +139,18 @@ class Ranks:
         if self.any(failure is not None):
             self.fail(failure)
 
-    def fail(self, failure: Exception | None) -> None:
+    def fail(self, failure: Exception | None) -> NoReturn:
         """Raises the same error on all ranks, once all know that one has failed.
 
         Raises:
-            MeasurementError: Always; it names the first rank that failed, and why.
+            RankError: Always; it names the first rank that failed, and why.
         """
         text = None if failure is None else _sentence(failure)
-        texts: list[Any] = [None] * self.world
-        dist.all_gather_object(texts, text, group=self.group)
+        texts = self.gathered(text)
         first = next((i for i, said in enumerate(texts) if said is not None), 0)
         failed = sum(said is not None for said in texts)
         others = f" (and {failed - 1} more)" if failed > 1 else ""
-        raise MeasurementError(f"Rank {first}{others} failed: {texts[first]}") from failure
+        raise RankError(f"Rank {first}{others} failed: {texts[first]}") from failure
 
 
 ALONE = Ranks()

@@ -85,8 +85,8 @@ def fitting_capacity(
         MeasurementError: Not even ``least`` vectors fit; says how many do.
     """
     vector_bytes = max(1, shard.length) * torch.empty((), dtype=dtype).element_size()
-    fitting = int(free_bytes(device) / 2 / vector_bytes) - 1
-    fitting = shard.ranks.least(fitting)
+    fitting = int(free_bytes(device) / 2 / shard.ranks.neighbours / vector_bytes) - 1
+    fitting = int(shard.ranks.least(fitting))
     if fitting < least:
         raise MeasurementError(
             f"A basis of {least} vectors of {shard.length:,} numbers takes "
