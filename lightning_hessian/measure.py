@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_hessian.distributed import Ranks
 from lightning_hessian.operators.data_parallel import hessian_operator
-from lightning_hessian.probe.objective import LossFunction, Mode, Objective
+from lightning_hessian.operators.fsdp1 import on_whole_modules
+from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.probe.sharded import objective_over
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.solvers.lanczos import RitzPairs, default_bound, lanczos
 from lightning_hessian.solvers.trace import trace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@on_whole_modules
 def hessian_spectrum(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -89,11 +91,11 @@ def hessian_spectrum(
     start = time.monotonic()
     space = check_selection(model, parameters, num_eigenvalues)
     probes, bound = split_bound(num_eigenvalues, max_hvps, trace_probes)
-    ranks = Ranks.of(process_group, space.device)
-    objective = Objective(
-        model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode, seed=seed,
-        ranks=ranks,
+    objective = objective_over(
+        process_group, model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode,
+        seed=seed,
     )  # fmt: skip
+    ranks = objective.ranks
     should_stop = deadline(start, max_seconds)
     with objective.isolated():
         loss = objective.value()

@@ -15,11 +15,12 @@ from lightning_hessian.callbacks.compat import Callback
 from lightning_hessian.callbacks.probe_data import ProbeData, check_data, probe_batches
 from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, TimeBudget
 from lightning_hessian.distributed import ALONE, RankError, Ranks
+from lightning_hessian.operators.fsdp1 import whole
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.history import History, correlation_scalars
 
-_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
+_SHARDED = ("DeepSpeed",)
 _COSTLY_SHARE = 0.2  # of the training time since the last measurement
 _COSTLY_SECONDS = 1.0  # below which no cost is worth a word
 
@@ -151,7 +152,7 @@ class MeasurementCallback(Callback):
         if any(word in strategy for word in _SHARDED):
             raise ValueError(
                 f"{type(self).__name__} does not support {strategy} yet: its parameters are "
-                "sharded. Use strategy='ddp' or one device."
+                "partitioned by DeepSpeed. Use strategy='ddp', or FSDP."
             )
         others = [callback for callback in trainer.callbacks if callback is not self]
         if any(getattr(other, "prefix", None) == self.prefix for other in others):
@@ -170,7 +171,8 @@ class MeasurementCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks the arguments against the module, which is complete now."""
         if self._enabled:
-            self.check(pl_module)
+            with whole(trainer.strategy.model):
+                self.check(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks the same where there is no fit."""
@@ -253,7 +255,8 @@ class MeasurementCallback(Callback):
             with self._ranks.together():
                 if self._batches is None:
                     self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
-            scalars, absent = self.measure(pl_module, self._batches, limit)
+            with whole(trainer.strategy.model):
+                scalars, absent = self.measure(pl_module, self._batches, limit)
             for reason in absent if trainer.is_global_zero else ():
                 warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -164,7 +163,7 @@ def finite_difference(objective: Objective, index: int, *, shrink: float = 1.0) 
     is smooth on that scale. ``shrink`` divides the step.
     """
     point = objective.point()
-    size = math.sqrt(sum(float(value.square().sum()) for value in point)) or 1.0
+    size = objective.norm(point) or 1.0
     relative = torch.finfo(objective.space.dtype).eps ** (1 / 3) / shrink
 
     def gradient(tangents: tuple[Tensor, ...], step: float) -> Sequence[Tensor]:
@@ -173,7 +172,7 @@ def finite_difference(objective: Objective, index: int, *, shrink: float = 1.0) 
         return _gradient(objective, leaves, index)
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        length = math.sqrt(sum(float(t.square().sum()) for t in tangents))
+        length = objective.norm(tangents)
         if length == 0.0:
             return [torch.zeros_like(value) for value in point]
         step = relative * size / length

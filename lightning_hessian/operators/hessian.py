@@ -8,7 +8,6 @@ import warnings
 import torch
 from torch import Tensor
 
-from lightning_hessian.distributed import Shard
 from lightning_hessian.operators.engines import (
     ENGINES,
     LINEARIZE_TO_GRAPH_MEMORY,
@@ -58,7 +57,7 @@ class HessianOperator:
 
     Attributes:
         size: Order n.
-        shard: Of vectors: all entries are here.
+        shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
         engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept.
         self_check_error: Relative difference between a product of this engine and of
             ``recompute`` on the first batch (for finite differences, and where ``recompute``
@@ -82,7 +81,7 @@ class HessianOperator:
             raise ValueError(f"hvp={engine!r} is unknown; choose from {['auto', *ENGINES]}.")
         self.objective = objective
         self.size = objective.space.size
-        self.shard = Shard.whole(self.size)
+        self.shard = objective.space.shard(objective.ranks)
         self.dtype = objective.space.dtype
         self.device = objective.space.device
         self.num_products = 0
@@ -107,7 +106,7 @@ class HessianOperator:
             )
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns H v for a vector [n], a new tensor [n]."""
+        """Returns H v for a vector [n_local], a new tensor [n_local]."""
         self.num_products += 1
         tangents = self.objective.space.split(vector)
         total = torch.zeros_like(vector)
@@ -116,7 +115,7 @@ class HessianOperator:
         return total
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns H v for each row v of [b, n], a new tensor [b, n]."""
+        """Returns H v for each row v of [b, n_local], a new tensor [b, n_local]."""
         return torch.stack([self.matvec(vector) for vector in vectors])
 
     def _build_within(self, budget: float, expected_products: int) -> None:
@@ -172,7 +171,8 @@ class HessianOperator:
             MeasurementError: The difference is larger than rounding explains.
         """
         generator = torch.Generator().manual_seed(0)
-        before, vector = torch.randn(2, self.size, generator=generator).to(self.device, self.dtype)
+        drawn = self.shard.take(torch.randn(2, self.size, generator=generator))
+        before, vector = drawn.to(self.device, self.dtype)
         self._first_product(self._products[0], before)  # which must not change the next
         ours = self._first_product(self._products[0], vector)
         if self._custom and engine != "finite_difference":
@@ -183,15 +183,15 @@ class HessianOperator:
             # Products are linear in v, but the step is not: half the step, for twice the vector,
             # would show nothing, so the vector is turned about its second half.
             half = vector.clone()
-            half[self.size // 2 :] = 0
+            half[len(half) // 2 :] = 0
             rest = vector - half
             reference = sum(self._first_product(self._products[0], v) for v in (half, rest))
             tolerance = _DIFFERENCE_TOLERANCE
         else:
             reference = self._first_product(recompute(self.objective, 0), vector)
             tolerance = torch.finfo(self.dtype).eps ** 0.5
-        scale = float(torch.as_tensor(reference).norm())
-        error = float((ours - reference).norm()) / scale if scale > 0 else float(ours.norm())
+        scale = self._norm(torch.as_tensor(reference))
+        error = self._norm(ours - reference) / scale if scale > 0 else self._norm(ours)
         if not error <= tolerance:
             remedy = (
                 "The loss is too rough for finite differences."
@@ -215,9 +215,9 @@ class HessianOperator:
             self._first_product(finite_difference(self.objective, 0, shrink=shrink), vector)
             for shrink in (1.0, 4.0)
         )
-        scale = float(fine.norm())
-        smooth = float((coarse - fine).norm()) < 0.2 * _HIDDEN_TOLERANCE * scale
-        if smooth and float((ours - fine).norm()) > _HIDDEN_TOLERANCE * scale:
+        scale = self._norm(fine)
+        smooth = self._norm(coarse - fine) < 0.2 * _HIDDEN_TOLERANCE * scale
+        if smooth and self._norm(ours - fine) > _HIDDEN_TOLERANCE * scale:
             message = (
                 f"{', '.join(self._custom)} has no double backward: a part of the second "
                 "derivative is hidden from autograd (products differ from finite differences of "
@@ -225,6 +225,9 @@ class HessianOperator:
                 "`hessian_loss`, or use hvp='finite_difference'."
             )
             raise MeasurementError(message) from RuntimeError("no second derivative")
+
+    def _norm(self, vector: Tensor) -> float:
+        return float(self.shard.norm(vector))
 
     def _first_product(self, product: Product, vector: Tensor) -> Tensor:
         return self.objective.space.flatten(product(self.objective.space.split(vector)))
