@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# The names since torch 2.13, and those before.
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_SCATTER = (
+    "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+)
+
+
 class RankError(MeasurementError):
     """A measurement failed on one rank or more; all ranks raise it, with the same message."""
 
@@ -85,6 +92,18 @@ class Ranks:
             return number
         precise = torch.float64 if self.device.type != "mps" else torch.float32
         return float(self.sum(torch.tensor(number, dtype=precise, device=self.device)))
+
+    def joined(self, part: Tensor) -> Tensor:
+        """Returns the equally long parts [m] of all ranks one after the other, [world * m]."""
+        whole = part.new_empty(self.world * len(part))
+        getattr(dist, _GATHER)(whole, part.contiguous(), group=self.group)
+        return whole
+
+    def scattered(self, tensor: Tensor) -> Tensor:
+        """Returns this rank's part [m] of the sum of the ranks' tensors [world * m]."""
+        part = tensor.new_empty(len(tensor) // self.world)
+        getattr(dist, _SCATTER)(part, tensor, group=self.group)
+        return part
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """Returns the first rank's tensor on all ranks, in place.

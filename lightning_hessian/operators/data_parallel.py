@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hessian.distributed import Shard
@@ -87,8 +86,7 @@ class DataParallelHessian:
                 failure = error
                 sent.zero_()[:, -1] = 1
         del whole
-        mine = vectors.new_empty(sent.shape[1])
-        dist.reduce_scatter_tensor(mine, sent.view(-1), group=ranks.group)
+        mine = ranks.scattered(sent.view(-1))
         if not bool(mine[-1] == 0):
             if failure is None and not bool(sent[0, -1] == 0):
                 failure = MeasurementError(
@@ -102,10 +100,7 @@ class DataParallelHessian:
         """Returns whole vectors [b, n] from the ranks' parts."""
         count, world = len(vectors), self.shard.ranks.world
         part = torch.nn.functional.pad(vectors, (0, self._width - vectors.shape[1]))
-        parts = vectors.new_empty(world * count * self._width)
-        dist.all_gather_into_tensor(
-            parts, part.reshape(-1).contiguous(), group=self.shard.ranks.group
-        )
+        parts = self.shard.ranks.joined(part.reshape(-1))
         by_row = parts.view(world, count, self._width).transpose(0, 1)
         return by_row.reshape(count, -1)[:, : self.size]
 
