@@ -22,27 +22,34 @@ class BatchedProducts:
     """Applies the product of a probe batch to several vectors, one by one or by ``torch.vmap``.
 
     Which is faster depends on the device and on the network: a GPU is idle through most of a
-    small product, where a CPU core is busy. So the first vectors are a trial, none of it wasted:
-    chunks of 1, 4 and 16 are timed on them, twice each, until a larger one no longer pays or does
-    not fit the memory. Where an operation cannot be batched, the loop stays.
-
-    Measured on one CPU thread, time of the loop over that of chunks of 4 and of 16: networks of a
-    hundred parameters 3 to 4; LeNet with 250 images 1.5 and 0.7 (``autograd``), 0.9 and 0.5
-    (``linearize``); a transformer with 1024 tokens 0.8 and 0.6, 1.1 and 1.1.
+    small product, where a CPU core is busy. On the CPU the loop stays: measured on one thread, its
+    time over that of chunks of 4 and of 16 is 1.5 and 0.7 for LeNet with 250 images
+    (``autograd``; 0.9 and 0.5 by ``linearize``), 0.8 and 0.6 for a transformer with 1024 tokens
+    (1.1 and 1.1), and 3 to 4 only for networks of a hundred parameters; and what is chosen by the
+    clock may be another rounding tomorrow. Elsewhere the first vectors are a trial, none of it
+    wasted: chunks of 1, 4 and 16 are timed on them, twice each, until a larger one no longer pays
+    or does not fit the memory. Where an operation cannot be batched, the loop stays.
 
     Args:
         space: Of the vectors.
         product_bytes: Returns the memory that one product takes in passing.
+        trial: Whether to make the trial; by default not on the CPU.
 
     Attributes:
         size: How many vectors a chunk has, so far; 1 for a loop.
         settled: Whether that is final.
     """
 
-    def __init__(self, space: ParameterSpace, product_bytes: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        space: ParameterSpace,
+        product_bytes: Callable[[], int],
+        *,
+        trial: bool | None = None,
+    ) -> None:
         self.space = space
         self.size = _SIZES[0]
-        self.settled = False
+        self.settled = space.device.type == "cpu" if trial is None else not trial
         self._product_bytes = product_bytes
         self._limit: int | None = None
         self._seconds: dict[int, list[float]] = {size: [] for size in _SIZES}

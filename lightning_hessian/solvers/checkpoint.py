@@ -228,4 +228,4 @@ def _blocks(run: ThickRestart) -> Iterator[slice]:
 
 
 def _bytes_of(rows: Tensor) -> memoryview:
-    return memoryview(rows.view(torch.uint8).numpy()).cast("B")
+    return rows.view(torch.uint8).numpy().data.cast("B")
