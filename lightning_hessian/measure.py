@@ -106,16 +106,19 @@ def hessian_spectrum(
             operator, num_eigenvalues, tol=tol, max_products=bound, seed=seed,
             should_stop=should_stop,
         )  # fmt: skip
-        good = torch.from_numpy(ritz.converged).to(space.device)
+        # The converged ones before the first that has not; a view, for they may be large.
+        good = len(ritz.values) if ritz.converged.all() else int(ritz.converged.argmin())
         estimate = None
         if probes:
             estimate = trace(
-                operator, torch.from_numpy(ritz.values[ritz.converged]), ritz.vectors[good],
+                operator, torch.from_numpy(ritz.values[:good]), ritz.vectors[:good],
                 num_probes=probes, seed=seed + 1, should_stop=should_stop,
             )  # fmt: skip
     if ranks.rank == 0:
         _warn_unconverged(ritz, num_eigenvalues, tol)
-    vectors = operator.shard.gather(ritz.vectors).clone() if return_eigenvectors else None
+    vectors = None
+    if return_eigenvectors:
+        vectors = operator.shard.gather(ritz.vectors.to(space.dtype, copy=True))
     lowest_found = ritz.lowest_residual <= tol * abs(ritz.lowest)
     return HessianSpectrum(
         eigenvalues=ritz.values,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from lightning_hessian.operators.engines import autograd, explain
 from lightning_hessian.operators.hessian import HessianOperator
 from lightning_hessian.operators.memory import free_bytes
@@ -43,6 +46,10 @@ class ShardedHessian(HessianOperator):
         super().__init__(
             objective, engine, memory_budget=budget, expected_products=expected_products
         )
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns H v for each row v of [b, n_local], one after the other: collectives in order."""
+        return torch.stack([self.matvec(vector) for vector in vectors])
 
     def _build_within(self, budget: float, expected_products: int) -> None:
         """Keeps as many graphs as fit on every rank."""

@@ -152,7 +152,7 @@ class Probe(L.Callback):
 
         def noted(self: Any, *args: Any, **kwargs: Any) -> None:
             make(self, *args, **kwargs)
-            sizes.append(self.vectors.untyped_storage().nbytes() // len(self.vectors))
+            sizes.append(self.rows.untyped_storage().nbytes() // len(self.rows))
 
         basis.KrylovBasis.__init__ = noted  # type: ignore[method-assign]
         try:
