@@ -33,6 +33,7 @@ def hessian_spectrum(
     batch_weight: Callable[[Any], float] | None = None,
     trace_probes: int = 16,
     return_eigenvectors: bool = False,
+    on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> HessianSpectrum:
     """Returns the largest eigenvalues of the Hessian of the mean loss, and its trace.
@@ -59,6 +60,8 @@ def hessian_spectrum(
             (unmasked tokens, say); by default its number of samples.
         trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
         return_eigenvectors: Whether to return the Ritz vectors too, [K, n].
+        on_progress: ``on_progress(num_hvps, num_converged)``, called after every product with the
+            number of products and of eigenvalues known to have converged so far.
         seed: Of everything random here.
 
     Raises:
@@ -85,7 +88,15 @@ def hessian_spectrum(
         model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode, seed=seed
     )
 
+    num_converged = 0
+
+    def on_check(count: int) -> None:
+        nonlocal num_converged
+        num_converged = count
+
     def should_stop() -> bool:
+        if on_progress is not None:
+            on_progress(operator.num_products, num_converged)
         return max_seconds is not None and time.monotonic() - start > max_seconds
 
     with objective.isolated():
@@ -95,7 +106,7 @@ def hessian_spectrum(
         )
         ritz = lanczos(
             operator, num_eigenvalues, tol=tol, max_products=bound, seed=seed,
-            should_stop=should_stop,
+            should_stop=should_stop, on_check=on_check,
         )  # fmt: skip
         good = torch.from_numpy(ritz.converged).to(space.device)
         estimate = None

@@ -46,6 +46,7 @@ def block_structure(
     mode: Mode = "eval",
     batch_weight: Callable[[Any], float] | None = None,
     return_matrix: bool = False,
+    on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> BlockStructure:
     """Returns the Frobenius norms of all blocks of the Hessian, and what follows from them.
@@ -77,6 +78,7 @@ def block_structure(
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over.
         return_matrix: Whether to return the Hessian itself, [n, n]; takes n products.
+        on_progress: ``on_progress(num_hvps, None)``, called after every product.
         seed: Of everything random here.
 
     Raises:
@@ -105,6 +107,8 @@ def block_structure(
     )
 
     def should_stop() -> bool:
+        if on_progress is not None:
+            on_progress(operator.num_products, None)
         return max_seconds is not None and time.monotonic() - start > max_seconds
 
     with objective.isolated():

@@ -56,6 +56,7 @@ def lanczos(
     num_checks: int | None = None,
     seed: int = 0,
     should_stop: Callable[[], bool] | None = None,
+    on_check: Callable[[int], None] | None = None,
 ) -> RitzPairs:
     """Returns the K largest (algebraic) eigenvalues of an operator with their residual bounds.
 
@@ -84,6 +85,7 @@ def lanczos(
             before it if that is more. 0 for no search; more where eigenvalues are known to repeat.
         seed: Of the start vector.
         should_stop: Asked after every product; True ends the iteration with what there is.
+        on_check: Told now and then how many of the K have converged.
 
     Raises:
         ValueError: K is not in 1..n, or ``max_basis`` or ``max_products`` is too small for K.
@@ -121,7 +123,7 @@ def lanczos(
             f"it must hold at least {least}."
         )
     iteration = _Iteration(operator, num_eigenvalues, tol, max_basis, seed)
-    return iteration.run(max_products, num_checks, should_stop)
+    return iteration.run(max_products, num_checks, should_stop, on_check)
 
 
 def default_basis(num_eigenvalues: int) -> int:
@@ -177,7 +179,11 @@ class _Iteration:
         self.searching = False
 
     def run(
-        self, max_products: int, num_checks: int | None, should_stop: Callable[[], bool] | None
+        self,
+        max_products: int,
+        num_checks: int | None,
+        should_stop: Callable[[], bool] | None,
+        on_check: Callable[[int], None] | None = None,
     ) -> RitzPairs:
         """Iterates until converged, searches for missed copies, and returns the pairs."""
         next_check = self.wanted + 2
@@ -190,6 +196,8 @@ class _Iteration:
             if not (last or full or self.count >= next_check):
                 continue
             ritz = self._ritz()
+            if on_check is not None:
+                on_check(self._num_converged(ritz))
             if found is not None:
                 if not self._has_more(ritz, found):
                     return dataclasses.replace(found, num_products=self.num_products)
@@ -310,6 +318,11 @@ class _Iteration:
         if (converged | (residuals <= 2 * floor)).all():
             return "precision"
         return None
+
+    def _num_converged(self, ritz: _Ritz) -> int:
+        """Returns how many of the wanted pairs have converged."""
+        size = ritz.values[-self.wanted :].abs()
+        return int((ritz.residuals[-self.wanted :] <= self.tol * size).sum())
 
     def _has_more(self, ritz: _Ritz, found: RitzPairs) -> bool:
         """Whether a search has turned up a value above the smallest of those found."""
