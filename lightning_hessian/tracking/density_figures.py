@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_DENSITIES = 10
+_FAINTEST = 1e-6  # of the largest density: an outlier of a million parameters is seen
 
 
 def spectral_density_plot(
@@ -83,7 +84,8 @@ def draw_densities(
         xlabel=r"eigenvalue $\lambda$ (loss / parameter$^2$)",
         ylabel=r"density of asinh($\lambda$ / unit)",
         xlim=(grid[0], grid[-1]),
-        ylim=(0, None),
+        yscale="log",
+        ylim=(float(rows.max()) * _FAINTEST, 3 * float(rows.max())),
     )
     quiet_grid(axes)
     left = len(densities) - len(drawn)

@@ -76,7 +76,7 @@ def rank_plot(
                 label=label if fill == colour else None,
             )
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
-    _finish(axes, title)
+    _finish(axes, title, loc="upper right")
     return figure
 
 
@@ -90,11 +90,10 @@ def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float)
     axes.axhline(fit.cutoff, color=colour, linewidth=0.8, linestyle=":", zorder=1)
     axes.annotate(
         rf"$\lambda_K$ = {fit.cutoff:.3g}",
-        (1, fit.cutoff),
+        (0, fit.cutoff),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 2),
+        xytext=(4, 2),
         textcoords="offset points",
-        ha="right",
         va="bottom",
         color=colour,
         fontsize="small",
@@ -201,8 +200,9 @@ def cutoff_plot(
         label=f"all: $K$ = {count}, {verdict(whole.ks_distance, whole.critical_value)}",
     )
     axes.set(xscale="log", xlabel="number of eigenvalues $K$", ylabel="KS distance")
-    axes.set_ylim(0, min(1.0, 1.1 * float(np.nanmax(distances[len(distances) // 8 :]))))
-    _finish(axes, title, loc="best")
+    settled = np.nanmax(distances[ks >= min(5, count)])
+    axes.set_ylim(0, min(1.0, 1.3 * max(float(settled), 1.5 * whole.critical_value)))
+    _finish(axes, title, loc="upper right")
     return figure
 
 
@@ -257,7 +257,7 @@ def _line(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:
 
 
 def _finish(
-    axes: Axes, title: str | None, loc: Literal["lower left", "best"] = "lower left"
+    axes: Axes, title: str | None, loc: Literal["lower left", "upper right"] = "lower left"
 ) -> None:
     quiet_grid(axes)
     few_ticks(axes)

@@ -65,7 +65,7 @@ def few_ticks(axes: Axes) -> None:
             continue
         low, high = sorted(axis.get_view_interval())
         axis.set_minor_formatter(NullFormatter())
-        if low > 0 and high / low < 30:
+        if low > 0 and high / low < 100:
             axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
