@@ -66,7 +66,7 @@ def _saved(workspace: Any, path: str) -> str:
         ) from error
     except wandb.errors.Error as error:
         raise ValueError(
-            f"W&B did not take the view of {path}: {_first_line(error)}. Log in by `wandb login` or "
+            f"W&B did not take the view of {path}: {_first_line(error)}. Run `wandb login` or set "
             "WANDB_API_KEY, or write the view to a file with --spec FILE."
         ) from error
 

@@ -13,6 +13,7 @@ from lightning_hessian.results import (
     HessianSpectrum,
     SpectralDensity,
 )
+from lightning_hessian.statistics.correlation import MIN_POINTS
 from lightning_hessian.tracking.block_figures import block_heatmap, heterogeneity_heatmap
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 from lightning_hessian.tracking.density_figures import spectral_density_plot
@@ -65,7 +66,7 @@ def hessian_drawings(
         found["density"] = partial(
             spectral_density_plot, leading, shown, significance=significance, title=title
         )
-    if any((values > 0).any() for _, values in spectra):
+    if sum(bool((values > 0).any()) for _, values in spectra) > 1:
         found["emergence"] = partial(emergence_plot, spectra)
     if blocks is not None and (blocks.frobenius > 0).any():
         found["blocks"] = partial(block_heatmap, blocks)
@@ -91,7 +92,7 @@ def gradient_drawings(
 def correlation_drawings(
     rows: Sequence[Row], statistics: Sequence[str], monitors: Sequence[str]
 ) -> dict[str, Drawing]:
-    """Returns a scatter plot for each monitored metric that stands beside a statistic in a row.
+    """Returns a scatter plot for each monitored metric, once there are points for a correlation.
 
     Args:
         rows: The measurements so far.
@@ -101,5 +102,5 @@ def correlation_drawings(
     return {
         f"scatter_{key_part(monitor)}": partial(scatter_plot, rows, statistics, monitor)
         for monitor in monitors
-        if any(monitor in row and any(name in row for name in statistics) for row in rows)
+        if sum(monitor in row and any(x in row for x in statistics) for row in rows) >= MIN_POINTS
     }

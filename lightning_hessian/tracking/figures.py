@@ -234,8 +234,8 @@ def emergence_plot(
     figure, axes = new_figure()
     for step, values in chosen:
         ranks = np.arange(1, len(values) + 1)
-        marker = "o" if len(values) == 1 else ""
-        axes.plot(ranks, values, marker, ls="-", color=colours(norm(step)), lw=1.1, alpha=0.9)
+        marker = "o" if len(values) == 1 else None
+        axes.plot(ranks, values, marker=marker, color=colours(norm(step)), lw=1.1, alpha=0.9)
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="optimizer step", shrink=0.9)
     quiet_grid(axes)

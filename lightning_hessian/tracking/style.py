@@ -58,7 +58,7 @@ def quiet_grid(axes: Axes) -> None:
 
 def few_ticks(axes: Axes) -> None:
     """Names 1, 2 and 5 of each decade where a logarithmic axis spans few, and else the decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() != "log":
@@ -67,6 +67,7 @@ def few_ticks(axes: Axes) -> None:
         axis.set_minor_formatter(NullFormatter())
         if low > 0 and high / low < 100:
             axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
