@@ -7,7 +7,6 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_hessian.callbacks.compat import Callback
@@ -17,6 +16,7 @@ from lightning_hessian.results import MeasurementError
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings
 from lightning_hessian.tracking.history import History, correlation_scalars
+from lightning_hessian.tracking.loggers import own_folder
 from lightning_hessian.tracking.panels import Drawings, Panels
 from lightning_hessian.tracking.progress import Progress, summary_line
 
@@ -271,7 +271,7 @@ class MeasurementCallback(Callback):
         if code is not None:
             step = int(self._history.rows[-1]["step"])
             self._panels.add_spectrum(
-                code, step, _log_step(trainer), trainer.loggers, _folder(trainer)
+                code, step, _log_step(trainer), trainer.loggers, own_folder(trainer)
             )
         self._draw(trainer)
 
@@ -284,7 +284,7 @@ class MeasurementCallback(Callback):
             len(rows),
             _log_step(trainer),
             trainer.loggers,
-            _folder(trainer),
+            own_folder(trainer),
             last=last,
         )
         if self._clock is not None:  # drawing is no training that would earn measurements
@@ -360,10 +360,6 @@ class MeasurementCallback(Callback):
 def _log_step(trainer: Any) -> int:
     """Returns the step that Lightning's own epoch-end metrics are logged with."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def _folder(trainer: Any) -> Path:
-    return Path(trainer.default_root_dir)
 
 
 def _unknown_metric(name: str, known: list[str]) -> str:

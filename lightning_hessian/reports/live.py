@@ -183,16 +183,20 @@ def cards(
         says += f"; trace {trace}." if trace else "."
         found.append(_card("Is sharpness rising?", f"lambda_1 {sharpness}", says))
     for monitor in monitors:
-        found.append(_strongest(monitor, correlations))
+        logged = any(monitor in row for row in rows)
+        found.append(_strongest(monitor, correlations, logged))
     return found
 
 
-def _strongest(monitor: str, correlations: Mapping[tuple[str, str], Correlation]) -> dict[str, str]:
+def _strongest(
+    monitor: str, correlations: Mapping[tuple[str, str], Correlation], logged: bool
+) -> dict[str, str]:
     """Returns the card of the statistic that correlates most with a metric."""
     question = f"What goes with {monitor}?"
     mine = {name: found for (name, metric), found in correlations.items() if metric == monitor}
     if not mine:
-        return _card(question, "not known yet", "r is computed from 4 measurements on.")
+        why = "r is computed from 4 measurements on." if logged else "No measurement has it yet."
+        return _card(question, "not known yet", why)
     name = max(mine, key=lambda key: abs(mine[key].r))
     best = mine[name]
     low, high = best.interval

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,7 +76,7 @@ def rank_plot(
                 label=label if fill == colour else None,
             )
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
-    _finish(axes, title, loc="upper right")
+    _finish(axes, title)
     return figure
 
 
@@ -179,7 +179,7 @@ def cutoff_plot(
     count = whole.num_values
     grid = np.unique(np.geomspace(2, count, min(count - 1, _MOST_CUTOFFS)).round().astype(int))
     ks, distances = ks_distance_by_cutoff(eigenvalues, grid)
-    figure, axes = new_figure(6.4, 3.9)
+    figure, axes = new_figure(6.4, 4.2)
     axes.plot(ks, distances, color=COLOURS[0], linewidth=1.4, label="$d_{ks}$ of the $K$ largest")
     critical = [critical_value(int(k), significance) for k in ks]
     axes.plot(ks, critical, "--", color="0.4", linewidth=1.1, label=f"$d_c$ at {significance:g}")
@@ -202,7 +202,11 @@ def cutoff_plot(
     axes.set(xscale="log", xlabel="number of eigenvalues $K$", ylabel="KS distance")
     settled = np.nanmax(distances[ks >= min(5, count)])
     axes.set_ylim(0, min(1.0, 1.3 * max(float(settled), 1.5 * whole.critical_value)))
-    _finish(axes, title, loc="upper right")
+    quiet_grid(axes)
+    few_ticks(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    if title:
+        axes.set_title(title, fontsize="medium")
     return figure
 
 
@@ -256,11 +260,9 @@ def _line(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:
     return fit.cutoff * (fit.num_values / ranks) ** fit.slope
 
 
-def _finish(
-    axes: Axes, title: str | None, loc: Literal["lower left", "upper right"] = "lower left"
-) -> None:
+def _finish(axes: Axes, title: str | None) -> None:
     quiet_grid(axes)
     few_ticks(axes)
-    axes.legend(loc=loc, frameon=False, fontsize="small")
+    axes.legend(loc="upper right", frameon=False, fontsize="small")
     if title:
         axes.set_title(title, fontsize="medium")

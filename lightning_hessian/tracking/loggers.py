@@ -13,8 +13,10 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 STEP = "trainer/global_step"
 """The step metric that `WandbLogger` writes into each of its rows."""
@@ -28,11 +30,13 @@ class Picture:
         key: ``figures/<name>``.
         png: The file's bytes.
         step: Of the measurement that it shows.
+        svg: The same as a vector file; only of the last measurement.
     """
 
     key: str
     png: bytes
     step: int
+    svg: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,13 @@ def adapter(logger: Any) -> Adapter:
 
 
 def write_picture(folder: Path, picture: Picture) -> None:
-    """Writes a picture into ``<folder>/figures``, a file for each step."""
+    """Writes a picture into ``<folder>/figures``: a PNG for each step, an SVG of the last."""
     name = picture.key.partition("/")[2]
     target = folder / "figures" / f"{name}_step_{picture.step:08}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(picture.png)
+    if picture.svg is not None:
+        target.with_name(f"{name}.svg").write_bytes(picture.svg)
 
 
 def write_text(folder: Path, key: str, value: str, step: int) -> None:
@@ -81,6 +87,26 @@ def write_text(folder: Path, key: str, value: str, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{key.replace('/', '_')}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, key: value}) + "\n")
+
+
+_OWN_FOLDERS: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
+
+
+def own_folder(trainer: Any) -> Path:
+    """Returns where the files of a run go that no logger has a folder for.
+
+    It is ``hessian_logs/version_<n>`` in the Trainer's ``default_root_dir``, with the first free
+    number; the same one for all callbacks of a Trainer. Nothing is made here.
+
+    Args:
+        trainer: The Trainer.
+    """
+    if trainer not in _OWN_FOLDERS:
+        parent = Path(trainer.default_root_dir) / "hessian_logs"
+        taken = {path.name for path in parent.glob("version_*")}
+        number = next(n for n in count() if f"version_{n}" not in taken)
+        _OWN_FOLDERS[trainer] = parent / f"version_{number}"
+    return _OWN_FOLDERS[trainer]
 
 
 # W&B ------------------------------------------------------------------------------------------

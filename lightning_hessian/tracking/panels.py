@@ -143,9 +143,10 @@ class Panels:
         step, self._undrawn = self._undrawn, None
         pictures = []
         for name, drawing in drawings.items():
-            png = self._try(f"drawing {name}", lambda drawn=drawing: render(drawn()))
-            if png is not None:
-                pictures.append(Picture(f"figures/{self.prefix}_{name}", png, step))
+            key = f"figures/{self.prefix}_{name}"
+            vector = last and bool(folders)
+            picture = self._try(f"drawing {name}", _picture, key, drawing, step, vector)
+            pictures += [] if picture is None else [picture]
         if pictures:
             self.define(loggers, [picture.key for picture in pictures])
             for logger in takers:
@@ -183,3 +184,9 @@ class Panels:
                     stacklevel=4,
                 )
             return None
+
+
+def _picture(key: str, drawing: Callable[[], Figure], step: int, vector: bool) -> Picture:
+    figure = drawing()
+    svg = render(figure, "svg") if vector else None
+    return Picture(key, render(figure), step, svg)
