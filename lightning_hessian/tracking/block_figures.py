@@ -41,7 +41,9 @@ def block_heatmap(
         ValueError: All norms are zero.
     """
     values = blocks.ratios if ratios else blocks.frobenius
-    label = r"$\Vert H_{ij}\Vert_F / \Vert H_{ii}\Vert_F$" if ratios else r"$\Vert H_{ij}\Vert_F$"
+    label = r"$\Vert H_{ij}\Vert_F$ (loss / parameter$^2$)"
+    if ratios:
+        label = r"$\Vert H_{ij}\Vert_F / \Vert H_{ii}\Vert_F$"
     figure, axes = _square_figure()
     _log_image(axes, values, label)
     _name_blocks(axes, blocks)
@@ -97,7 +99,7 @@ def entries_image(blocks: BlockStructure, *, title: str | None = None) -> Figure
     figure, axes = _square_figure()
     side = len(blocks.matrix)
     shrunk = _largest_of_tiles(np.abs(blocks.matrix), -(-side // _MOST_PIXELS))
-    _log_image(axes, shrunk, r"$|H|$", extent=(0, side, side, 0))
+    _log_image(axes, shrunk, r"$|H|$ (loss / parameter$^2$)", extent=(0, side, side, 0))
     ends = np.cumsum(blocks.sizes)
     for first in _group_starts(blocks)[1:]:
         axes.axhline(ends[first - 1], color="white", linewidth=0.6)

@@ -22,6 +22,7 @@ from lightning_hessian.tracking.style import (
     EIGENVALUE,
     MARKERS,
     few_ticks,
+    legend_below,
     new_figure,
     quiet_grid,
     shades,
@@ -56,7 +57,7 @@ def rank_plot(
     """
     if not any((spectrum.eigenvalues > 0).any() for spectrum in spectra.values()):
         raise ValueError("There is no positive eigenvalue to draw.")
-    figure, axes = new_figure()
+    figure, axes = new_figure(height=4.8)
     for i, (name, spectrum) in enumerate(spectra.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         label = name + _draw_fit(axes, spectrum.leading, colour, significance)
@@ -76,7 +77,11 @@ def rank_plot(
                 label=label if fill == colour else None,
             )
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
-    _finish(axes, title)
+    quiet_grid(axes)
+    few_ticks(axes)
+    legend_below(figure)
+    if title:
+        axes.set_title(title, fontsize="medium")
     return figure
 
 
@@ -204,7 +209,7 @@ def cutoff_plot(
     axes.set_ylim(0, min(1.0, 1.3 * max(float(settled), 1.5 * whole.critical_value)))
     quiet_grid(axes)
     few_ticks(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    legend_below(figure, 2)
     if title:
         axes.set_title(title, fontsize="medium")
     return figure
@@ -258,11 +263,3 @@ def _fit(leading: FloatArray, significance: float) -> PowerLawFit | None:
 def _line(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:
     """Returns the fitted lambda_k = lambda_K (K / k)^s at the ranks."""
     return fit.cutoff * (fit.num_values / ranks) ** fit.slope
-
-
-def _finish(axes: Axes, title: str | None) -> None:
-    quiet_grid(axes)
-    few_ticks(axes)
-    axes.legend(loc="upper right", frameon=False, fontsize="small")
-    if title:
-        axes.set_title(title, fontsize="medium")

@@ -11,8 +11,8 @@ from lightning_hessian.statistics.power_law import fit_power_law
 from lightning_hessian.statistics.subspace import proportionality
 from lightning_hessian.tracking.style import (
     COLOURS,
-    EIGENVALUE,
     few_ticks,
+    legend_below,
     new_figure,
     quiet_grid,
     verdict,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COVARIANCE, _HESSIAN, _SECOND_MOMENT = COLOURS[:3]
+_EIGENVALUES = r"$\lambda_k$ of $C$ (loss$^2$/parameter$^2$), of $H$ (loss/parameter$^2$)"
 
 
 def spectra_plot(
@@ -41,17 +42,17 @@ def spectra_plot(
         hessian: Spectrum at the same parameters, on the same data.
         significance: Level of the verdicts in the legend.
     """
-    figure, axes = new_figure()
+    figure, axes = new_figure(height=5.0)
     floor = structure.leading[-1] if len(structure.leading) else np.inf
     second_moment = structure.second_moment[structure.second_moment >= floor]
     _draw(axes, "covariance C", structure.leading, _COVARIANCE, "o", significance)
     _draw(axes, "second moment", second_moment, _SECOND_MOMENT, "^", significance)
     if hessian is not None:
         _draw(axes, "Hessian H", hessian.leading, _HESSIAN, "s", significance)
-    axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=EIGENVALUE)
+    axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=_EIGENVALUES)
     quiet_grid(axes)
     few_ticks(axes)
-    axes.legend(loc="lower left", frameon=False, fontsize="small")
+    legend_below(figure)
     return figure
 
 
@@ -92,7 +93,10 @@ def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure
             label=f"$1/B$ = {1 / structure.batch_size:.3g}",
         )
     axes.set(
-        xscale="log", yscale="log", xlabel="rank $k$", ylabel="$\\lambda_k(C)\\,/\\,\\lambda_k(H)$"
+        xscale="log",
+        yscale="log",
+        xlabel="rank $k$",
+        ylabel="$\\lambda_k(C)\\,/\\,\\lambda_k(H)$ (loss)",
     )
     quiet_grid(axes)
     few_ticks(axes)

@@ -71,6 +71,16 @@ def few_ticks(axes: Axes) -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
+def legend_below(figure: Figure, columns: int = 1) -> None:
+    """Puts one legend for all axes below them, where it hides nothing.
+
+    Args:
+        figure: Whose.
+        columns: Of the legend.
+    """
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
 def symbol(statistic: str) -> str:
     """Returns how a statistic is written at an axis.
 
