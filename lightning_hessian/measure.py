@@ -40,6 +40,7 @@ def hessian_spectrum(
     trace_probes: int = 16,
     return_eigenvectors: bool = False,
     process_group: ProcessGroup | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> HessianSpectrum:
     """Returns the largest eigenvalues of the Hessian of the mean loss, and its trace.
@@ -69,6 +70,8 @@ def hessian_spectrum(
         process_group: Processes that make the measurement together: all make this call with the
             same arguments. Batches are dealt out to them, Krylov vectors lie in shards, and all
             get the same numbers, whatever their number. By default this process measures alone.
+        on_progress: ``on_progress(num_hvps, num_converged)``, called after every product with the
+            number of products and of eigenvalues known to have converged so far.
         seed: Of everything random here.
 
     Raises:
@@ -97,14 +100,22 @@ def hessian_spectrum(
     )  # fmt: skip
     ranks = objective.ranks
     should_stop = deadline(start, max_seconds)
+    num_converged = 0
+
+    def on_check(count: int) -> None:
+        nonlocal num_converged
+        num_converged = count
+
     with objective.isolated():
         loss = objective.value()
         operator = hessian_operator(
             objective, hvp, expected_products=3 * num_eigenvalues + trace_probes
         )
+        if on_progress is not None:
+            operator.on_product = lambda count: on_progress(count, num_converged)
         ritz = lanczos(
             operator, num_eigenvalues, tol=tol, max_products=bound, seed=seed,
-            should_stop=should_stop,
+            should_stop=should_stop, on_check=on_check,
         )  # fmt: skip
         # The converged ones before the first that has not; a view, for they may be large.
         good = len(ritz.values) if ritz.converged.all() else int(ritz.converged.argmin())

@@ -54,6 +54,7 @@ def block_structure(
     batch_weight: Callable[[Any], float] | None = None,
     return_matrix: bool = False,
     process_group: ProcessGroup | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> BlockStructure:
     """Returns the Frobenius norms of all blocks of the Hessian, and what follows from them.
@@ -86,6 +87,7 @@ def block_structure(
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over.
         return_matrix: Whether to return the Hessian itself, [n, n]; takes n products.
         process_group: Processes that make the measurement together, as in `hessian_spectrum`.
+        on_progress: ``on_progress(num_hvps, None)``, called after every product.
         seed: Of everything random here.
 
     Raises:
@@ -118,6 +120,8 @@ def block_structure(
     with objective.isolated():
         loss = objective.value()
         operator = hessian_operator(objective, hvp, expected_products=2 * least_products(cut.sizes))
+        if on_progress is not None:
+            operator.on_product = lambda count: on_progress(count, None)
         norms = block_norms(
             operator, cut.labels, rel_error=rel_error, exact=exact,
             max_products=_bound_of_norms(cut.sizes, max_hvps, densities),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def gradient_structure(
     memory_budget: float | None = None,
     directory: str | Path | None = None,
     max_seconds: float | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> GradientStructure:
     """Returns spectra and tests of the gradients of T mini-batches at the present parameters.
@@ -78,6 +80,8 @@ def gradient_structure(
             what is free. Above it, G lies in a file; without tests, gradients are computed anew.
         directory: Where that file lies; by default the system's folder for temporary files.
         max_seconds: After so many seconds no further gradients are computed.
+        on_progress: ``on_progress(num_gradients, None)``, called now and then with the number of
+            gradients computed so far.
         seed: Of everything random here.
 
     Raises:
@@ -115,6 +119,8 @@ def gradient_structure(
     budget = _left_by_gram(memory_budget, source, tests)
 
     def should_stop() -> bool:
+        if on_progress is not None:
+            on_progress(source.num_computed, None)
         return max_seconds is not None and time.monotonic() - start > max_seconds
 
     gradients: GradientRows = source

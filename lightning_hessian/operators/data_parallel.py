@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class DataParallelHessian:
         engine: The engines in use, joined by ``+`` where ranks differ.
         self_check_error: The largest of the ranks'.
         num_products: Products taken so far.
+        on_product: Told their number after every product; None for nobody.
 
     Raises:
         ValueError: Unknown engine.
@@ -46,6 +49,7 @@ class DataParallelHessian:
         self.device = objective.space.device
         self.shard = Shard.even(self.size, ranks)
         self.num_products = 0
+        self.on_product: Callable[[int], None] | None = None
         self._local: HessianOperator | None = None
         budget = free_bytes(self.device) / 2 / ranks.neighbours
         with ranks.together():
@@ -70,7 +74,6 @@ class DataParallelHessian:
             MeasurementError: A product failed, or is NaN or infinite, on some rank; names it.
         """
         count, ranks = len(vectors), self.shard.ranks
-        self.num_products += count
         whole = self._gathered(vectors)
         # One more entry for each rank: how many ranks have failed.
         sent = vectors.new_zeros(ranks.world, count * self._width + 1)
@@ -96,6 +99,9 @@ class DataParallelHessian:
                     "this precision, or an operation has no finite second derivative."
                 )
             ranks.fail(failure)
+        self.num_products += count
+        if self.on_product is not None:
+            self.on_product(self.num_products)
         return mine[:-1].view(count, self._width)[:, : self.shard.length].clone()
 
     def _gathered(self, vectors: Tensor) -> Tensor:

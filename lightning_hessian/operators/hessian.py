@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class HessianOperator:
             ``recompute`` on the first batch (for finite differences, and where ``recompute``
             fails, the difference between two step sizes).
         num_products: Products taken so far.
+        on_product: Told their number after every product; None for nobody.
 
     Raises:
         ValueError: Unknown engine.
@@ -87,6 +89,7 @@ class HessianOperator:
         self.dtype = objective.space.dtype
         self.device = objective.space.device
         self.num_products = 0
+        self.on_product: Callable[[int], None] | None = None
         self.self_check_error = 0.0
         self.engine = engine
         self._products: list[Product] = []
@@ -112,11 +115,11 @@ class HessianOperator:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Returns H v for a vector [n_local], a new tensor [n_local]."""
-        self.num_products += 1
         tangents = self.objective.space.split(vector)
         total = torch.zeros_like(vector)
         for product, weight in zip(self._products, self.objective.weights, strict=True):
             total.add_(self.objective.space.flatten(product(tangents)), alpha=weight)
+        self._count(1)
         return total
 
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -127,7 +130,6 @@ class HessianOperator:
         """
         if len(vectors) == 1:
             return self.matvec(vectors[0])[None]
-        self.num_products += len(vectors)
         total = torch.zeros_like(vectors)
         for index, weight in enumerate(self.objective.weights):
             engine, product = self._engines[index], self._products[index]
@@ -139,7 +141,13 @@ class HessianOperator:
             else:
                 found = self._batched(product, vectors, trial=index == 0)
             total.add_(found, alpha=weight)
+        self._count(len(vectors))
         return total
+
+    def _count(self, products: int) -> None:
+        self.num_products += products
+        if self.on_product is not None:
+            self.on_product(self.num_products)
 
     def _product_bytes(self) -> int:
         """Returns the memory that a product of the largest batch takes in passing, about."""

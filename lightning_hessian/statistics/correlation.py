@@ -41,6 +41,22 @@ class Correlation:
     spearman: float
     reason: str = ""
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Fisher's 95 % interval of ``r``: (low, high), both NaN where ``r`` is.
+
+        It takes the points to be independent and normal. Those of one training run are not, and
+        the interval is then too narrow.
+
+        Source: `scipy.stats.pearsonr(...).confidence_interval()`.
+
+        Example:
+            >>> found = Correlation(r=0.5, num_points=28, r_differences=0.1, spearman=0.4)
+            >>> tuple(round(end, 3) for end in found.interval)
+            (0.156, 0.736)
+        """
+        return fisher_interval(self.r, self.num_points)
+
 
 def pearson(x: ArrayLike, y: ArrayLike) -> Correlation:
     """Return how two series correlate: Pearson's r, r of first differences, and Spearman's.
@@ -90,6 +106,29 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Correlation:
         if text
     ]
     return Correlation(r, len(first), r_differences, spearman, "; ".join(reasons))
+
+
+def fisher_interval(
+    r: float, num_points: int, confidence: float = 0.95, num_controlled: int = 0
+) -> tuple[float, float]:
+    """Returns Fisher's interval of a correlation coefficient: tanh(artanh r -+ z / sqrt(n - 3)).
+
+    Args:
+        r: Pearson's coefficient, or a partial one.
+        num_points: The number of points behind it, n.
+        confidence: The nominal coverage.
+        num_controlled: How many variables a partial coefficient holds fixed; n counts so many less.
+
+    Returns:
+        The lower and the upper end; NaN where ``r`` is NaN or there are fewer than 4 points.
+    """
+    freedom = num_points - num_controlled - 3
+    if math.isnan(r) or freedom < 1:
+        return math.nan, math.nan
+    half = float(stats.norm.ppf(0.5 + confidence / 2)) / math.sqrt(freedom)
+    with np.errstate(divide="ignore"):
+        centre = float(np.arctanh(r))
+    return math.tanh(centre - half), math.tanh(centre + half)
 
 
 def _finite_rows(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
