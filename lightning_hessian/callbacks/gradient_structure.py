@@ -162,6 +162,7 @@ class GradientStructureCallback(MeasurementCallback):
             memory_budget=self.memory_budget,
             directory=self.directory,
             max_seconds=max_seconds,
+            process_group=self._ranks.group,
             seed=self.seed,
         )
         return gradient_scalars(self.last_structure, self.significance)
