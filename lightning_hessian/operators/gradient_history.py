@@ -206,6 +206,11 @@ def _storage(
     if needed <= memory_budget or needed == 0:
         return np.empty(shape, dtype)
     folder = Path(tempfile.gettempdir() if directory is None else directory)
+    if not folder.is_dir():
+        raise MeasurementError(
+            f"G takes {needed / 1e9:.1f} GB and shall lie in a file, but directory={str(folder)!r} "
+            "is no folder. Make it, or give another."
+        )
     free = shutil.disk_usage(folder).free
     try:
         if needed > free:
