@@ -53,7 +53,7 @@ class Noisy(Dataset[Any]):
 CASES: dict[str, dict[str, Any]] = {
     "stored": {},
     "float32": {},
-    "chosen": {"max_tested": 13},
+    "chosen": {"max_tested": 23, "num_gradients": 130},  # 100 points of each are drawn
     "mapped": {"left": 9000.0, "max_tested": 40, "preconditioner": "adam"},
     "streamed": {"tests": False, "num_eigenvectors": 4},
     "recomputed": {"tests": False, "left": 40e3, "preconditioner": "adam", "num_eigenvectors": 4},
