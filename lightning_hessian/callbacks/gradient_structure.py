@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.schedule import Schedule
-from lightning_hessian.measure_gradients import check_options, check_size, gradient_structure
+from lightning_hessian.measure_gradients import check_options, check_space, gradient_structure
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.results import GradientStructure
@@ -149,7 +149,7 @@ class GradientStructureCallback(MeasurementCallback):
 
     def check(self, pl_module: Any) -> None:
         """Raises ValueError where the arguments do not fit the module; called before training."""
-        check_size(ParameterSpace.select(pl_module, self.parameters).size, self.tests)
+        check_space(ParameterSpace.select(pl_module, self.parameters), self.tests)
         resolve_loss(pl_module, self.loss_fn)
 
     def measure(
@@ -174,6 +174,7 @@ class GradientStructureCallback(MeasurementCallback):
             directory=self.directory,
             max_seconds=max_seconds,
             on_progress=self._progress,
+            process_group=self._ranks.group,
             seed=self.seed,
         )
         return gradient_scalars(self.last_structure, self.significance)
