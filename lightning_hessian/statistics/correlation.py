@@ -86,16 +86,16 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Correlation:
         >>> pearson([1.0, 2.0], [3.0, 5.0]).reason
         'r, spearman: 2 of the 4 points needed; r_differences: 1 of the 4 differences needed'
     """
-    first, second = _finite_rows(x, y)
+    first, second = finite_rows(x, y)
     # Correlations know no scale, and at scale 1 no square over- or underflows.
-    first, second = _unit_scale(first), _unit_scale(second)
-    reason = _why_undefined(first, second, series="series", points="points")
+    first, second = unit_scale(first), unit_scale(second)
+    reason = why_undefined(first, second)
     r = spearman = r_differences = math.nan
     if not reason:
         r = float(stats.pearsonr(first, second)[0])
         spearman = float(stats.spearmanr(first, second)[0])
     first_steps, second_steps = np.diff(first), np.diff(second)
-    reason_differences = _why_undefined(
+    reason_differences = why_undefined(
         first_steps, second_steps, series="series of differences", points="differences"
     )
     if not reason_differences:
@@ -131,7 +131,7 @@ def fisher_interval(
     return math.tanh(centre - half), math.tanh(centre + half)
 
 
-def _finite_rows(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
+def finite_rows(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """Return the rows of both series in which both values are finite."""
     # float64 turns None into NaN.
     first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -144,13 +144,15 @@ def _finite_rows(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
     return first[finite], second[finite]
 
 
-def _unit_scale(series: FloatArray) -> FloatArray:
+def unit_scale(series: FloatArray) -> FloatArray:
     """Return the series divided by its largest absolute value."""
     largest = np.abs(series).max(initial=0.0)
     return series / largest if largest > 0 else series
 
 
-def _why_undefined(first: FloatArray, second: FloatArray, *, series: str, points: str) -> str:
+def why_undefined(
+    first: FloatArray, second: FloatArray, *, series: str = "series", points: str = "points"
+) -> str:
     """Return why series of unit scale (or their differences) have no correlation, or ''."""
     if len(first) < MIN_POINTS:
         return f"{len(first)} of the {MIN_POINTS} {points} needed"
