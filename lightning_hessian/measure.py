@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.distributed import Ranks
+from lightning_hessian.operators.data_parallel import hessian_operator
 from lightning_hessian.probe.objective import LossFunction, Mode, Objective
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.solvers.lanczos import RitzPairs, default_bound, lanczos
 from lightning_hessian.solvers.trace import trace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def hessian_spectrum(
@@ -33,6 +37,7 @@ def hessian_spectrum(
     batch_weight: Callable[[Any], float] | None = None,
     trace_probes: int = 16,
     return_eigenvectors: bool = False,
+    process_group: ProcessGroup | None = None,
     seed: int = 0,
 ) -> HessianSpectrum:
     """Returns the largest eigenvalues of the Hessian of the mean loss, and its trace.
@@ -59,6 +64,9 @@ def hessian_spectrum(
             (unmasked tokens, say); by default its number of samples.
         trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
         return_eigenvectors: Whether to return the Ritz vectors too, [K, n].
+        process_group: Processes that make the measurement together: all make this call with the
+            same arguments. Batches are dealt out to them, Krylov vectors lie in shards, and all
+            get the same numbers, whatever their number. By default this process measures alone.
         seed: Of everything random here.
 
     Raises:
@@ -81,30 +89,34 @@ def hessian_spectrum(
     start = time.monotonic()
     space = check_selection(model, parameters, num_eigenvalues)
     probes, bound = split_bound(num_eigenvalues, max_hvps, trace_probes)
+    ranks = Ranks.of(process_group, space.device)
     objective = Objective(
-        model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode, seed=seed
-    )
-
-    def should_stop() -> bool:
-        return max_seconds is not None and time.monotonic() - start > max_seconds
-
+        model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode, seed=seed,
+        ranks=ranks,
+    )  # fmt: skip
+    should_stop = deadline(start, max_seconds)
     with objective.isolated():
         loss = objective.value()
-        operator = HessianOperator(
+        operator = hessian_operator(
             objective, hvp, expected_products=3 * num_eigenvalues + trace_probes
         )
         ritz = lanczos(
             operator, num_eigenvalues, tol=tol, max_products=bound, seed=seed,
             should_stop=should_stop,
         )  # fmt: skip
-        good = torch.from_numpy(ritz.converged).to(space.device)
+        # The converged ones before the first that has not; a view, for they may be large.
+        good = len(ritz.values) if ritz.converged.all() else int(ritz.converged.argmin())
         estimate = None
         if probes:
             estimate = trace(
-                operator, torch.from_numpy(ritz.values[ritz.converged]), ritz.vectors[good],
+                operator, torch.from_numpy(ritz.values[:good]), ritz.vectors[:good],
                 num_probes=probes, seed=seed + 1, should_stop=should_stop,
             )  # fmt: skip
-    _warn_unconverged(ritz, num_eigenvalues, tol)
+    if ranks.rank == 0:
+        _warn_unconverged(ritz, num_eigenvalues, tol)
+    vectors = None
+    if return_eigenvectors:
+        vectors = operator.shard.gather(ritz.vectors.to(space.dtype, copy=True))
     lowest_found = ritz.lowest_residual <= tol * abs(ritz.lowest)
     return HessianSpectrum(
         eigenvalues=ritz.values,
@@ -120,8 +132,15 @@ def hessian_spectrum(
         seconds=time.monotonic() - start,
         engine=operator.engine,
         dtype=str(space.dtype).removeprefix("torch."),
-        eigenvectors=ritz.vectors.clone() if return_eigenvectors else None,
+        eigenvectors=vectors,
     )
+
+
+def deadline(start: float, max_seconds: float | None) -> Callable[[], bool] | None:
+    """Returns whether time is up, as a question; None where there is no limit."""
+    if max_seconds is None:
+        return None
+    return lambda: time.monotonic() - start > max_seconds
 
 
 def check_selection(

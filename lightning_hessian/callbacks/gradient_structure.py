@@ -142,7 +142,7 @@ class GradientStructureCallback(MeasurementCallback):
         resolve_loss(pl_module, self.loss_fn)
 
     def measure(
-        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+        self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
     ) -> tuple[dict[str, float], list[str]]:
         """Returns the statistics of the present gradients, and reasons for what is absent."""
         self.last_structure = gradient_structure(

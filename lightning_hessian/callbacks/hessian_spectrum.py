@@ -147,7 +147,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         resolve_loss(pl_module, self.loss_fn)
 
     def measure(
-        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+        self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
     ) -> tuple[dict[str, float], list[str]]:
         """Returns the statistics of spectrum and blocks, and reasons for what is absent."""
         started = time.monotonic()
@@ -164,10 +164,13 @@ class HessianSpectrumCallback(MeasurementCallback):
             mode=self.mode,
             batch_weight=self.batch_weight,
             trace_probes=self.trace_probes,
+            process_group=self._ranks.group,
             seed=self.seed,
         )
         scalars, absent = spectrum_scalars(self.last_spectrum, self.significance)
-        left = None if max_seconds is None else max_seconds - (time.monotonic() - started)
+        left = None
+        if max_seconds is not None:
+            left = self._ranks.least(max_seconds - (time.monotonic() - started))
         self.last_blocks = None
         if self.blocks is not None:
             reason = self._measure_blocks(pl_module, batches, self.last_spectrum.num_hvps, left)
@@ -179,7 +182,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         return scalars, absent
 
     def _measure_blocks(
-        self, pl_module: Any, batches: list[Any], spent: int, max_seconds: float | None
+        self, pl_module: Any, batches: Sequence[Any], spent: int, max_seconds: float | None
     ) -> str | None:
         """Sets ``last_blocks``, or returns why there are none; what is so every time, once."""
         assert self.blocks is not None
@@ -219,6 +222,7 @@ class HessianSpectrumCallback(MeasurementCallback):
                 hvp=self.hvp,
                 mode=self.mode,
                 batch_weight=self.batch_weight,
+                process_group=self._ranks.group,
                 seed=self.seed,
             )
         except RuntimeError as error:  # a MeasurementError, or out of memory: keep the spectrum

@@ -9,9 +9,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from lightning_hessian.callbacks.compat import Callback
 from lightning_hessian.callbacks.probe_data import ProbeData, check_data, probe_batches
 from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, TimeBudget
+from lightning_hessian.distributed import ALONE, RankError, Ranks
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.history import History, correlation_scalars
@@ -76,7 +79,8 @@ class MeasurementCallback(Callback):
         self._budget = TimeBudget(time_budget)
         self._history = History()
         self._num_validations = 0
-        self._batches: list[Any] | None = None
+        self._batches: Sequence[Any] | None = None
+        self._ranks = ALONE
         self._pending: dict[str, float] | None = None
         self._clock: float | None = None
         self._metrics: dict[str, Any] = {}  # those of the validation before
@@ -90,9 +94,12 @@ class MeasurementCallback(Callback):
         raise NotImplementedError
 
     def measure(
-        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+        self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
     ) -> tuple[dict[str, float], list[str]]:
-        """Returns the statistics by name, and a sentence for each that is absent."""
+        """Returns the statistics by name, and a sentence for each that is absent.
+
+        All ranks call it together; those of ``self._ranks.group`` share the work.
+        """
         raise NotImplementedError
 
     # What a user reads -------------------------------------------------------------------------
@@ -239,28 +246,39 @@ class MeasurementCallback(Callback):
         """Returns rank zero's statistics on all ranks, or None where the measurement failed."""
         failure: Exception | None = None
         scalars: dict[str, float] = {}
+        seconds = trainer.strategy.broadcast(self._budget.max_seconds())
+        limit = seconds if math.isfinite(seconds) else None
+        self._ranks = _ranks(trainer, pl_module)
         try:
-            if self._batches is None:
-                self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
-            seconds = self._budget.max_seconds()
-            limit = seconds if math.isfinite(seconds) else None
+            with self._ranks.together():
+                if self._batches is None:
+                    self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
             scalars, absent = self.measure(pl_module, self._batches, limit)
-            for reason in absent:
+            for reason in absent if trainer.is_global_zero else ():
                 warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
             failure = error
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
             return trainer.strategy.broadcast(scalars)
-        if failure is None:
-            failure = MeasurementError("the measurement failed on another rank")
+        if self._ranks.world > 1 and not isinstance(failure, RankError):
+            failure = self._named(failure)
+        assert failure is not None
         if self.on_error == "raise":
             raise failure
-        warnings.warn(
-            f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
-            f"{_sentence(failure)}",
-            stacklevel=2,
-        )
+        if trainer.is_global_zero:
+            warnings.warn(
+                f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
+                f"{_sentence(failure)}",
+                stacklevel=2,
+            )
         return None
+
+    def _named(self, failure: Exception | None) -> Exception:
+        """Returns a failure that came unagreed as one that names the rank, the same on all."""
+        try:
+            self._ranks.fail(failure)
+        except RankError as agreed:
+            return agreed
 
     def _note_cost(self, seconds: float) -> None:
         trained = self._budget.since_last
@@ -278,6 +296,13 @@ class MeasurementCallback(Callback):
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
+
+
+def _ranks(trainer: Any, pl_module: Any) -> Ranks:
+    """Returns the processes of the Trainer, as they measure together."""
+    if trainer.world_size == 1:
+        return ALONE
+    return Ranks.of(torch.distributed.group.WORLD, pl_module.device)
 
 
 def _unknown_metric(name: str, known: list[str]) -> str:

@@ -8,10 +8,13 @@ import warnings
 import torch
 from torch import Tensor
 
+from lightning_hessian.distributed import Shard
+from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.engines import (
     ENGINES,
     LINEARIZE_TO_GRAPH_MEMORY,
     Product,
+    autograd,
     check_dependence,
     explain,
     finite_difference,
@@ -57,6 +60,7 @@ class HessianOperator:
 
     Attributes:
         size: Order n.
+        shard: Of vectors: all entries are here.
         engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept.
         self_check_error: Relative difference between a product of this engine and of
             ``recompute`` on the first batch (for finite differences, and where ``recompute``
@@ -80,12 +84,16 @@ class HessianOperator:
             raise ValueError(f"hvp={engine!r} is unknown; choose from {['auto', *ENGINES]}.")
         self.objective = objective
         self.size = objective.space.size
+        self.shard = Shard.whole(self.size)
         self.dtype = objective.space.dtype
         self.device = objective.space.device
         self.num_products = 0
         self.self_check_error = 0.0
         self.engine = engine
         self._products: list[Product] = []
+        self._engines: list[str] = []  # of each batch
+        self._graph_bytes: int | None = None
+        self._batched = BatchedProducts(objective.space, self._product_bytes)
         self._custom = check_dependence(objective)
         if engine != "auto":
             self._build([engine] * len(objective.batches))
@@ -113,14 +121,38 @@ class HessianOperator:
         return total
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns H v for each row v of [b, n], a new tensor [b, n]."""
-        return torch.stack([self.matvec(vector) for vector in vectors])
+        """Returns H v for each row v of [b, n], a new tensor [b, n].
+
+        Equal to `matvec` but for rounding. Costs less per vector where `BatchedProducts` finds
+        that it pays, and where graphs are recomputed: each is built once for all rows.
+        """
+        if len(vectors) == 1:
+            return self.matvec(vectors[0])[None]
+        self.num_products += len(vectors)
+        total = torch.zeros_like(vectors)
+        for index, weight in enumerate(self.objective.weights):
+            engine, product = self._engines[index], self._products[index]
+            if engine == "recompute":
+                product = autograd(self.objective, index)
+            if engine in ("compile", "finite_difference"):
+                split, flatten = self.objective.space.split, self.objective.space.flatten
+                found = torch.stack([flatten(product(split(vector))) for vector in vectors])
+            else:
+                found = self._batched(product, vectors, trial=index == 0)
+            total.add_(found, alpha=weight)
+        return total
+
+    def _product_bytes(self) -> int:
+        """Returns the memory that a product of the largest batch takes in passing, about."""
+        if self._graph_bytes is None:
+            self._graph_bytes = retained_bytes(self.objective)
+        return self._graph_bytes
 
     def _build_within(self, budget: float, expected_products: int) -> None:
         """Builds the best exact engine within a memory budget."""
         num_batches = len(self.objective.batches)
         try:
-            kept = max(1, retained_bytes(self.objective))
+            kept = max(1, self._product_bytes())
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
                 raise
@@ -132,7 +164,7 @@ class HessianOperator:
 
     def _linearize_if_it_pays(self, expected_products: int) -> None:
         """Replaces retained graphs by linearisations where a trial says that this is faster."""
-        before = self.engine, self._products, self.self_check_error
+        before = self.engine, self._engines, self._products, self.self_check_error
         retained = seconds_of(self._products[0], self.objective)
         if expected_products * retained < _LEAST_TRIAL_SECONDS:
             return
@@ -146,11 +178,11 @@ class HessianOperator:
         except (RuntimeError, NotImplementedError, TypeError):
             # An operation without forward-mode derivative, random draws, or too little memory:
             # the retained graphs serve.
-            self.engine, self._products, self.self_check_error = before
+            self.engine, self._engines, self._products, self.self_check_error = before
 
     def _build(self, engines: list[str], first: Product | None = None) -> None:
         """Makes the product of each batch by its engine, and checks the first."""
-        self.engine = "+".join(dict.fromkeys(engines))
+        self.engine, self._engines = "+".join(dict.fromkeys(engines)), engines
         try:
             self._products = [
                 first if first and i == 0 else ENGINES[engine](self.objective, i)
