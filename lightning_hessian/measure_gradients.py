@@ -6,7 +6,7 @@ import math
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_hessian.distributed import RankError, Ranks, Shard
 from lightning_hessian.measure import deadline
+from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.gradient_history import GradientHistory
 from lightning_hessian.operators.gradient_ranks import DealtGradients
 from lightning_hessian.operators.gradients import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@on_whole_modules
 def gradient_structure(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -57,6 +59,7 @@ def gradient_structure(
     memory_budget: float | None = None,
     directory: str | Path | None = None,
     max_seconds: float | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
     process_group: ProcessGroup | None = None,
     seed: int = 0,
 ) -> GradientStructure:
@@ -90,6 +93,8 @@ def gradient_structure(
             computed anew.
         directory: Where that file lies; by default the system's folder for temporary files.
         max_seconds: After so many seconds no further gradients are computed.
+        on_progress: ``on_progress(num_gradients, None)``, called now and then with the number of
+            gradients computed so far.
         process_group: Processes that make the measurement together: all make this call with the
             same arguments. Mini-batches are dealt out to them, each holds a slice of the
             parameters of G, and all get the same numbers, whatever their number. By default this
@@ -120,7 +125,7 @@ def gradient_structure(
     check_options(
         num_eigenvalues, num_gradients, preconditioner, max_tested, tests, mode, clip_norm
     )
-    check_size(space.size, tests)
+    check_space(space, tests)
     ranks = Ranks.of(process_group, space.device)
     with ranks.together():
         minibatches = draw_minibatches(
@@ -132,6 +137,8 @@ def gradient_structure(
             source = MiniBatchGradients(
                 model, loss_fn, minibatches, space, mode=mode, clip_norm=clip_norm, seed=seed
             )
+            if on_progress is not None:
+                source.on_product = lambda count: on_progress(count, None)
     _check_alike(minibatches, space, ranks)
     gradients: GradientRows
     if ranks.world == 1 and source is not None:
@@ -207,15 +214,20 @@ def check_options(
         raise ValueError(f"clip_norm={clip_norm}; give a positive norm, or None.")
 
 
-def check_size(num_parameters: int, tests: bool) -> None:
-    """Checks that gradients are long enough for the tests.
+def check_space(space: ParameterSpace, tests: bool) -> None:
+    """Checks that parameters are whole, and gradients long enough for the tests.
 
     Raises:
         ValueError: They are not.
     """
-    if tests and num_parameters < MIN_POINTS:
+    if space.held is not None:
         raise ValueError(
-            f"{num_parameters} parameters are too few to be tested (at least {MIN_POINTS}); give "
+            "The structure of gradients cannot be measured on parameters under `fully_shard` "
+            "(FSDP2) yet. Use strategy='ddp' or FSDP1, or measure a checkpoint on one device."
+        )
+    if tests and space.size < MIN_POINTS:
+        raise ValueError(
+            f"{space.size} parameters are too few to be tested (at least {MIN_POINTS}); give "
             "tests=False."
         )
 

@@ -7,7 +7,7 @@ n x T; here gradients are the rows of a [T, n] array, so that each lies contiguo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -111,6 +111,7 @@ class MiniBatchGradients:
         self._checked = False
         self.losses = np.full(len(minibatches), np.nan)
         self.num_computed = 0
+        self.on_product: Callable[[int], None] | None = None  # told how many, after each piece
 
     def precondition(self, scale: Tensor) -> None:
         """Multiplies every gradient from now on by ``scale`` [n], entry by entry."""
@@ -133,6 +134,8 @@ class MiniBatchGradients:
                 for i in range(first, last):
                     self._fill(part[i - first], i)
             self.num_computed += last - first
+            if self.on_product is not None:
+                self.on_product(self.num_computed)
         self._check_finite(rows, start)
         if self._clip_norm is not None:
             norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
