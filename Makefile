@@ -8,10 +8,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo gallery test test-slow lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
+
+gallery: .venv-demo/.done  ## draw the figures of docs/gallery.md from a real run
+	OMP_NUM_THREADS=1 $(DEMO)/python docs/make_gallery.py
 
 test: .venv-test/.done lint  ## lint, type check, and all tests but the slow ones
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m "not slow"

@@ -7,6 +7,8 @@ from lightning_hessian.measure import hessian_spectrum
 from lightning_hessian.measure_blocks import block_structure
 from lightning_hessian.measure_gradients import gradient_structure
 from lightning_hessian.probe.partition_rules import BlockRule, partition_rules
+from lightning_hessian.reports.load import load_runs
+from lightning_hessian.reports.report import correlation_report
 from lightning_hessian.results import (
     BlockStructure,
     Eigengaps,
@@ -33,9 +35,11 @@ __all__ = [
     "MeasurementError",
     "PowerLawFit",
     "block_structure",
+    "correlation_report",
     "eigengaps",
     "fit_power_law",
     "gradient_structure",
     "hessian_spectrum",
+    "load_runs",
     "partition_rules",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,6 +105,27 @@ class Ranks:
         part = tensor.new_empty(len(tensor) // self.world)
         getattr(dist, _SCATTER)(part, tensor, group=self.group)
         return part
+
+    def exchanged(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Returns what each rank sends to this one, in the order of the ranks.
+
+        Args:
+            parts: What this one sends to each, of one dtype; any of them may be empty.
+            shapes: Those of what each sends here.
+
+        Raises:
+            RankError: Some rank has too little memory for it.
+        """
+        given = [part.numel() for part in parts]
+        taken = [math.prod(shape) for shape in shapes]
+        with self.together():
+            sent = parts[0].new_empty(sum(given), device=self.device)
+            for target, part in zip(sent.split(given), parts, strict=True):
+                target.view(part.shape).copy_(part)
+            received = sent.new_empty(sum(taken))
+        dist.all_to_all_single(received, sent, taken, given, group=self.group)
+        blocks = zip(received.split(taken), shapes, strict=True)
+        return [block.view(shape) for block, shape in blocks]
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """Returns the first rank's tensor on all ranks, in place.

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_hessian.distributed import Ranks
 from lightning_hessian.operators.data_parallel import hessian_operator
-from lightning_hessian.probe.objective import LossFunction, Mode, Objective
+from lightning_hessian.operators.fsdp1 import on_whole_modules
+from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.probe.sharded import objective_over, ranks_of
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.solvers.lanczos import RitzPairs, default_bound, lanczos
 from lightning_hessian.solvers.trace import trace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@on_whole_modules
 def hessian_spectrum(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -38,6 +40,7 @@ def hessian_spectrum(
     trace_probes: int = 16,
     return_eigenvectors: bool = False,
     process_group: ProcessGroup | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> HessianSpectrum:
     """Returns the largest eigenvalues of the Hessian of the mean loss, and its trace.
@@ -67,6 +70,8 @@ def hessian_spectrum(
         process_group: Processes that make the measurement together: all make this call with the
             same arguments. Batches are dealt out to them, Krylov vectors lie in shards, and all
             get the same numbers, whatever their number. By default this process measures alone.
+        on_progress: ``on_progress(num_hvps, num_converged)``, called after every product with the
+            number of products and of eigenvalues known to have converged so far.
         seed: Of everything random here.
 
     Raises:
@@ -89,20 +94,28 @@ def hessian_spectrum(
     start = time.monotonic()
     space = check_selection(model, parameters, num_eigenvalues)
     probes, bound = split_bound(num_eigenvalues, max_hvps, trace_probes)
-    ranks = Ranks.of(process_group, space.device)
-    objective = Objective(
-        model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode, seed=seed,
-        ranks=ranks,
+    objective = objective_over(
+        process_group, model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode,
+        seed=seed,
     )  # fmt: skip
+    ranks = objective.ranks
     should_stop = deadline(start, max_seconds)
+    num_converged = 0
+
+    def on_check(count: int) -> None:
+        nonlocal num_converged
+        num_converged = count
+
     with objective.isolated():
         loss = objective.value()
         operator = hessian_operator(
             objective, hvp, expected_products=3 * num_eigenvalues + trace_probes
         )
+        if on_progress is not None:
+            operator.on_product = lambda count: on_progress(count, num_converged)
         ritz = lanczos(
             operator, num_eigenvalues, tol=tol, max_products=bound, seed=seed,
-            should_stop=should_stop,
+            should_stop=should_stop, on_check=on_check,
         )  # fmt: skip
         # The converged ones before the first that has not; a view, for they may be large.
         good = len(ritz.values) if ritz.converged.all() else int(ritz.converged.argmin())
@@ -149,8 +162,10 @@ def check_selection(
     """Returns the selected parameters, having checked that K eigenvalues can be asked of them.
 
     Raises:
-        ValueError: The selection matches nothing, or has fewer than K parameters.
+        ValueError: The selection matches nothing, or has fewer than K parameters; or parameters
+            are distributed in a way that cannot be measured.
     """
+    ranks_of(model, torch.device("cpu"))
     space = ParameterSpace.select(model, parameters)
     if not 1 <= num_eigenvalues <= space.size:
         raise ValueError(

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_hessian.distributed import Ranks
 from lightning_hessian.measure import deadline
 from lightning_hessian.operators.data_parallel import hessian_operator
+from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.linear import MatrixOperator, SymmetricOperator
-from lightning_hessian.probe.objective import LossFunction, Mode, Objective
+from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
+from lightning_hessian.probe.sharded import objective_over
 from lightning_hessian.results import BlockStructure, SpectralDensity
 from lightning_hessian.solvers.block_norms import (
     DENSE_ORDER,
@@ -33,6 +34,7 @@ _LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
 
+@on_whole_modules
 def block_structure(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -52,6 +54,7 @@ def block_structure(
     batch_weight: Callable[[Any], float] | None = None,
     return_matrix: bool = False,
     process_group: ProcessGroup | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> BlockStructure:
     """Returns the Frobenius norms of all blocks of the Hessian, and what follows from them.
@@ -84,6 +87,7 @@ def block_structure(
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over.
         return_matrix: Whether to return the Hessian itself, [n, n]; takes n products.
         process_group: Processes that make the measurement together, as in `hessian_spectrum`.
+        on_progress: ``on_progress(num_hvps, None)``, called after every product.
         seed: Of everything random here.
 
     Raises:
@@ -107,15 +111,17 @@ def block_structure(
     """
     start = time.monotonic()
     cut = partition(model, blocks, parameters)
-    ranks = Ranks.of(process_group, cut.space.device)
-    objective = Objective(
-        model, loss_fn, batches, cut.space, batch_weight=batch_weight, mode=mode, seed=seed,
-        ranks=ranks,
+    objective = objective_over(
+        process_group, model, loss_fn, batches, cut.space, batch_weight=batch_weight, mode=mode,
+        seed=seed,
     )  # fmt: skip
+    ranks = objective.ranks
     should_stop = deadline(start, max_seconds)
     with objective.isolated():
         loss = objective.value()
         operator = hessian_operator(objective, hvp, expected_products=2 * least_products(cut.sizes))
+        if on_progress is not None:
+            operator.on_product = lambda count: on_progress(count, None)
         norms = block_norms(
             operator, cut.labels, rel_error=rel_error, exact=exact,
             max_products=_bound_of_norms(cut.sizes, max_hvps, densities),

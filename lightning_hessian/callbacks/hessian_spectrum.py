@@ -18,7 +18,10 @@ from lightning_hessian.probe.partition import Blocks, partition
 from lightning_hessian.results import BlockStructure, HessianSpectrum
 from lightning_hessian.solvers.block_norms import DENSE_ORDER, least_products
 from lightning_hessian.statistics.power_law import critical_value
+from lightning_hessian.tracking.drawings import hessian_drawings
+from lightning_hessian.tracking.panels import Drawings
 from lightning_hessian.tracking.scalars import CORRELATED, block_scalars, spectrum_scalars
+from lightning_hessian.tracking.spectra import encode_spectrum
 
 
 class HessianSpectrumCallback(MeasurementCallback):
@@ -62,6 +65,9 @@ class HessianSpectrumCallback(MeasurementCallback):
         trace_probes: Hutchinson probes for the trace; 0 for no trace.
         significance: Level of the Kolmogorov-Smirnov test.
         during_validate: Whether ``trainer.validate()`` measures too.
+        figures: Figures are drawn at the first measurement, at every so many after it, and of the
+            last when training ends, and the spectrum of each is logged; None for neither.
+        progress: Whether a measurement longer than a second shows a bar beside Lightning's.
         on_error: ``"warn"`` and train on, or ``"raise"``, when a measurement fails.
         seed: Of everything random here.
 
@@ -102,6 +108,8 @@ class HessianSpectrumCallback(MeasurementCallback):
         trace_probes: int = 16,
         significance: float = 0.05,
         during_validate: bool = False,
+        figures: int | None = 10,
+        progress: bool = True,
         on_error: str = "warn",
         seed: int = 0,
     ) -> None:
@@ -114,6 +122,8 @@ class HessianSpectrumCallback(MeasurementCallback):
             during_validate=during_validate,
             on_error=on_error,
             seed=seed,
+            figures=figures,
+            progress=progress,
         )
         if num_eigenvalues < 1:
             raise ValueError(f"num_eigenvalues={num_eigenvalues}; at least one is needed.")
@@ -165,6 +175,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             batch_weight=self.batch_weight,
             trace_probes=self.trace_probes,
             process_group=self._ranks.group,
+            on_progress=self._progress,
             seed=self.seed,
         )
         scalars, absent = spectrum_scalars(self.last_spectrum, self.significance)
@@ -180,6 +191,29 @@ class HessianSpectrumCallback(MeasurementCallback):
             scalars["seconds"] += self.last_blocks.seconds
             scalars |= block_scalars(self.last_blocks)
         return scalars, absent
+
+    def expected_work(self) -> int:
+        """Returns about how many products the first measurement takes."""
+        spectrum = 3 * self.num_eigenvalues + self.trace_probes
+        return spectrum if self.blocks is None else 2 * spectrum
+
+    def spectrum_code(self) -> str | None:
+        """Returns the last spectrum as a text for the history."""
+        found = self.last_spectrum
+        if found is None:
+            return None
+        return encode_spectrum(found.eigenvalues, found.residuals, found.converged)
+
+    def drawings(self) -> Drawings:
+        """Returns what draws the figures of the last measurement, by name."""
+        if self.last_spectrum is None:
+            return {}
+        return hessian_drawings(
+            self.last_spectrum,
+            self.last_blocks,
+            self._panels.spectra,
+            significance=self.significance,
+        )
 
     def _measure_blocks(
         self, pl_module: Any, batches: Sequence[Any], spent: int, max_seconds: float | None
@@ -207,6 +241,8 @@ class HessianSpectrumCallback(MeasurementCallback):
         if max_seconds is not None and max_seconds <= 0:
             return "No block statistics: the spectrum took all the time. Allow more, or fewer K."
         started = time.monotonic()
+        if self._progress is not None:
+            self._progress.next_part("block structure")
         try:
             self.last_blocks = block_structure(
                 pl_module,
@@ -223,6 +259,7 @@ class HessianSpectrumCallback(MeasurementCallback):
                 mode=self.mode,
                 batch_weight=self.batch_weight,
                 process_group=self._ranks.group,
+                on_progress=self._progress,
                 seed=self.seed,
             )
         except RuntimeError as error:  # a MeasurementError, or out of memory: keep the spectrum

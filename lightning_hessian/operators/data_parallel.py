@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lightning_hessian.distributed import Shard
 from lightning_hessian.operators.hessian import HessianOperator
 from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.operators.sharded import ShardedHessian
 from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.sharded import ShardedObjective
 from lightning_hessian.results import MeasurementError
 
 
@@ -30,6 +34,7 @@ class DataParallelHessian:
         engine: The engines in use, joined by ``+`` where ranks differ.
         self_check_error: The largest of the ranks'.
         num_products: Products taken so far.
+        on_product: Told their number after every product; None for nobody.
 
     Raises:
         ValueError: Unknown engine.
@@ -44,6 +49,7 @@ class DataParallelHessian:
         self.device = objective.space.device
         self.shard = Shard.even(self.size, ranks)
         self.num_products = 0
+        self.on_product: Callable[[int], None] | None = None
         self._local: HessianOperator | None = None
         budget = free_bytes(self.device) / 2 / ranks.neighbours
         with ranks.together():
@@ -68,7 +74,6 @@ class DataParallelHessian:
             MeasurementError: A product failed, or is NaN or infinite, on some rank; names it.
         """
         count, ranks = len(vectors), self.shard.ranks
-        self.num_products += count
         whole = self._gathered(vectors)
         # One more entry for each rank: how many ranks have failed.
         sent = vectors.new_zeros(ranks.world, count * self._width + 1)
@@ -94,6 +99,9 @@ class DataParallelHessian:
                     "this precision, or an operation has no finite second derivative."
                 )
             ranks.fail(failure)
+        self.num_products += count
+        if self.on_product is not None:
+            self.on_product(self.num_products)
         return mine[:-1].view(count, self._width)[:, : self.shard.length].clone()
 
     def _gathered(self, vectors: Tensor) -> Tensor:
@@ -108,6 +116,8 @@ class DataParallelHessian:
 def hessian_operator(
     objective: Objective, engine: str = "auto", *, expected_products: int = 200
 ) -> HessianOperator | DataParallelHessian:
-    """Returns the Hessian of an objective, for however many ranks evaluate it."""
+    """Returns the Hessian of an objective, for however many ranks evaluate or hold it."""
+    if isinstance(objective, ShardedObjective):
+        return ShardedHessian(objective, engine, expected_products=expected_products)
     kind = HessianOperator if objective.ranks.world == 1 else DataParallelHessian
     return kind(objective, engine, expected_products=expected_products)

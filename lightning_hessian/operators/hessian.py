@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lightning_hessian.distributed import Shard
 from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.engines import (
     ENGINES,
@@ -60,12 +60,13 @@ class HessianOperator:
 
     Attributes:
         size: Order n.
-        shard: Of vectors: all entries are here.
+        shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
         engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept.
         self_check_error: Relative difference between a product of this engine and of
             ``recompute`` on the first batch (for finite differences, and where ``recompute``
             fails, the difference between two step sizes).
         num_products: Products taken so far.
+        on_product: Told their number after every product; None for nobody.
 
     Raises:
         ValueError: Unknown engine.
@@ -84,10 +85,11 @@ class HessianOperator:
             raise ValueError(f"hvp={engine!r} is unknown; choose from {['auto', *ENGINES]}.")
         self.objective = objective
         self.size = objective.space.size
-        self.shard = Shard.whole(self.size)
+        self.shard = objective.space.shard(objective.ranks)
         self.dtype = objective.space.dtype
         self.device = objective.space.device
         self.num_products = 0
+        self.on_product: Callable[[int], None] | None = None
         self.self_check_error = 0.0
         self.engine = engine
         self._products: list[Product] = []
@@ -112,23 +114,22 @@ class HessianOperator:
             )
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns H v for a vector [n], a new tensor [n]."""
-        self.num_products += 1
+        """Returns H v for a vector [n_local], a new tensor [n_local]."""
         tangents = self.objective.space.split(vector)
         total = torch.zeros_like(vector)
         for product, weight in zip(self._products, self.objective.weights, strict=True):
             total.add_(self.objective.space.flatten(product(tangents)), alpha=weight)
+        self._count(1)
         return total
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns H v for each row v of [b, n], a new tensor [b, n].
+        """Returns H v for each row v of [b, n_local], a new tensor [b, n_local].
 
         Equal to `matvec` but for rounding. Costs less per vector where `BatchedProducts` finds
         that it pays, and where graphs are recomputed: each is built once for all rows.
         """
         if len(vectors) == 1:
             return self.matvec(vectors[0])[None]
-        self.num_products += len(vectors)
         total = torch.zeros_like(vectors)
         for index, weight in enumerate(self.objective.weights):
             engine, product = self._engines[index], self._products[index]
@@ -140,7 +141,13 @@ class HessianOperator:
             else:
                 found = self._batched(product, vectors, trial=index == 0)
             total.add_(found, alpha=weight)
+        self._count(len(vectors))
         return total
+
+    def _count(self, products: int) -> None:
+        self.num_products += products
+        if self.on_product is not None:
+            self.on_product(self.num_products)
 
     def _product_bytes(self) -> int:
         """Returns the memory that a product of the largest batch takes in passing, about."""
@@ -201,7 +208,8 @@ class HessianOperator:
             MeasurementError: The difference is larger than rounding explains.
         """
         generator = torch.Generator().manual_seed(0)
-        before, vector = torch.randn(2, self.size, generator=generator).to(self.device, self.dtype)
+        drawn = self.shard.take(torch.randn(2, self.size, generator=generator))
+        before, vector = drawn.to(self.device, self.dtype)
         self._first_product(self._products[0], before)  # which must not change the next
         ours = self._first_product(self._products[0], vector)
         if self._custom and engine != "finite_difference":
@@ -212,15 +220,15 @@ class HessianOperator:
             # Products are linear in v, but the step is not: half the step, for twice the vector,
             # would show nothing, so the vector is turned about its second half.
             half = vector.clone()
-            half[self.size // 2 :] = 0
+            half[len(half) // 2 :] = 0
             rest = vector - half
             reference = sum(self._first_product(self._products[0], v) for v in (half, rest))
             tolerance = _DIFFERENCE_TOLERANCE
         else:
             reference = self._first_product(recompute(self.objective, 0), vector)
             tolerance = torch.finfo(self.dtype).eps ** 0.5
-        scale = float(torch.as_tensor(reference).norm())
-        error = float((ours - reference).norm()) / scale if scale > 0 else float(ours.norm())
+        scale = self._norm(torch.as_tensor(reference))
+        error = self._norm(ours - reference) / scale if scale > 0 else self._norm(ours)
         if not error <= tolerance:
             remedy = (
                 "The loss is too rough for finite differences."
@@ -244,9 +252,9 @@ class HessianOperator:
             self._first_product(finite_difference(self.objective, 0, shrink=shrink), vector)
             for shrink in (1.0, 4.0)
         )
-        scale = float(fine.norm())
-        smooth = float((coarse - fine).norm()) < 0.2 * _HIDDEN_TOLERANCE * scale
-        if smooth and float((ours - fine).norm()) > _HIDDEN_TOLERANCE * scale:
+        scale = self._norm(fine)
+        smooth = self._norm(coarse - fine) < 0.2 * _HIDDEN_TOLERANCE * scale
+        if smooth and self._norm(ours - fine) > _HIDDEN_TOLERANCE * scale:
             message = (
                 f"{', '.join(self._custom)} has no double backward: a part of the second "
                 "derivative is hidden from autograd (products differ from finite differences of "
@@ -254,6 +262,9 @@ class HessianOperator:
                 "`hessian_loss`, or use hvp='finite_difference'."
             )
             raise MeasurementError(message) from RuntimeError("no second derivative")
+
+    def _norm(self, vector: Tensor) -> float:
+        return float(self.shard.norm(vector))
 
     def _first_product(self, product: Product, vector: Tensor) -> Tensor:
         return self.objective.space.flatten(product(self.objective.space.split(vector)))

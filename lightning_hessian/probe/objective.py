@@ -105,28 +105,29 @@ class Objective:
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
         """Returns the same for any batch, which need not be held; ``index`` seeds random layers."""
-        seed_everything(self._seed + index)
-        batch = apply_to_collection(batch, Tensor, lambda t: t.to(self.space.device, copy=True))
-        if self._upcast:
-            batch = apply_to_collection(batch, Tensor, upcast)
+        call = self._prepared(batch, index)
         state = self._state(parameters)
         given = state
         if self._writes is not False:
             # Some losses clamp weights or move a teacher along: let them do it to copies.
             state = {name: tensor.clone() for name, tensor in given.items()}
-        loss = functional_call(
-            self._call, {f"module.{n}": t for n, t in state.items()}, (batch, index)
-        )
+        loss = functional_call(self._call, {f"module.{n}": t for n, t in state.items()}, call)
         if self._writes is None:
             parts = dict(self._module.named_parameters())
             self._writes = any(not torch.equal(state[n], given[n]) for n in parts)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise MeasurementError(
-                f"The loss of probe batch {index} is {shape}, not a scalar tensor. "
-                "Return the mean loss of the batch."
-            )
-        return loss.reshape(())
+        return checked_loss(loss, index)
+
+    def norm(self, parts: Sequence[Tensor]) -> float:
+        """Returns the norm of a whole vector, from tensors in the shapes of the parameters."""
+        return math.sqrt(sum(float(part.square().sum()) for part in parts))
+
+    def _prepared(self, batch: Any, index: int) -> tuple[Any, int]:
+        """Seeds random layers, and returns the arguments of the loss: a copy of the batch."""
+        seed_everything(self._seed + index)
+        batch = apply_to_collection(batch, Tensor, lambda t: t.to(self.space.device, copy=True))
+        if self._upcast:
+            batch = apply_to_collection(batch, Tensor, upcast)
+        return batch, index
 
     def value(self) -> float:
         """Returns the mean loss over all probe samples.
@@ -156,6 +157,21 @@ class Objective:
             state[name] = upcast(constant) if self._upcast else constant
         state.update(zip(self.space.names, parameters, strict=True))
         return state
+
+
+def checked_loss(loss: Any, index: int) -> Tensor:
+    """Returns a loss as a scalar.
+
+    Raises:
+        MeasurementError: It is none.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise MeasurementError(
+            f"The loss of probe batch {index} is {shape}, not a scalar tensor. "
+            "Return the mean loss of the batch."
+        )
+    return loss.reshape(())
 
 
 class _LossModule(nn.Module):

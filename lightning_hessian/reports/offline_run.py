@@ -311,7 +311,7 @@ class _Updates:
                 node.pop(leaf, None)
                 continue
             try:
-                node[leaf] = _finite_or_float(json.loads(text))
+                node[leaf] = finite_or_float(json.loads(text))
             except ValueError:
                 name = ".".join([*parents, leaf])
                 problems.append(f"{what} {name!r} is not JSON, left out")
@@ -359,10 +359,10 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         for name, child in value.items():
             yield from _leaves(f"{key}.{name}", child)
     else:
-        yield sys.intern(key), _finite_or_float(value)
+        yield sys.intern(key), finite_or_float(value)
 
 
-def _finite_or_float(value: Any) -> Any:
+def finite_or_float(value: Any) -> Any:
     """``value``, or the float that it spells where JSON has no number for it ("NaN", "Infinity").
 
     wandb 0.31 writes these bare, which `json` understands; W&B's server hands them on in quotes.

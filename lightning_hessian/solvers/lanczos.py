@@ -27,6 +27,7 @@ def lanczos(
     checkpoint_seconds: float = 600,
     seed: int = 0,
     should_stop: Callable[[], bool] | None = None,
+    on_check: Callable[[int], None] | None = None,
 ) -> RitzPairs:
     """Returns the K largest (algebraic) eigenvalues of an operator with their residual bounds.
 
@@ -67,6 +68,7 @@ def lanczos(
         checkpoint_seconds: How much work may be lost, at most.
         seed: Of the start vector.
         should_stop: Asked after every product; True ends the iteration with what there is.
+        on_check: Told now and then how many of the K have converged.
 
     Raises:
         ValueError: K is not in 1..n, ``max_basis`` or ``max_products`` is too small for K, or the
@@ -98,6 +100,7 @@ def lanczos(
     ranks = operator.shard.ranks
     with ranks.together():
         run = _begun(operator, num_eigenvalues, tol, seed, *room, file)
+    run.on_check = on_check
     if len(set(ranks.gathered(run.num_products))) > 1:
         raise ValueError(
             f"The ranks' parts of the checkpoint {checkpoint} are not of the same time: one is "

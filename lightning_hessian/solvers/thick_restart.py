@@ -93,6 +93,7 @@ class ThickRestart:
         self.next_check = wanted + 2
         self.found: RitzPairs | None = None  # what a search for more is under way to confirm
         self.between_steps = True
+        self.on_check: Callable[[int], None] | None = None  # told how many have converged
 
     @property
     def count(self) -> int:
@@ -142,6 +143,8 @@ class ThickRestart:
         """Solves the projected problem; returns the pairs where this is the end."""
         full = self.count == self.basis.capacity
         ritz = self._ritz(self._restart_size() if full else self.wanted)
+        if self.on_check is not None:
+            self.on_check(self._num_converged(ritz))
         if self.found is not None:
             if not self._has_more(ritz, self.found):
                 return dataclasses.replace(self.found, num_products=self.num_products)
@@ -252,6 +255,11 @@ class ThickRestart:
         if (converged | (residuals <= 2 * floor)).all():
             return "precision"
         return None
+
+    def _num_converged(self, ritz: Ritz) -> int:
+        """Returns how many of the wanted pairs have converged."""
+        size = ritz.values[-self.wanted :].abs()
+        return int((ritz.residuals[-self.wanted :] <= self.tol * size).sum())
 
     def _has_more(self, ritz: Ritz, found: RitzPairs) -> bool:
         """Whether a search has turned up a value above the smallest of those found."""

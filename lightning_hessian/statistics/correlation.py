@@ -41,6 +41,22 @@ class Correlation:
     spearman: float
     reason: str = ""
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Fisher's 95 % interval of ``r``: (low, high), both NaN where ``r`` is.
+
+        It takes the points to be independent and normal. Those of one training run are not, and
+        the interval is then too narrow.
+
+        Source: `scipy.stats.pearsonr(...).confidence_interval()`.
+
+        Example:
+            >>> found = Correlation(r=0.5, num_points=28, r_differences=0.1, spearman=0.4)
+            >>> tuple(round(end, 3) for end in found.interval)
+            (0.156, 0.736)
+        """
+        return fisher_interval(self.r, self.num_points)
+
 
 def pearson(x: ArrayLike, y: ArrayLike) -> Correlation:
     """Return how two series correlate: Pearson's r, r of first differences, and Spearman's.
@@ -70,16 +86,16 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Correlation:
         >>> pearson([1.0, 2.0], [3.0, 5.0]).reason
         'r, spearman: 2 of the 4 points needed; r_differences: 1 of the 4 differences needed'
     """
-    first, second = _finite_rows(x, y)
+    first, second = finite_rows(x, y)
     # Correlations know no scale, and at scale 1 no square over- or underflows.
-    first, second = _unit_scale(first), _unit_scale(second)
-    reason = _why_undefined(first, second, series="series", points="points")
+    first, second = unit_scale(first), unit_scale(second)
+    reason = why_undefined(first, second)
     r = spearman = r_differences = math.nan
     if not reason:
         r = float(stats.pearsonr(first, second)[0])
         spearman = float(stats.spearmanr(first, second)[0])
     first_steps, second_steps = np.diff(first), np.diff(second)
-    reason_differences = _why_undefined(
+    reason_differences = why_undefined(
         first_steps, second_steps, series="series of differences", points="differences"
     )
     if not reason_differences:
@@ -92,7 +108,30 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Correlation:
     return Correlation(r, len(first), r_differences, spearman, "; ".join(reasons))
 
 
-def _finite_rows(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
+def fisher_interval(
+    r: float, num_points: int, confidence: float = 0.95, num_controlled: int = 0
+) -> tuple[float, float]:
+    """Returns Fisher's interval of a correlation coefficient: tanh(artanh r -+ z / sqrt(n - 3)).
+
+    Args:
+        r: Pearson's coefficient, or a partial one.
+        num_points: The number of points behind it, n.
+        confidence: The nominal coverage.
+        num_controlled: How many variables a partial coefficient holds fixed; n counts so many less.
+
+    Returns:
+        The lower and the upper end; NaN where ``r`` is NaN or there are fewer than 4 points.
+    """
+    freedom = num_points - num_controlled - 3
+    if math.isnan(r) or freedom < 1:
+        return math.nan, math.nan
+    half = float(stats.norm.ppf(0.5 + confidence / 2)) / math.sqrt(freedom)
+    with np.errstate(divide="ignore"):
+        centre = float(np.arctanh(r))
+    return math.tanh(centre - half), math.tanh(centre + half)
+
+
+def finite_rows(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """Return the rows of both series in which both values are finite."""
     # float64 turns None into NaN.
     first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -105,13 +144,15 @@ def _finite_rows(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
     return first[finite], second[finite]
 
 
-def _unit_scale(series: FloatArray) -> FloatArray:
+def unit_scale(series: FloatArray) -> FloatArray:
     """Return the series divided by its largest absolute value."""
     largest = np.abs(series).max(initial=0.0)
     return series / largest if largest > 0 else series
 
 
-def _why_undefined(first: FloatArray, second: FloatArray, *, series: str, points: str) -> str:
+def why_undefined(
+    first: FloatArray, second: FloatArray, *, series: str = "series", points: str = "points"
+) -> str:
     """Return why series of unit scale (or their differences) have no correlation, or ''."""
     if len(first) < MIN_POINTS:
         return f"{len(first)} of the {MIN_POINTS} {points} needed"

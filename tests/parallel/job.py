@@ -17,11 +17,15 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hessian import HessianSpectrumCallback, block_structure, hessian_spectrum
 from lightning_hessian.distributed import _GATHER, _SCATTER
+from lightning_hessian.probe.sharded import ShardedObjective
 from lightning_hessian.solvers import basis
 
 FEATURES, CLASSES, NUM_SAMPLES, BATCH = 6, 4, 44, 8  # six batches, the last of four
@@ -37,7 +41,8 @@ def dataset() -> TensorDataset:
 
 def batches(count: int = 6) -> list[tuple[Tensor, ...]]:
     """The first batches of the data, in order; the sixth is ragged."""
-    return list(DataLoader(dataset(), batch_size=BATCH))[:count]
+    parts = zip(*(tensor.split(BATCH) for tensor in dataset().tensors), strict=True)
+    return list(parts)[:count]
 
 
 class Network(L.LightningModule):
@@ -51,6 +56,23 @@ class Network(L.LightningModule):
             nn.Linear(FEATURES, 9), nn.Tanh(), nn.Dropout(0.2), nn.Linear(9, 2)
         ).double()
         self.head = nn.Linear(2, CLASSES, bias=False).double()
+
+    def configure_model(self) -> None:
+        """Shards every layer by itself under the model-parallel strategy."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy) or hasattr(self.head, "reshard"):
+            return
+        if strategy.device_mesh["tensor_parallel"].size() > 1:
+            plan = {"head": ColwiseParallel()}
+            parallelize_module(self, strategy.device_mesh["tensor_parallel"], plan)
+            return
+        mesh = strategy.device_mesh["data_parallel"]
+        for part in (self.layers[0], self.layers[3], self.head):
+            fully_shard(part, mesh=mesh)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss."""
+        return self.loss(batch)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of a batch."""
@@ -85,13 +107,13 @@ def loss_fn(module: Network, batch: tuple[Tensor, Tensor]) -> Tensor:
 def measured(
     module: Network, count: int, group: Any = None, blocks: str = "neuron"
 ) -> dict[str, Any]:
-    """Spectrum, trace and block norms by the front door, as JSON."""
+    """Spectrum, trace and block norms by the front door, as JSON; densities of neurons too."""
     spectrum = hessian_spectrum(
         module, loss_fn, batches(count), num_eigenvalues=8, tol=1e-7, process_group=group
     )
     cut = block_structure(
-        module, loss_fn, batches(count), blocks=blocks, exact=False, densities=True,
-        process_group=group,
+        module, loss_fn, batches(count), blocks=blocks, exact=False,
+        densities=blocks == "neuron", process_group=group,
     )  # fmt: skip
     return {
         "eigenvalues": spectrum.eigenvalues.tolist(),
@@ -110,8 +132,8 @@ def measured(
 class Probe(L.Callback):
     """Measures once before training, and counts collectives and bytes while doing so."""
 
-    def __init__(self, num_batches: int) -> None:
-        self.num_batches = num_batches
+    def __init__(self, num_batches: int, blocks: str) -> None:
+        self.num_batches, self.blocks = num_batches, blocks
         self.found: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -121,21 +143,32 @@ class Probe(L.Callback):
         for name in ("all_reduce", "broadcast", _GATHER, _SCATTER):
             originals[name] = getattr(dist, name)
             setattr(dist, name, _counted(calls, name, originals[name]))
+        whole: list[int] = []
+        note = ShardedObjective._note
+
+        def watched(self: Any, *args: Any) -> None:
+            note(self, *args)
+            alive = [view.parameter for ref, view in self._whole.values() if not ref.expired()]
+            whole.append(sum(self._parameters[i].numel() for i in alive))
+
+        ShardedObjective._note = watched  # type: ignore[method-assign]
         sizes: list[int] = []
         make = basis.KrylovBasis.__init__
 
         def noted(self: Any, *args: Any, **kwargs: Any) -> None:
             make(self, *args, **kwargs)
-            sizes.append(self.vectors.untyped_storage().nbytes() // len(self.vectors))
+            sizes.append(self.rows.untyped_storage().nbytes() // len(self.rows))
 
         basis.KrylovBasis.__init__ = noted  # type: ignore[method-assign]
         try:
-            self.found = measured(pl_module, self.num_batches, dist.group.WORLD)
+            self.found = measured(pl_module, self.num_batches, dist.group.WORLD, self.blocks)
         finally:
             basis.KrylovBasis.__init__ = make  # type: ignore[method-assign]
+            ShardedObjective._note = note  # type: ignore[method-assign]
             for name, original in originals.items():
                 setattr(dist, name, original)
         self.found |= {"calls": dict(calls), "bytes_of_a_vector": sizes[0]}
+        self.found["largest_whole"] = max(whole, default=0)
 
 
 def _counted(calls: Counter[str], name: str, original: Any) -> Any:
@@ -160,8 +193,12 @@ def failing_loss(rank: int, after: int) -> Any:
     return loss
 
 
-def strategy_of(name: str) -> Any:
-    """The strategy by its name."""
+def strategy_of(name: str, devices: int) -> Any:
+    """The strategy by its name; ``"fsdp2"`` and ``"tensor"`` for two kinds of model parallelism."""
+    if name == "tensor":
+        return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=devices)
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
     return name
 
 
@@ -170,7 +207,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     devices = job.get("devices", 1)
     callbacks: list[L.Callback] = []
     if "probe" in job:
-        callbacks.append(Probe(job["probe"]))
+        callbacks.append(Probe(job["probe"], job.get("blocks", "neuron")))
     if "callback" in job:
         options = {"num_eigenvalues": 5, "num_batches": 6, "trace_probes": 2, **job["callback"]}
         if "fail" in job:
@@ -183,7 +220,8 @@ def main(folder: Path, job: dict[str, Any]) -> None:
             WandbLogger(save_dir=folder, project="test", offline=True),
         ]
     trainer = L.Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy_of(job.get("strategy", "auto")),
+        accelerator="cpu", devices=devices,
+        strategy=strategy_of(job.get("strategy", "auto"), devices),
         max_epochs=job.get("epochs", 1), logger=loggers, callbacks=callbacks,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         log_every_n_steps=1, default_root_dir=folder, num_sanity_val_steps=0,
@@ -205,8 +243,12 @@ def main(folder: Path, job: dict[str, Any]) -> None:
         if isinstance(callback, HessianSpectrumCallback):
             seen["history"] = callback.history
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
+    weights = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in module.state_dict().items()
+    }
     if trainer.is_global_zero:
-        torch.save(module.state_dict(), folder / "weights.pt")
+        torch.save(weights, folder / "weights.pt")
 
 
 if __name__ == "__main__":

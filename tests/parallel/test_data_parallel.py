@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +10,10 @@ import numpy as np
 import pytest
 import torch
 from parallel.job import Network, batches, loss_fn, measured
+from parallel.launching import run
 from references import dense_hessian
 
 from lightning_hessian.reports.offline_run import read_offline_run
-
-JOB = Path(__file__).with_name("job.py")
-
-
-def run(folder: Path, **job: Any) -> list[dict[str, Any]]:
-    """Runs a job on its ranks; returns what each of them saw."""
-    folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "WANDB_SILENT": "true", "PYTHONWARNINGS": "ignore"}
-    environment |= {"PYTHONPATH": str(JOB.parents[2])}
-    done = subprocess.run(
-        [sys.executable, str(JOB), str(folder), json.dumps(job)],
-        capture_output=True, text=True, timeout=240, env=environment, cwd=folder,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    ranks = range(job.get("devices", 1))
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
 
 
 @pytest.fixture(scope="module")

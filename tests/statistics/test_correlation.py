@@ -128,3 +128,25 @@ def test_series_must_lie_side_by_side(x, y):
 def test_a_correlation_is_frozen():
     with pytest.raises(AttributeError):
         Correlation(0.5, 10, 0.1, 0.4).r = 1.0
+
+
+@pytest.mark.parametrize("size", [4, 5, 30, 500])
+@pytest.mark.parametrize("weight", [-3.0, 0.0, 0.4])
+def test_the_interval_is_scipys(size, weight):
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=size)
+    y = weight * x + rng.normal(size=size)
+    expected = stats.pearsonr(x, y).confidence_interval(0.95)
+    assert pearson(x, y).interval == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0, 3.0], [5.0] * 6])
+def test_an_undefined_coefficient_has_no_interval(x):
+    low, high = pearson(x, np.arange(len(x)) ** 2).interval
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+def test_the_interval_of_a_straight_line_is_a_point():
+    x = np.arange(6.0)
+    assert pearson(x, 2 * x).interval == pytest.approx((1.0, 1.0))

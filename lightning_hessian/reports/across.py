@@ -1,0 +1,229 @@
+"""What goes with what across runs, with one point each, and how it scales with their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from lightning_hessian.reports.run_table import RunRecord, RunTable
+from lightning_hessian.reports.within import Interval
+from lightning_hessian.results import FloatArray
+from lightning_hessian.statistics.correlation import fisher_interval, pearson
+from lightning_hessian.statistics.dependence import partial_correlation, permutation_p_value
+from lightning_hessian.statistics.multiple_testing import benjamini_hochberg, holm
+from lightning_hessian.statistics.scaling import ScalingFit, fit_scaling
+
+
+@dataclass(frozen=True)
+class AcrossRuns:
+    """How one statistic and one monitored metric go together across runs, one point a run.
+
+    Attributes:
+        statistic: Key of the statistic.
+        monitor: Key of the monitored metric.
+        num_points: Runs in which both are finite.
+        r: Pearson's coefficient.
+        fisher: Its 95 % interval.
+        p_value: By permuting runs.
+        spearman: Spearman's coefficient.
+        kendall: Kendall's tau-b.
+        r_logs: Pearson's coefficient of the logarithms; NaN where a value is not positive.
+        r_within_groups: Pearson's coefficient once the means of the groups are taken out.
+        within_interval: Fisher's interval of it.
+        groups: Pearson's coefficient and number of runs of each group.
+        reason: Why ``r`` is NaN.
+        holm: ``p_value`` corrected by Holm for all pairs.
+        bh: The same by Benjamini and Hochberg.
+    """
+
+    statistic: str
+    monitor: str
+    num_points: int
+    r: float
+    fisher: Interval
+    p_value: float
+    spearman: float
+    kendall: float
+    r_logs: float
+    r_within_groups: float
+    within_interval: Interval
+    groups: dict[str, tuple[float, int]]
+    reason: str
+    holm: float = math.nan
+    bh: float = math.nan
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How one quantity scales with a size in the config.
+
+    Attributes:
+        quantity: Key of the statistic or monitored metric.
+        size: Key of the config.
+        fit: The line in the log-log plot.
+    """
+
+    quantity: str
+    size: str
+    fit: ScalingFit
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """One point a run.
+
+    Attributes:
+        names: Names of the runs.
+        steps: Step that was chosen of each run [n].
+        values: Value by key [n], NaN where absent.
+        groups: What each run is coloured by; empty strings without groups.
+        sizes: Size of each run [n], NaN without.
+        left_out: Runs without a point, and why.
+    """
+
+    names: tuple[str, ...]
+    steps: FloatArray
+    values: dict[str, FloatArray]
+    groups: tuple[str, ...]
+    sizes: FloatArray
+    left_out: tuple[str, ...] = field(default=())
+
+
+def choose_points(
+    table: RunTable,
+    statistics: Sequence[str],
+    monitors: Sequence[str],
+    *,
+    at: str | float = "last",
+    mode: str = "min",
+    group: str | None = None,
+    size: str | None = None,
+) -> Points:
+    """Returns one point of each run.
+
+    Args:
+        table: The runs.
+        statistics: Keys of statistics.
+        monitors: Keys of monitored metrics; the first decides what is best.
+        at: ``"last"`` row with a statistic and a monitor, ``"best"`` such row, or the last such row
+            up to a step.
+        mode: Whether the best is the ``"min"`` or the ``"max"`` of the monitor.
+        group: Config key for colours.
+        size: Config key for scaling fits.
+
+    Raises:
+        ValueError: ``at`` or ``mode`` is none of these, or no run has the config key.
+    """
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={mode!r} is neither 'min' nor 'max'.")
+    for key in filter(None, (group, size)):
+        table.require(key, config=True)
+    names, steps, rows, groups, sizes, left_out = [], [], [], [], [], []
+    keys = [*statistics, *monitors]
+    for run in table:
+        index = _row(run, statistics, monitors, at, mode)
+        if index is None:
+            until = f" up to step {at:g}" if isinstance(at, (int, float)) else ""
+            left_out.append(f"{run.name}: no row{until} has a statistic and {monitors[0]}")
+            continue
+        names.append(run.name)
+        steps.append(run.steps[index])
+        rows.append([run.series(key)[index] for key in keys])
+        groups.append("" if group is None else _label(run.config.get(group)))
+        sizes.append(math.nan if size is None else _size(run.config.get(size)))
+    values = np.array(rows, dtype=np.float64).reshape(len(names), len(keys))
+    return Points(
+        names=tuple(names),
+        steps=np.array(steps, dtype=np.float64),
+        values=dict(zip(keys, values.T, strict=True)),
+        groups=tuple(groups),
+        sizes=np.array(sizes, dtype=np.float64),
+        left_out=tuple(left_out),
+    )
+
+
+def _row(
+    run: RunRecord, statistics: Sequence[str], monitors: Sequence[str], at: str | float, mode: str
+) -> int | None:
+    """Returns the index of the row that stands for a run."""
+    measured = np.any([np.isfinite(run.series(key)) for key in statistics], axis=0)
+    monitor = run.series(monitors[0])
+    usable = np.flatnonzero(measured & np.isfinite(monitor))
+    if isinstance(at, (int, float)):
+        usable = usable[run.steps[usable] <= at]
+    elif at not in ("last", "best"):
+        raise ValueError(f"at={at!r} is neither 'last' nor 'best' nor a step.")
+    if len(usable) == 0:
+        return None
+    if at == "best":
+        pick = np.argmin if mode == "min" else np.argmax
+        return int(usable[pick(monitor[usable])])
+    return int(usable[-1])
+
+
+def _label(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if type(value) is float else str(value)
+
+
+def _size(value: Any) -> float:
+    try:
+        return math.nan if value is None else float(value)
+    except ValueError:
+        return math.nan
+
+
+def across_runs(
+    points: Points, statistics: Sequence[str], monitors: Sequence[str]
+) -> list[AcrossRuns]:
+    """Returns every pair across runs, corrected for their number."""
+    pairs = [_across(points, s, m) for m in monitors for s in statistics]
+    p_values = [pair.p_value for pair in pairs]
+    corrected = zip(holm(p_values), benjamini_hochberg(p_values), strict=True)
+    return [
+        replace(pair, holm=float(h), bh=float(q))
+        for pair, (h, q) in zip(pairs, corrected, strict=True)
+    ]
+
+
+def _across(points: Points, statistic: str, monitor: str) -> AcrossRuns:
+    x, y = points.values[statistic], points.values[monitor]
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = x[both], y[both]
+    labels = np.array(points.groups, dtype=str)[both]
+    found = pearson(x, y)
+    defined = not math.isnan(found.r)
+    names = sorted(set(labels.tolist()))
+    within, freedom = math.nan, len(names) - 1
+    if defined and 1 < len(names) < len(x) - 2:
+        indicator = np.column_stack([labels == name for name in names[1:]]).astype(np.float64)
+        within = partial_correlation(x, y, indicator)
+    members = {name: labels == name for name in names} if len(names) > 1 else {}
+    positive = defined and bool(np.all(x > 0) and np.all(y > 0))
+    return AcrossRuns(
+        statistic=statistic,
+        monitor=monitor,
+        num_points=found.num_points,
+        r=found.r,
+        fisher=found.interval,
+        p_value=permutation_p_value(x, y) if defined else math.nan,
+        spearman=found.spearman,
+        kendall=float(stats.kendalltau(x, y)[0]) if defined else math.nan,
+        r_logs=pearson(np.log(x), np.log(y)).r if positive else math.nan,
+        r_within_groups=within,
+        within_interval=fisher_interval(within, len(x), num_controlled=freedom),
+        groups={
+            name: (pearson(x[mask], y[mask]).r, int(mask.sum())) for name, mask in members.items()
+        },
+        # A point is a run here, and its neighbours mean nothing: no word of differences.
+        reason=found.reason.partition("; r_differences")[0] if not defined else "",
+    )
+
+
+def scaling_fits(points: Points, keys: Sequence[str], size: str) -> list[Scaling]:
+    """Returns how each key scales with the size of the run."""
+    return [Scaling(key, size, fit_scaling(points.sizes, points.values[key])) for key in keys]

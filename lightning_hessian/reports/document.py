@@ -1,0 +1,225 @@
+"""A report as a list of blocks, which becomes HTML or Markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_hessian.reports.figures import Drawing
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A section begins.
+
+    Attributes:
+        text: Its title.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; ``**bold**``, ```code``` and nothing else.
+
+    Attributes:
+        text: The words.
+        muted: Whether it is a side note.
+    """
+
+    text: str
+    muted: bool = False
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list.
+
+    Attributes:
+        items: Its points, marked up like a `Text`.
+    """
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        header: Titles of the columns.
+        rows: Cells, marked up like a `Text`.
+        words: How many columns at the end hold sentences instead of numbers.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 0
+
+
+Block = Heading | Text | Bullets | Table | Drawing
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report.
+
+    Attributes:
+        title: The reader's question.
+        blocks: What is said, in order.
+    """
+
+    title: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def drawings(self) -> tuple[Drawing, ...]:
+        """The figures."""
+        return tuple(block for block in self.blocks if isinstance(block, Drawing))
+
+
+def code(text: str) -> str:
+    """Returns a key or a path, marked as such."""
+    return "`" + text.replace("`", "'") + "`"
+
+
+def to_html(document: Document) -> str:
+    """Returns one page that needs no network, follows light and dark, and prints."""
+    body = "\n".join(_html_block(block) for block in document.blocks)
+    title = html.escape(document.title)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def to_markdown(document: Document, figure_folder: str = "figures") -> str:
+    """Returns the report in GitHub's Markdown; figures are files in a folder beside it."""
+    parts = [f"# {_escaped_markdown(document.title)}"]
+    parts += [_markdown_block(block, figure_folder) for block in document.blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def _html_block(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"<h2>{_html_text(block.text)}</h2>"
+    if isinstance(block, Text):
+        return f"<p{' class=muted' if block.muted else ''}>{_html_text(block.text)}</p>"
+    if isinstance(block, Bullets):
+        return "<ul>" + "".join(f"<li>{_html_text(item)}</li>" for item in block.items) + "</ul>"
+    if isinstance(block, Table):
+        return _html_table(block)
+    caption = f"<figcaption>{html.escape(block.caption)}</figcaption>"
+    return f"<figure>\n{block.inline}\n{caption}\n</figure>"
+
+
+def _html_table(table: Table) -> str:
+    first_words = len(table.header) - table.words
+    classes = [
+        "name" if place == 0 else "words" if place >= first_words else "number"
+        for place in range(len(table.header))
+    ]
+    head = "".join(
+        f'<th scope="col" class="{kind}">{_html_text(cell)}</th>'
+        for kind, cell in zip(classes, table.header, strict=True)
+    )
+    rows = "\n".join(
+        "<tr>"
+        + "".join(
+            f'<td class="{kind}">{_html_text(cell)}</td>'
+            for kind, cell in zip(classes, row, strict=True)
+        )
+        + "</tr>"
+        for row in table.rows
+    )
+    return (
+        '<div class="scroll" tabindex="0"><table>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
+    )
+
+
+def _html_text(text: str) -> str:
+    escaped = html.escape(text, quote=False)
+    escaped = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", escaped)
+
+
+def _markdown_block(block: Block, folder: str) -> str:
+    if isinstance(block, Heading):
+        return f"## {_escaped_markdown(block.text)}"
+    if isinstance(block, Text):
+        return (
+            f"*{_escaped_markdown(block.text)}*" if block.muted else _escaped_markdown(block.text)
+        )
+    if isinstance(block, Bullets):
+        return "\n".join(f"- {_escaped_markdown(item)}" for item in block.items)
+    if isinstance(block, Table):
+        return _markdown_table(block)
+    return f"![{_escaped_markdown(block.caption)}]({folder}/{block.name}.svg)"
+
+
+def _markdown_table(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(_escaped_markdown(c).replace("|", "\\|") for c in cells) + " |"
+
+    numbers = len(table.header) - 1 - table.words
+    rule = "|" + "|".join(["---", *["--:"] * numbers, *["---"] * table.words]) + "|"
+    return "\n".join([line(table.header), rule, *map(line, table.rows)])
+
+
+def _escaped_markdown(text: str) -> str:
+    """Returns text in which what a run was called cannot become markup; code stays as it is."""
+    parts = re.split(r"(`[^`]*`|\*\*)", " ".join(text.split()))
+    return "".join(part if place % 2 else _plain_markdown(part) for place, part in enumerate(parts))
+
+
+def _plain_markdown(text: str) -> str:
+    text = re.sub(r"([\\_*\[\]#`])", r"\\\1", text)
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1b1c1d; --soft: #5b6068; --paper: #ffffff;
+  --line: #d9dce1; --band: #f5f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e7e9; --soft: #a2a8b0; --paper: #16181b;
+  --line: #383c42; --band: #1f2226; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+main { max-width: 76rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; border-bottom: 1px solid var(--line);
+  padding-bottom: .25rem; }
+p, ul { max-width: 46rem; }
+.muted, figcaption { color: var(--soft); font-size: .9rem; }
+code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.4; }
+th, td { padding: .4rem .6rem; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+tbody tr:nth-child(even) { background: var(--band); }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th.number { white-space: normal; }
+.words { min-width: 13rem; }
+.name { white-space: nowrap; }
+figure { margin: 1.5rem 0; break-inside: avoid; }
+figure svg { display: block; width: 100%; height: auto; max-width: 60rem; }
+figure svg text { font-family: "DejaVu Sans", Verdana, sans-serif !important; }
+@media (max-width: 40rem) { .words { min-width: 14rem; }
+  .name { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; } }
+@media print {
+  @page { margin: 14mm; }
+  :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #fff; }
+  body { font-size: 9.5pt; } main { max-width: none; padding: 0; }
+  .scroll { overflow: visible; } table { font-size: 7.5pt; } .words { min-width: 0; }
+  th, td { padding: .2rem .3rem; }
+  tr { break-inside: avoid; } h2 { break-after: avoid; } thead { display: table-header-group; }
+}
+"""

@@ -1,0 +1,126 @@
+"""`load_runs`: histories from W&B, offline folders, CSV and TensorBoard, in one tidy table."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lightning_hessian.reports.cache import RunCache, default_folder
+from lightning_hessian.reports.local_runs import LocalRun, find_all, read_local_run
+from lightning_hessian.reports.parallel import Progress, map_runs
+from lightning_hessian.reports.run_table import RunRecord, RunTable, with_unique_names
+from lightning_hessian.reports.wandb_runs import (
+    WandbPath,
+    list_wandb_runs,
+    parse_wandb_path,
+    read_wandb_run,
+    wandb_state,
+)
+
+Source = str | PathLike[str]
+LONG_RUN_KEYS = ("hessian*/*", "gradient*/*", "*loss*", "*error*", "*acc*", "epoch")
+"""What is read of a W&B run that is too long to be read whole, beside the monitors."""
+
+_THREADS = 8
+
+
+def load_runs(
+    source: Source | Iterable[Source],
+    *,
+    filters: Mapping[str, Any] | None = None,
+    keys: Sequence[str] = (),
+    cache: bool | Path = True,
+    progress: bool | None = None,
+    workers: int | None = None,
+) -> RunTable:
+    r"""Returns the histories of runs in one tidy table.
+
+    Read are W&B runs by ``entity/project``, ``entity/project/run`` or their address in the
+    browser, through `wandb.Api` and all rows of `scan_history`; and on the disk, in a folder and
+    all below it, offline W&B runs, ``metrics.csv`` of Lightning's CSVLogger, and TensorBoard event
+    files. What exists on the disk is taken to be meant. Where a step was logged twice, as after a
+    resume, the later value wins. Of a live, cut or damaged file everything whole is used, and
+    `RunTable.problems` names the rest.
+
+    Args:
+        source: A W&B path, a file or folder, or several of them.
+        filters: For W&B, as in `wandb.Api().runs`: ``{"config.optimizer": "adam"}``.
+        keys: Further keys (globs) to read of W&B runs with over 20,000 rows, of which only
+            statistics, losses, errors and accuracies are read.
+        cache: Whether histories are kept, or in which folder; they are read again when their files
+            (or, on the server, their last step) change. Live runs on a server are never kept.
+        progress: Whether a line counts the runs; by default on a terminal.
+        workers: How many processes; one for each core by default.
+
+    Raises:
+        FileNotFoundError: A path does not exist and is no W&B path, or holds no run.
+        ValueError: There is no such W&B run, or not one of the runs can be read.
+        ConnectionError: The W&B server cannot be reached.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "metrics.csv").write_text("step,val_loss\n1,0.9\n2,0.7\n")
+        >>> table = load_runs(folder, cache=False)
+        >>> table.runs[0].series("val_loss").tolist()
+        [0.9, 0.7]
+    """
+    sources = [source] if isinstance(source, (str, PathLike)) else list(source)
+    if not sources:
+        raise ValueError("No run was named; give a W&B path, a run folder or a CSV folder.")
+    folder = (default_folder() if cache else None) if isinstance(cache, bool) else Path(cache)
+    kept, shown = RunCache(folder), Progress(progress)
+    remote, local = _told_apart(sources)
+    runs: list[RunRecord] = []
+    skipped: list[str] = []
+    if local:
+        read = functools.partial(_read_cached, kept)
+        found = map_runs(read, find_all(local), what="read", progress=shown, workers=workers)
+        runs += [run for run in found if isinstance(run, RunRecord)]
+        skipped += [run for run in found if isinstance(run, str)]
+    for path in remote:
+        fetch = functools.partial(_fetch_cached, kept, (*LONG_RUN_KEYS, *keys))
+        listed = list_wandb_runs(path, filters)
+        runs += map_runs(fetch, listed, what="fetched", progress=shown, threads=_THREADS)
+    kept.prune()
+    if not runs:
+        raise ValueError(f"Not one of {len(skipped)} run(s) can be read: {'; '.join(skipped)}")
+    return RunTable(with_unique_names(runs), tuple(skipped))
+
+
+def _told_apart(sources: Iterable[Source]) -> tuple[list[WandbPath], list[Path]]:
+    remote, local = [], []
+    for source in sources:
+        path = parse_wandb_path(source) if isinstance(source, str) else None
+        if path is not None and not Path(source).exists():
+            remote.append(path)
+        else:
+            local.append(Path(source))
+    return remote, local
+
+
+def _read_cached(cache: RunCache, run: LocalRun) -> RunRecord | str:
+    """Returns a run on the disk, or why it cannot be read."""
+    key = ("local", run.state())
+    found = cache.get(key)
+    if found is None:
+        try:
+            found = read_local_run(run)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            return str(error)
+        cache.put(key, found)
+    return found
+
+
+def _fetch_cached(cache: RunCache, wanted: tuple[str, ...], run: Any) -> RunRecord:
+    state = wandb_state(run)
+    key = None if state is None else (*state, wanted)
+    found = None if key is None else cache.get(key)
+    if found is None:
+        found = read_wandb_run(run, wanted)
+        if key is not None:
+            cache.put(key, found)
+    return found

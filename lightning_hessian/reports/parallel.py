@@ -1,0 +1,92 @@
+"""Work on many runs at once, with progress on the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_FEW = 12  # runs that are done before a process would have started
+
+
+class Progress:
+    """A line on the terminal that counts; silent where nobody is looking.
+
+    Args:
+        shown: Whether to print; by default if standard error is a terminal.
+    """
+
+    def __init__(self, shown: bool | None = None) -> None:
+        self.shown = sys.stderr.isatty() if shown is None else shown
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Prints how far it is."""
+        if self.shown and total >= _FEW:
+            end = "\n" if done == total else ""
+            print(f"\r{what}: {done} of {total} runs", end=end, file=sys.stderr, flush=True)
+
+
+def map_runs(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    what: str,
+    progress: Progress,
+    threads: int = 0,
+    workers: int | None = None,
+) -> list[Result]:
+    """Returns ``function(item)`` of every item, in order.
+
+    Args:
+        function: Defined at the top of a module, so that processes find it.
+        items: Few are worked on here; more in processes, or in ``threads`` where that is given.
+        what: What is done, for the progress line.
+        progress: Where it is shown.
+        threads: How many threads instead of processes, for work that waits for a server.
+        workers: How many processes; one for each usable core by default.
+
+    Raises:
+        Exception: That of the first item that raised.
+    """
+    listed: Sequence[Item] = list(items)
+    workers = workers or usable_cores()
+    if not threads and (workers == 1 or len(listed) < _FEW):
+        results = []
+        for done, item in enumerate(listed, 1):
+            results.append(function(item))
+            progress.count(what, done, len(listed))
+        return results
+    with _pool(min(workers, len(listed)), threads) as pool:
+        futures = [pool.submit(function, item) for item in listed]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                progress.count(what, done, len(listed))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def usable_cores() -> int:
+    """Returns how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _pool(workers: int, threads: int) -> Executor:
+    if threads:
+        return ThreadPoolExecutor(threads)
+    # A fork starts at once, where a fresh interpreter imports torch first; but it is safe only
+    # while no other thread may hold a lock.
+    method = "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"
+    return ProcessPoolExecutor(workers, mp_context=get_context(method))

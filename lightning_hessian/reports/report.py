@@ -1,0 +1,182 @@
+"""`correlation_report`: which statistic goes with what is monitored, over one run or a hundred."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lightning_hessian.reports.across import (
+    AcrossRuns,
+    Points,
+    Scaling,
+    across_runs,
+    choose_points,
+    scaling_fits,
+)
+from lightning_hessian.reports.load import Source, load_runs
+from lightning_hessian.reports.parallel import Progress
+from lightning_hessian.reports.run_table import RunTable
+from lightning_hessian.reports.within import OverRuns, WithinRun, over_runs, within_runs
+from lightning_hessian.tracking.gradient_scalars import CORRELATED as OF_GRADIENTS
+from lightning_hessian.tracking.scalars import CORRELATED as OF_SPECTRA
+
+DEFAULT_STATISTICS = tuple(
+    dict.fromkeys(
+        [f"hessian/{name}" for name in (*OF_SPECTRA, "block_off_diagonal_ratio")]
+        + [f"gradient/{name}" for name in OF_GRADIENTS]
+    )
+)
+"""What is correlated where nothing is asked for, as far as a run logged it."""
+
+MIN_RUNS = 4
+"""Fewer runs have no correlation across them."""
+
+
+@dataclass(frozen=True, eq=False)
+class CorrelationReport:
+    """What goes with what, in numbers; `write` puts it into words, tables and figures.
+
+    Attributes:
+        table: The runs.
+        statistics: Keys of statistics.
+        monitors: Keys of monitored metrics.
+        points: One point a run, empty where there are fewer than 4 runs.
+        across: Pairs across runs.
+        scaling: How quantities scale with size.
+        within: Pairs within runs.
+        over: Summaries over runs of ``within``.
+        settings: What was asked for.
+    """
+
+    table: RunTable
+    statistics: tuple[str, ...]
+    monitors: tuple[str, ...]
+    points: Points | None
+    across: tuple[AcrossRuns, ...]
+    scaling: tuple[Scaling, ...]
+    within: tuple[WithinRun, ...]
+    over: tuple[OverRuns, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, out: str | PathLike[str]) -> Path:
+        """Writes report.html, report.md with its figures, correlations.csv and .json.
+
+        Args:
+            out: Folder; made if missing.
+
+        Returns:
+            The path of report.html.
+        """
+        from lightning_hessian.reports.compose import compose
+        from lightning_hessian.reports.document import to_html, to_markdown
+        from lightning_hessian.reports.numbers import write_csv, write_json
+
+        folder = Path(out)
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        document = compose(self)
+        for drawing in document.drawings:
+            file = folder / "figures" / f"{drawing.name}.svg"
+            file.write_text(drawing.standalone, encoding="utf-8")
+        (folder / "report.md").write_text(to_markdown(document), encoding="utf-8")
+        write_csv(self, folder / "correlations.csv")
+        write_json(self, folder / "correlations.json")
+        page = folder / "report.html"
+        page.write_text(to_html(document), encoding="utf-8")
+        return page
+
+
+def correlation_report(
+    runs: RunTable | Source | Iterable[Source],
+    *,
+    monitor: str | Sequence[str] = "val_loss",
+    statistics: Sequence[str] | None = None,
+    at: str | float = "last",
+    mode: str = "min",
+    group: str | None = None,
+    size: str | None = None,
+    progress: bool | None = None,
+    workers: int | None = None,
+) -> CorrelationReport:
+    r"""Returns which statistics go with the monitored metrics, within runs and across them.
+
+    Args:
+        runs: What `load_runs` returned, or what it takes.
+        monitor: The metric, or metrics; the first decides which row is best.
+        statistics: Keys or globs of statistics; by default those of the Hessian and gradients that
+            the callbacks correlate. Every one more makes the correction for their number stricter.
+        at: Which row stands for a run across runs: ``"last"``, ``"best"`` (by the monitor), or the
+            last one up to a step.
+        mode: Whether the best is the ``"min"`` or the ``"max"``.
+        group: Config key that colours the runs and whose groups are also looked at one by one.
+        size: Config key of the model's size, for scaling fits.
+        progress: Whether a line counts the runs; by default on a terminal.
+        workers: How many processes; one for each core by default.
+
+    Raises:
+        ValueError: No run has a key that was asked for; the nearest ones are named.
+        OSError: As `load_runs`.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> rows = ["1,0.9,0.3", "2,0.7,0.25", "3,0.6,0.1", "4,0.5,0.2", "5,0.45,0.1"]
+        >>> text = "\n".join(["step,val_loss,hessian/d_ks", *rows, ""])
+        >>> _ = (folder / "metrics.csv").write_text(text)
+        >>> (pair,) = correlation_report(folder).within
+        >>> pair.statistic, round(pair.r, 2), round(pair.r_differences, 2), pair.num_points
+        ('hessian/d_ks', 0.87, -0.32, 5)
+    """
+    table = runs if isinstance(runs, RunTable) else load_runs(runs, progress=progress)
+    monitors = (monitor,) if isinstance(monitor, str) else tuple(dict.fromkeys(monitor))
+    if not monitors:
+        raise ValueError("No monitor was named; give a logged metric such as 'val_loss'.")
+    for key in monitors:
+        table.require(key)
+    chosen = _statistics(table, statistics, monitors)
+    shown = Progress(progress)
+    points, across, scaling = None, [], []
+    if len(table) >= MIN_RUNS or group or size:
+        points = choose_points(table, chosen, monitors, at=at, mode=mode, group=group, size=size)
+    if points is not None and len(table) >= MIN_RUNS:
+        across = across_runs(points, chosen, monitors)
+        scaling = scaling_fits(points, [*monitors, *chosen], size) if size else []
+    within = within_runs(table, chosen, monitors, progress=shown, workers=workers)
+    settings = {"monitor": list(monitors), "at": at, "mode": mode, "group": group, "size": size}
+    return CorrelationReport(
+        table=table,
+        statistics=chosen,
+        monitors=monitors,
+        points=points if len(table) >= MIN_RUNS else None,
+        across=tuple(across),
+        scaling=tuple(scaling),
+        within=tuple(within),
+        over=tuple(over_runs(within)),
+        settings=settings,
+    )
+
+
+def _statistics(
+    table: RunTable, patterns: Sequence[str] | None, monitors: Sequence[str]
+) -> tuple[str, ...]:
+    keys = [key for key in table.keys() if key not in monitors]  # noqa: SIM118 - not a dict
+    if patterns is None:
+        found = [key for key in DEFAULT_STATISTICS if key in keys]
+        if not found:
+            known = ", ".join(keys[:8]) or "nothing"
+            raise ValueError(
+                "None of the runs logged a statistic of the Hessian or of gradients. Train with "
+                f"HessianSpectrumCallback, or name statistics by hand; logged: {known}."
+            )
+        return tuple(found)
+    chosen: list[str] = []
+    for pattern in patterns:
+        matching = fnmatch.filter(keys, pattern)
+        if not matching:
+            table.require(pattern)
+            raise ValueError(f"{pattern!r} is a monitor already; a statistic is something else.")
+        chosen += matching
+    return tuple(dict.fromkeys(chosen))

@@ -1,0 +1,208 @@
+"""What goes with what within each run, and what the runs say of it together."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from lightning_hessian.reports.parallel import Progress, map_runs
+from lightning_hessian.reports.run_table import RunRecord, RunTable
+from lightning_hessian.statistics.correlation import fisher_interval, pearson
+from lightning_hessian.statistics.dependence import (
+    UNDEFINED,
+    BlockInterval,
+    LeadLag,
+    block_interval,
+    lead_lag,
+    partial_correlation,
+    shift_p_value,
+)
+from lightning_hessian.statistics.multiple_testing import benjamini_hochberg, holm
+
+Interval = tuple[float, float]
+
+
+def excludes_zero(interval: Interval) -> bool:
+    """Whether an interval lies on one side of zero; False where it is NaN."""
+    return interval[0] > 0 or interval[1] < 0
+
+
+@dataclass(frozen=True)
+class WithinRun:
+    """How one statistic and one monitored metric move together over one run.
+
+    Attributes:
+        run: Name of the run.
+        statistic: Key of the statistic.
+        monitor: Key of the monitored metric.
+        num_points: Rows in which both are finite.
+        r: Pearson's coefficient.
+        fisher: Its 95 % interval for independent points.
+        block: Its 95 % interval and p-value for points that depend on their neighbours.
+        shift_p: p-value of ``r`` by circular shifts.
+        spearman: Spearman's coefficient.
+        kendall: Kendall's tau-b.
+        r_differences: Pearson's coefficient of first differences.
+        differences: Interval and p-value of ``r_differences``, by blocks.
+        differences_shift_p: p-value of ``r_differences`` by circular shifts.
+        partial: Pearson's coefficient once a straight line in the step is taken out of both.
+        partial_interval: Fisher's interval of ``partial``.
+        lead: Lead and lag of first differences, None where the run is too short.
+        reason: Why coefficients are NaN.
+        holm: p-value of ``differences``, corrected by Holm for all pairs of this run.
+        bh: The same by Benjamini and Hochberg.
+    """
+
+    run: str
+    statistic: str
+    monitor: str
+    num_points: int
+    r: float
+    fisher: Interval
+    block: BlockInterval
+    shift_p: float
+    spearman: float
+    kendall: float
+    r_differences: float
+    differences: BlockInterval
+    differences_shift_p: float
+    partial: float
+    partial_interval: Interval
+    lead: LeadLag | None
+    reason: str
+    holm: float = math.nan
+    bh: float = math.nan
+
+
+@dataclass(frozen=True)
+class OverRuns:
+    """What the runs say together of one pair, each run by its own coefficient.
+
+    Attributes:
+        statistic: Key of the statistic.
+        monitor: Key of the monitored metric.
+        num_runs: Runs with a coefficient of first differences.
+        median_r: Median over runs of Pearson's r.
+        range_r: Smallest and largest r.
+        median_differences: Median over runs of the r of first differences.
+        range_differences: Smallest and largest of them.
+        num_positive: Runs in which the r of first differences is positive.
+        sign_p: Two-sided p-value of the sign test over runs.
+        holm: The same, corrected by Holm for all pairs.
+    """
+
+    statistic: str
+    monitor: str
+    num_runs: int
+    median_r: float
+    range_r: Interval
+    median_differences: float
+    range_differences: Interval
+    num_positive: int
+    sign_p: float
+    holm: float = math.nan
+
+
+def within_runs(
+    table: RunTable,
+    statistics: Sequence[str],
+    monitors: Sequence[str],
+    *,
+    progress: Progress,
+    workers: int | None = None,
+) -> list[WithinRun]:
+    """Returns every pair of every run; pairs without two common rows are left out.
+
+    Args:
+        table: The runs.
+        statistics: Keys of statistics.
+        monitors: Keys of monitored metrics.
+        progress: Where it is shown how far it is.
+        workers: How many processes.
+    """
+    analyse = functools.partial(within_run, statistics=tuple(statistics), monitors=tuple(monitors))
+    found = map_runs(analyse, table.runs, what="correlated", progress=progress, workers=workers)
+    return [pair for pairs in found for pair in pairs]
+
+
+def within_run(
+    run: RunRecord, statistics: Sequence[str], monitors: Sequence[str]
+) -> list[WithinRun]:
+    """Returns every pair of one run that has two rows in common, corrected for their number."""
+    pairs = [
+        _pair(run, statistic, monitor)
+        for monitor in monitors
+        for statistic in statistics
+        if np.sum(np.isfinite(run.series(statistic) + run.series(monitor))) >= 2
+    ]
+    p_values = [pair.differences.p_value for pair in pairs]
+    corrected = zip(holm(p_values), benjamini_hochberg(p_values), strict=True)
+    return [
+        replace(pair, holm=float(h), bh=float(q))
+        for pair, (h, q) in zip(pairs, corrected, strict=True)
+    ]
+
+
+def _pair(run: RunRecord, statistic: str, monitor: str) -> WithinRun:
+    x, y = run.series(statistic), run.series(monitor)
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y, steps = x[both], y[both], run.steps[both]
+    found = pearson(x, y)
+    defined, differenced = not math.isnan(found.r), not math.isnan(found.r_differences)
+    dx, dy = np.diff(x), np.diff(y)
+    partial = partial_correlation(x, y, steps) if defined else math.nan
+    return WithinRun(
+        run=run.name,
+        statistic=statistic,
+        monitor=monitor,
+        num_points=found.num_points,
+        r=found.r,
+        fisher=found.interval,
+        block=block_interval(x, y) if defined else UNDEFINED,
+        shift_p=shift_p_value(x, y) if defined else math.nan,
+        spearman=found.spearman,
+        kendall=float(stats.kendalltau(x, y)[0]) if defined else math.nan,
+        r_differences=found.r_differences,
+        differences=block_interval(dx, dy) if differenced else UNDEFINED,
+        differences_shift_p=shift_p_value(dx, dy) if differenced else math.nan,
+        partial=partial,
+        partial_interval=fisher_interval(partial, found.num_points, num_controlled=1),
+        lead=lead_lag(dx, dy) if differenced else None,
+        reason=found.reason,
+    )
+
+
+def over_runs(pairs: Sequence[WithinRun]) -> list[OverRuns]:
+    """Returns a summary over runs of every pair that at least two runs have."""
+    grouped: dict[tuple[str, str], list[WithinRun]] = {}
+    for pair in pairs:
+        grouped.setdefault((pair.statistic, pair.monitor), []).append(pair)
+    found = []
+    for (statistic, monitor), members in grouped.items():
+        r = np.array([p.r for p in members if not math.isnan(p.r)])
+        differences = np.array(
+            [p.r_differences for p in members if not math.isnan(p.r_differences)]
+        )
+        if len(differences) < 2:
+            continue
+        positive = int(np.sum(differences > 0))
+        found.append(
+            OverRuns(
+                statistic=statistic,
+                monitor=monitor,
+                num_runs=len(differences),
+                median_r=float(np.median(r)),
+                range_r=(float(r.min()), float(r.max())),
+                median_differences=float(np.median(differences)),
+                range_differences=(float(differences.min()), float(differences.max())),
+                num_positive=positive,
+                sign_p=float(stats.binomtest(positive, len(differences)).pvalue),
+            )
+        )
+    adjusted = holm([pair.sign_p for pair in found])
+    return [replace(pair, holm=float(p)) for pair, p in zip(found, adjusted, strict=True)]
