@@ -114,7 +114,8 @@ class BatchedProducts:
             with warnings.catch_warnings():
                 # Operations without a batching rule are looped over; the trial judges by time.
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                found = torch.vmap(lambda vector: self._single(product, vector))(chunk)
+                whole = getattr(product, "batchable", product)
+                found = torch.vmap(lambda vector: self._single(whole, vector))(chunk)
             if self._checked or self._agrees(product, chunk[0], found[0]):
                 self._checked = True
                 return found

@@ -59,6 +59,11 @@ _VIEWS = {
     aten.unsqueeze.default,
     aten.view.default,
 }
+_ELSEWHERE = {
+    aten.addmm_.default: aten.addmm.default,
+    aten.baddbmm_.default: aten.baddbmm.default,
+    aten.addcmul_.default: aten.addcmul.default,
+}
 _TRIALS = 2
 
 _PATCHES_BYTES = 2**24
@@ -66,7 +71,7 @@ _PATCHES_TO_MEMORY = 2
 """Patches may take so many bytes, or so many times what all other constants hold."""
 
 
-def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """Returns the traced function with its constants evaluated and the rest simplified.
 
     Args:
@@ -80,6 +85,18 @@ def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequ
                 rule(graph, node)
             graph.sweep()
     return graph.module()
+
+
+def batchable(product: fx.GraphModule) -> fx.GraphModule:
+    """Returns the same with products added up in new memory, as ``torch.vmap`` can do at once.
+
+    It has no rule for doing so in place, and would go through the vectors one by one.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(product.graph, {}))
+    for node in graph.nodes:
+        node.target = _ELSEWHERE.get(node.target, node.target)
+    return fx.GraphModule(product, graph)
 
 
 def _is_spare(node: Any) -> bool:

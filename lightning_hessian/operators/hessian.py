@@ -13,6 +13,7 @@ from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.engines import (
     ENGINES,
     LINEARIZE_TO_GRAPH_MEMORY,
+    LINEARIZING_TO_GRAPH_MEMORY,
     Product,
     autograd,
     check_dependence,
@@ -166,7 +167,8 @@ class HessianOperator:
             raise MeasurementError(explain("autograd", error)) from error
         fitting = min(num_batches, int(budget // kept))
         self._build(["autograd"] * fitting + ["recompute"] * (num_batches - fitting))
-        if kept * num_batches * LINEARIZE_TO_GRAPH_MEMORY <= budget:
+        finished = (num_batches - 1) * LINEARIZE_TO_GRAPH_MEMORY
+        if kept * (finished + LINEARIZING_TO_GRAPH_MEMORY) <= budget:
             self._linearize_if_it_pays(expected_products)
 
     def _linearize_if_it_pays(self, expected_products: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -73,6 +74,22 @@ def test_sums_of_products(function, shape):
 def test_products_are_added_up_where_they_lie():
     _, operations = folded(lambda x: [A @ x + x @ B + x * C], (5, 5))
     assert operations == ["mm.default", "addmm_.default", "addcmul_.default"]
+
+
+def test_the_batchable_form_needs_no_loop():
+    def function(x: Tensor) -> list[Tensor]:
+        return [A @ x + x @ B + x * C, torch.bmm(x[None], B[None]) + torch.bmm(A[None], x[None])]
+
+    product, operations = folded(function, (5, 5))
+    assert {"addmm_.default", "baddbmm_.default", "addcmul_.default"} <= set(operations)
+    vectors = torch.randn(3, 5, 5, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a batching rule that is missing
+        found = torch.vmap(lambda vector: folding.batchable(product)(vector))(vectors)
+    for i, vector in enumerate(vectors):
+        for part, expected in zip(found, function(vector), strict=True):
+            torch.testing.assert_close(part[i], expected, rtol=1e-12, atol=1e-12)
+    assert_same(function, product, (5, 5))  # which is as it was
 
 
 def test_what_is_read_twice_is_not_written_over():
