@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from lightning_hessian.callbacks.compat import Callback
 from lightning_hessian.callbacks.probe_data import ProbeData, check_data, probe_batches
 from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, TimeBudget
-from lightning_hessian.distributed import ALONE, RankError, Ranks
+from lightning_hessian.callbacks.surroundings import (
+    log_step,
+    refuse_surroundings,
+    trainer_ranks,
+    unknown_metric,
+)
+from lightning_hessian.distributed import ALONE, RankError
 from lightning_hessian.operators.fsdp1 import whole
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.statistics.correlation import Correlation
@@ -24,7 +27,6 @@ from lightning_hessian.tracking.loggers import own_folder
 from lightning_hessian.tracking.panels import Drawings, Panels
 from lightning_hessian.tracking.progress import Progress, summary_line
 
-_SHARDED = ("DeepSpeed",)
 _COSTLY_SHARE = 0.2  # of the training time since the last measurement
 _COSTLY_SECONDS = 1.0  # below which no cost is worth a word
 
@@ -176,19 +178,8 @@ class MeasurementCallback(Callback):
                 "logs nothing.",
                 stacklevel=2,
             )
-        strategy = type(trainer.strategy).__name__
-        if any(word in strategy for word in _SHARDED):
-            raise ValueError(
-                f"{type(self).__name__} does not support {strategy} yet: its parameters are "
-                "partitioned by DeepSpeed. Use strategy='ddp', or FSDP."
-            )
-        others = [callback for callback in trainer.callbacks if callback is not self]
-        if any(getattr(other, "prefix", None) == self.prefix for other in others):
-            raise ValueError(
-                f"Two callbacks would log under {self.prefix}/, and Lightning would average them. "
-                "Keep one in the Trainer."
-            )
-        names = [type(other).__name__ for other in others]
+        refuse_surroundings(self, trainer)
+        names = [type(other).__name__ for other in trainer.callbacks]
         if "WeightAveraging" in names or "EMAWeightAveraging" in names:
             self._warn_once(
                 "averaging",
@@ -247,7 +238,7 @@ class MeasurementCallback(Callback):
         monitored = {}
         for name in self.monitors:
             if name not in self._metrics:
-                self._warn_once(name, _unknown_metric(name, list(self._metrics)))
+                self._warn_once(name, unknown_metric(name, list(self._metrics)))
             elif self._metrics[name] is not before.get(name):  # else it is an older one, kept
                 monitored[name] = float(self._metrics[name])
         self._history.add(
@@ -275,12 +266,12 @@ class MeasurementCallback(Callback):
         if scalars:
             self._panels.define(trainer.loggers, scalars)
             for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=_log_step(trainer))
+                logger.log_metrics(scalars, step=log_step(trainer))
         code = self.spectrum_code()
         if code is not None:
             step = int(self._history.rows[-1]["step"])
             self._panels.add_spectrum(
-                code, step, _log_step(trainer), trainer.loggers, own_folder(trainer)
+                code, step, log_step(trainer), trainer.loggers, own_folder(trainer)
             )
         self._draw(trainer)
 
@@ -291,7 +282,7 @@ class MeasurementCallback(Callback):
         self._panels.draw(
             {**self.drawings(), **correlations},
             len(rows),
-            _log_step(trainer),
+            log_step(trainer),
             trainer.loggers,
             own_folder(trainer),
             last=last,
@@ -311,7 +302,7 @@ class MeasurementCallback(Callback):
         scalars: dict[str, float] = {}
         seconds = trainer.strategy.broadcast(self._budget.max_seconds())
         limit = seconds if math.isfinite(seconds) else None
-        self._ranks = _ranks(trainer, pl_module)
+        self._ranks = trainer_ranks(trainer, pl_module)
         try:
             with self._ranks.together():
                 if self._batches is None:
@@ -376,26 +367,6 @@ class MeasurementCallback(Callback):
         if topic not in self._warned and self._ranks.rank == 0:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
-
-
-def _ranks(trainer: Any, pl_module: Any) -> Ranks:
-    """Returns the processes of the Trainer, as they measure together."""
-    if trainer.world_size == 1:
-        return ALONE
-    return Ranks.of(torch.distributed.group.WORLD, pl_module.device)
-
-
-def _log_step(trainer: Any) -> int:
-    """Returns the step that Lightning's own epoch-end metrics are logged with."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def _unknown_metric(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
-    return (
-        f"monitor={name!r} is not among the logged metrics ({', '.join(near) or 'none'}), so "
-        "nothing is correlated with it. Log it in validation_step or give another monitor=."
-    )
 
 
 def _sentence(error: Exception) -> str:
