@@ -212,13 +212,15 @@ th.number { white-space: normal; }
 figure { margin: 1.5rem 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; max-width: 60rem; }
 figure svg text { font-family: "DejaVu Sans", Verdana, sans-serif !important; }
-@media (max-width: 40rem) { .words { min-width: 14rem; }
-  .name { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; } }
+@media (max-width: 40rem) { main { padding: 1.25rem .75rem 3rem; } table { font-size: .8125rem; }
+  th, td { padding: .35rem .4rem; } figure { overflow-x: auto; }
+  figure svg { min-width: 34rem; } figcaption { position: sticky; left: 0; } }
 @media print {
   @page { margin: 14mm; }
   :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #fff; }
   body { font-size: 9.5pt; } main { max-width: none; padding: 0; }
   .scroll { overflow: visible; } table { font-size: 7.5pt; } .words { min-width: 0; }
+  figure svg { max-height: 150mm; }
   th, td { padding: .2rem .3rem; }
   tr { break-inside: avoid; } h2 { break-after: avoid; } thead { display: table-header-group; }
 }

@@ -172,9 +172,13 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[FloatArray, dict[str,
     unique, place = np.unique(np.asarray(steps, dtype=np.float64), return_inverse=True)
     columns = {}
     for key, (places, values) in found.items():
-        last = dict(zip(place[places].tolist(), values, strict=True))  # of equal keys the last
+        where = place[places]
         column = np.full(len(unique), np.nan)
-        column[list(last)] = list(last.values())
+        if len(unique) < len(steps):
+            last = dict(zip(where.tolist(), values, strict=True))  # of equal keys the last
+            column[list(last)] = list(last.values())
+        else:
+            column[where] = values
         columns[key] = column
     return unique, columns
 
