@@ -14,7 +14,7 @@ from lightning_hessian.operators.data_parallel import hessian_operator
 from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
-from lightning_hessian.probe.sharded import objective_over
+from lightning_hessian.probe.sharded import objective_over, ranks_of
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.solvers.lanczos import RitzPairs, default_bound, lanczos
 from lightning_hessian.solvers.trace import trace
@@ -162,8 +162,10 @@ def check_selection(
     """Returns the selected parameters, having checked that K eigenvalues can be asked of them.
 
     Raises:
-        ValueError: The selection matches nothing, or has fewer than K parameters.
+        ValueError: The selection matches nothing, or has fewer than K parameters; or parameters
+            are distributed in a way that cannot be measured.
     """
+    ranks_of(model, torch.device("cpu"))
     space = ParameterSpace.select(model, parameters)
     if not 1 <= num_eigenvalues <= space.size:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -268,8 +269,11 @@ def _left_by_gram(memory_budget: float | None, gradients: GradientRows, tests: b
     """
     ranks = gradients.shard.ranks
     if memory_budget is None:
-        free = free_bytes(torch.device("cpu") if tests else gradients.device)
-        memory_budget = free / 2 / ranks.neighbours
+        # G lies in main memory, which all ranks of a machine share, whatever their devices.
+        device = torch.device("cpu") if tests else gradients.device
+        hosts = ranks.gathered(socket.gethostname())
+        sharing = hosts.count(hosts[ranks.rank]) if device.type == "cpu" else ranks.neighbours
+        memory_budget = free_bytes(device) / 2 / sharing
     memory_budget = ranks.least(memory_budget)
     gram_bytes = 8 * gradients.num_gradients**2
     if 2 * gram_bytes > memory_budget:

@@ -33,6 +33,8 @@ class GradientStructureCallback(MeasurementCallback):
     A statistic that cannot be computed is absent, and a warning says why.
 
     Training is not touched: the weights of a run with and without the callback are the same bits.
+    Under DDP the ranks share the mini-batches and the memory, and what is found does not depend on
+    their number.
 
     Args:
         num_gradients: T, how many mini-batch gradients are taken at a measurement.
@@ -57,8 +59,8 @@ class GradientStructureCallback(MeasurementCallback):
         preconditioner: ``"adam"``, or None; see `gradient_structure`.
         time_budget: Share of the training time (``0.05``), or seconds a measurement may take.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
-        memory_budget: Bytes that gradients may take, by default half of what is free; above it
-            they lie in a file.
+        memory_budget: Bytes that gradients may take on each rank, by default half of what is
+            free; above it they lie in a file.
         directory: Where that file lies.
         significance: Level of all tests.
         during_validate: Whether ``trainer.validate()`` measures too.

@@ -373,7 +373,7 @@ class MeasurementCallback(Callback):
             )
 
     def _warn_once(self, topic: str, message: str) -> None:
-        if topic not in self._warned:
+        if topic not in self._warned and self._ranks.rank == 0:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
 

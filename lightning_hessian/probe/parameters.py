@@ -159,7 +159,7 @@ def _positions(parameter: nn.Parameter) -> Tensor:
     mesh: Any = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return positions
-    (placement,) = parameter.placements  # type: ignore[attr-defined]
+    (placement,) = parameter.placements  # type: ignore[attr-defined] # `_check_supported`
     parts = torch.chunk(positions, mesh.size(), dim=placement.dim)
     rank = mesh.get_local_rank()
     empty = positions.narrow(placement.dim, 0, 0)
@@ -242,6 +242,14 @@ def _check_supported(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(
             f"Parameter {name!r} is not initialised yet (a lazy module). Run one batch through "
             "the module before measuring."
+        )
+    placements: Any = getattr(parameter, "placements", None)
+    if placements is not None and (len(placements) != 1 or not placements[0].is_shard()):
+        raise ValueError(
+            f"Parameter {name!r} is distributed as {placements}, which cannot be "
+            "measured: only `fully_shard` (FSDP2) over one mesh dimension can, not tensor "
+            "parallelism nor replicas of shards. Give data_parallel_size the number of devices and "
+            "tensor_parallel_size=1, or measure a checkpoint on one device."
         )
     if not parameter.dtype.is_floating_point:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -59,23 +59,21 @@ def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
     """Returns the ranks that a module's parameters are sharded over; None where they are not.
 
     Raises:
-        ValueError: A layout that cannot be measured: tensor parallelism, replicas of shards
-            (HSDP), or sharding without ``fully_shard``.
+        ValueError: Parameters are distributed otherwise than by ``fully_shard``, or over several
+            meshes.
     """
     found = [(n, p) for n, p in module.named_parameters() if isinstance(p, DTensor)]
     if not found:
         return None
-    units = {name for name, part in module.named_modules() if isinstance(part, FSDPModule)}
+    units = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
     mesh = found[0][1].device_mesh
     for name, parameter in found:
         in_unit = any(name.startswith(f"{unit}." if unit else "") for unit in units)
-        kinds = [type(placement) for placement in parameter.placements]
-        if not in_unit or kinds != [Shard] or parameter.device_mesh != mesh:
+        if not in_unit or parameter.device_mesh != mesh:
             raise ValueError(
-                f"Parameter {name!r} is distributed as {parameter.placements}, which cannot be "
-                "measured: only `fully_shard` (FSDP2) over one mesh dimension can, not tensor "
-                "parallelism nor replicas of shards. Give data_parallel_size the number of "
-                "devices and tensor_parallel_size=1, or measure a checkpoint on one device."
+                f"Parameter {name!r} is distributed over {parameter.device_mesh} without "
+                "`fully_shard` (tensor parallelism), or over another mesh than the first. Such "
+                "parameters cannot be measured; use `fully_shard` over one mesh, or one device."
             )
     return Ranks.of(mesh.get_group(), device)
 

@@ -170,7 +170,7 @@ def _begun(
     """
     header = checkpoints.header_of(file) if file is not None and file.exists() else None
     if header is not None:
-        capacity = header["capacity"]
+        capacity = max(capacity, header["capacity"])  # a bound may have been raised
     run = ThickRestart(operator, num_eigenvalues, tol, capacity, seed, storage)
     if header is not None and file is not None:
         checkpoints.check_identity(header, run, file)

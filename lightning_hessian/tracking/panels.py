@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_hessian.probe.isolation import preserved_rng
 from lightning_hessian.results import FloatArray
 from lightning_hessian.tracking.loggers import (
     Adapter,
@@ -97,20 +99,19 @@ class Panels:
         """
         if self.every is None:
             return
-        started = time.monotonic()
         self._codes = {old: kept for old, kept in self._codes.items() if old < step}
         self._codes[step] = code
         self._undrawn = step
         key = f"spectra/{self.prefix}"
-        self.define(loggers, [key])
-        for logger in self._takers(loggers, "text"):
-            text = adapter(logger).text
-            assert text is not None
-            what = f"logging a spectrum to {type(logger).__name__}"
-            self._try(what, text, logger, key, code, log_step)
-        for place in self._folders(loggers, "text", folder):
-            self._try("writing a spectrum", write_text, place, key, code, log_step)
-        self.seconds += time.monotonic() - started
+        with self._aside():
+            self.define(loggers, [key])
+            for logger in self._takers(loggers, "text"):
+                text = adapter(logger).text
+                assert text is not None
+                what = f"logging a spectrum to {type(logger).__name__}"
+                self._try(what, text, logger, key, code, log_step)
+            for place in self._folders(loggers, "text", folder):
+                self._try("writing a spectrum", write_text, place, key, code, log_step)
 
     def draw(
         self,
@@ -139,27 +140,41 @@ class Panels:
         folders = self._folders(loggers, "pictures", folder)
         if not takers and not folders:
             return
-        started = time.monotonic()
         step, self._undrawn = self._undrawn, None
-        pictures = []
-        for name, drawing in drawings.items():
-            key = f"figures/{self.prefix}_{name}"
-            vector = last and bool(folders)
-            picture = self._try(f"drawing {name}", _picture, key, drawing, step, vector)
-            pictures += [] if picture is None else [picture]
-        if pictures:
-            self.define(loggers, [picture.key for picture in pictures])
-            for logger in takers:
-                hand_over = adapter(logger).pictures
-                assert hand_over is not None
-                what = f"logging figures to {type(logger).__name__}"
-                self._try(what, hand_over, logger, pictures, log_step)
-            for place in folders:
-                for picture in pictures:
-                    self._try("writing figures", write_picture, place, picture)
-        self.seconds += time.monotonic() - started
+        with self._aside():
+            pictures = []
+            for name, drawing in drawings.items():
+                key = f"figures/{self.prefix}_{name}"
+                vector = last and bool(folders)
+                picture = self._try(f"drawing {name}", _picture, key, drawing, step, vector)
+                pictures += [] if picture is None else [picture]
+            if pictures:
+                self._show(pictures, log_step, takers, folders)
 
     # Inside ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Counts the time, and leaves the random numbers of training alone, whoever draws some."""
+        started = time.monotonic()
+        try:
+            with preserved_rng():
+                yield
+        finally:
+            self.seconds += time.monotonic() - started
+
+    def _show(
+        self, pictures: list[Picture], log_step: int, takers: list[Any], folders: list[Path]
+    ) -> None:
+        self.define(takers, [picture.key for picture in pictures])
+        for logger in takers:
+            hand_over = adapter(logger).pictures
+            assert hand_over is not None
+            what = f"logging figures to {type(logger).__name__}"
+            self._try(what, hand_over, logger, pictures, log_step)
+        for place in folders:
+            for picture in pictures:
+                self._try("writing figures", write_picture, place, picture)
 
     def _takers(self, loggers: Iterable[Any], what: str) -> Iterable[Any]:
         return (logger for logger in loggers if getattr(adapter(logger), what) is not None)

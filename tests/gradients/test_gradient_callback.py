@@ -128,7 +128,7 @@ def test_keys_stand_in_the_row_of_the_validation_loss(
     found = {
         key
         for key in correlated[-1]
-        if key.startswith("correlation/pearson") and correlated[-1][key]
+        if key.startswith("correlation/pearson_gradient_") and correlated[-1][key]
     }
     assert found == wanted
     for statistic in CORRELATED - constant:

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hessian import HessianSpectrumCallback, block_structure, hessian_spectrum
@@ -60,6 +61,10 @@ class Network(L.LightningModule):
         """Shards every layer by itself under the model-parallel strategy."""
         strategy = self.trainer.strategy
         if not isinstance(strategy, ModelParallelStrategy) or hasattr(self.head, "reshard"):
+            return
+        if strategy.device_mesh["tensor_parallel"].size() > 1:
+            plan = {"head": ColwiseParallel()}
+            parallelize_module(self, strategy.device_mesh["tensor_parallel"], plan)
             return
         mesh = strategy.device_mesh["data_parallel"]
         for part in (self.layers[0], self.layers[3], self.head):
@@ -189,7 +194,9 @@ def failing_loss(rank: int, after: int) -> Any:
 
 
 def strategy_of(name: str, devices: int) -> Any:
-    """The strategy by its name; ``"fsdp2"`` for sharded parameters."""
+    """The strategy by its name; ``"fsdp2"`` and ``"tensor"`` for two kinds of model parallelism."""
+    if name == "tensor":
+        return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=devices)
     if name == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
     return name

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from parallel.job import Network, measured
-from parallel.launching import run
+from parallel.launching import launch, run
 
 LARGEST_LAYER = 63  # of the network's 91 parameters
 
@@ -64,3 +64,10 @@ def test_the_callback_measures_and_training_is_bit_identical(jobs):
     before, after = (torch.load(folder / name / "weights.pt") for name in ("plain", "2"))
     for name, weight in before.items():
         assert torch.equal(weight, after[name]), name
+
+
+def test_tensor_parallelism_is_refused_before_training(tmp_path):
+    done = launch(tmp_path, strategy="tensor", devices=2, callback={})
+    assert done.returncode != 0
+    assert "tensor parallelism" in done.stderr
+    assert "head.weight" in done.stderr
