@@ -82,6 +82,10 @@ class Objective:
         self._training = mode == "train"
         self._seed = seed
         self._upcast = any(is_half(t) for t in (*module.parameters(), *module.buffers()))
+        self._agreed_buffers: dict[str, Tensor] = {}
+        if ranks.world > 1:  # running statistics may differ: all evaluate with the first rank's
+            for name, buffer in module.named_buffers():
+                self._agreed_buffers[name] = ranks.agreed(buffer.detach().clone())
         self._writes: bool | None = None  # whether the loss changes parameters in place
 
     @contextmanager
@@ -149,9 +153,14 @@ class Objective:
                 total += weight * loss
         return self.ranks.total(total)
 
+    def _buffers(self) -> dict[str, Tensor]:
+        """Returns copies of the buffers, for the loss to write to."""
+        own = dict(self._module.named_buffers())
+        return {name: buffer.clone() for name, buffer in (self._agreed_buffers or own).items()}
+
     def _state(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Returns what to evaluate the module with: parameters given, all others constant."""
-        state = {n: upcast(b).clone() for n, b in self._module.named_buffers()}
+        state = {n: upcast(b) for n, b in self._buffers().items()}
         for name, parameter in self._module.named_parameters():
             constant = parameter.detach()
             state[name] = upcast(constant) if self._upcast else constant

@@ -186,7 +186,7 @@ class ShardedObjective(Objective):
         leaves = [parameter.to_local().detach() for parameter in self._parameters]
         for i, given in zip(self._selected, parameters, strict=True):
             leaves[i] = given
-        buffers = {f"module.{n}": b.clone() for n, b in self._module.named_buffers()}
+        buffers = {f"module.{n}": b for n, b in self._buffers().items()}
         call = self._prepared(batch, index)
         with ExitStack() as stack:
             for unit, members in self._units.items():

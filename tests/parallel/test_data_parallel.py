@@ -46,9 +46,18 @@ def test_several_ranks_find_what_one_finds(jobs, world, count):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_ranks_get_the_same_numbers(jobs, world):
-    first = {k: v for k, v in jobs[world][0]["probe"].items() if k != "bytes_of_a_vector"}
-    for seen in jobs[world][1:]:
-        assert {k: v for k, v in seen["probe"].items() if k != "bytes_of_a_vector"} == first
+    own = {"bytes_of_a_vector", "shift"}
+    first, *others = (
+        {k: v for k, v in seen["probe"].items() if k not in own} for seen in jobs[world]
+    )
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_measure_with_the_first_ones_buffers_and_keep_their_own(jobs, world):
+    """The numbers above are those of a shift of zero, which only rank zero has."""
+    shifts = [seen["probe"]["shift"] for seen in jobs[world]]
+    assert shifts == pytest.approx([0.1 * rank for rank in range(world)])
 
 
 def test_the_eigenvalues_are_those_of_the_dense_hessian(jobs):
