@@ -121,7 +121,7 @@ def _read_offline(run: LocalRun) -> RunRecord:
     unreadable: list[str] = []
     for file in run.files:
         try:
-            part = read_offline_run(file)
+            part = read_offline_run(file, summary=False)
         except (ValueError, OSError) as error:
             unreadable.append(str(error))
             continue

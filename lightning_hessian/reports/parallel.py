@@ -13,7 +13,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_FEW = 12  # runs that are done before a process would have started
+_FEW = 12  # runs that are done before a forked process would have started
+_SOME = 150  # the same for a fresh interpreter, which imports torch first
 
 
 class Progress:
@@ -50,14 +51,16 @@ def map_runs(
         what: What is done, for the progress line.
         progress: Where it is shown.
         threads: How many threads instead of processes, for work that waits for a server.
-        workers: How many processes; one for each usable core by default.
+        workers: How many processes; by default one for each usable core, or none where they
+            would not pay.
 
     Raises:
         Exception: That of the first item that raised.
     """
     listed: Sequence[Item] = list(items)
+    worth_it = len(listed) >= (_SOME if workers is None and _method() == "spawn" else _FEW)
     workers = workers or usable_cores()
-    if not threads and (workers == 1 or len(listed) < _FEW):
+    if not threads and (workers == 1 or not worth_it):
         results = []
         for done, item in enumerate(listed, 1):
             results.append(function(item))
@@ -86,7 +89,9 @@ def usable_cores() -> int:
 def _pool(workers: int, threads: int) -> Executor:
     if threads:
         return ThreadPoolExecutor(threads)
-    # A fork starts at once, where a fresh interpreter imports torch first; but it is safe only
-    # while no other thread may hold a lock.
-    method = "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"
-    return ProcessPoolExecutor(workers, mp_context=get_context(method))
+    return ProcessPoolExecutor(workers, mp_context=get_context(_method()))
+
+
+def _method() -> str:
+    """Returns how processes start: forked, at once, while no other thread may hold a lock."""
+    return "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"

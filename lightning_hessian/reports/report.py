@@ -128,7 +128,7 @@ def correlation_report(
         >>> _ = (folder / "metrics.csv").write_text(text)
         >>> (pair,) = correlation_report(folder).within
         >>> pair.statistic, round(pair.r, 2), round(pair.r_differences, 2), pair.num_points
-        ('hessian/d_ks', 0.87, -0.32, 5)
+        ('hessian/d_ks', 0.8, -0.12, 5)
     """
     table = runs if isinstance(runs, RunTable) else load_runs(runs, progress=progress)
     monitors = (monitor,) if isinstance(monitor, str) else tuple(dict.fromkeys(monitor))

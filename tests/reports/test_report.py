@@ -232,6 +232,7 @@ def test_keys_that_no_run_has(table):
         correlation_report(bare)
 
 
+@pytest.mark.slow  # each of them imports torch
 def test_processes_find_what_one_process_finds(table):
     one, two = (
         within_runs(table, STATISTICS, ["val_loss"], progress=Progress(False), workers=count)
