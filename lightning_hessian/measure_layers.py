@@ -10,10 +10,12 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_hessian.distributed import Ranks
 from lightning_hessian.measure import hessian_spectrum
 from lightning_hessian.measure_protocols import check_protocol
 from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.probe.sharded import ranks_of
 from lightning_hessian.results import HessianSpectrum
 
 Layers: TypeAlias = str | Mapping[str, ParameterSelection]
@@ -80,6 +82,8 @@ def layer_spectra(
     started = time.monotonic()
     groups = layer_groups(model, layers)
     batches = list(batches)
+    device = next(model.parameters()).device
+    ranks = ranks_of(model, device) or Ranks.of(options.get("process_group"), device)
     found: dict[str, HessianSpectrum] = {}
     spent = 0
     left_out = []
@@ -91,7 +95,7 @@ def layer_spectra(
         seconds = None if max_seconds is None else max_seconds - (time.monotonic() - started)
         probes = options.get("trace_probes", 16)
         short = left is not None and left < count + probes
-        if short or _agreed_late(seconds, options.get("process_group")):
+        if short or ranks.any(seconds is not None and seconds <= 0):
             left_out.append(name)
             continue
         found[name] = hessian_spectrum(
@@ -161,17 +165,3 @@ def _by_module(model: nn.Module) -> dict[str, ParameterSelection]:
 
 def _named(names: frozenset[str]) -> Callable[[str, nn.Parameter], bool]:
     return lambda name, parameter: name in names
-
-
-def _agreed_late(seconds: float | None, group: Any) -> bool:
-    """Whether no time is left, on any of the ranks."""
-    if seconds is None:
-        return False
-    if group is None:
-        return seconds <= 0
-    import torch
-    import torch.distributed as dist
-
-    late = torch.tensor(float(seconds <= 0))
-    dist.all_reduce(late, op=dist.ReduceOp.MAX, group=group)
-    return bool(late > 0)

@@ -275,10 +275,12 @@ class HessianSpectrumCallback(MeasurementCallback):
         """Returns what draws the figures of the last measurement, by name."""
         if self.last_spectrum is None:
             return {}
+        density = self.last_spectrum.density
         return hessian_drawings(
             self.last_spectrum,
             self.last_blocks,
             self._panels.spectra,
+            densities=None if density is None else {"Hessian": density},
             significance=self.significance,
         )
 
