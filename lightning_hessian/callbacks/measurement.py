@@ -226,7 +226,10 @@ class MeasurementCallback(Callback):
             self._note_cost(time.monotonic() - started)
         self._clock = time.monotonic()
         if self._pending is not None:
-            logged = {f"{self.prefix}/{name}": value for name, value in self._pending.items()}
+            logged = {
+                name if "/" in name else f"{self.prefix}/{name}": value
+                for name, value in self._pending.items()
+            }
             if trainer.is_global_zero:
                 self._panels.define(trainer.loggers, logged)
             pl_module.log_dict(

@@ -19,7 +19,7 @@ class PowerIteration:
 
     Attributes:
         values: Rayleigh quotients, float64 [k].
-        residuals: norm(A v - lambda v) of each [k].
+        residuals: norm(A v - lambda v) of each, in the complement of those before it [k].
         vectors: Orthonormal rows, this rank's part [k, n_local].
         num_products: Products with the operator.
     """
