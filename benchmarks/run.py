@@ -19,9 +19,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+if "--threads" in sys.argv:  # before NumPy and torch start theirs
+    _COUNT = sys.argv[sys.argv.index("--threads") + 1]
+    os.environ |= {f"{library}_NUM_THREADS": _COUNT for library in ("OMP", "OPENBLAS", "MKL")}
+
 import torch
 from problems import MissingDataError
 from quantities import PIECES, Finding
+from timing import CLOCKS, use_clock
 
 PACKAGES = (
     "lightning-hessian", "torch", "numpy", "scipy", "PyHessian", "hessian-eigenthings",
@@ -80,6 +85,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{settings['processor']}, {settings['cores']} cores, {settings['threads']} threads; "
         f"Python {settings['python']}, {packages}. "
         + ("Synthetic data. " if found["synthetic"] else "")
+        + ("Times are processor times. " if found["clock"] == "cpu" else "")
         + f"Load average before the pieces: {_loads(pieces)}.",
     ]
     return "\n".join(parts) + "\n"
@@ -110,16 +116,25 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=PIECES, help="may be repeated")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench_output"), help="(%(default)s)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu, with --threads 1, where other programs run too (%(default)s)",
+    )
     options = parser.parse_args()
     if options.data_dir is None and not options.synthetic:
         parser.error("give --data-dir DATA, or --synthetic for machines without the data sets")
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu is right for --threads 1 only: it adds up the threads")
     torch.set_num_threads(options.threads)
+    use_clock(options.clock)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
     found: dict[str, Any] = {"pieces": {}}
     if options.only and path.exists():
         found = json.loads(path.read_text())
-    found |= {"environment": environment(), "synthetic": options.synthetic}
+    found |= {"environment": environment(), "synthetic": options.synthetic, "clock": options.clock}
     missing = False
     for name in options.only or PIECES:
         load, start = os.getloadavg()[0], time.perf_counter()

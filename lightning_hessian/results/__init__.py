@@ -2,6 +2,7 @@
 
 from lightning_hessian.results.base import FloatArray, MeasurementError
 from lightning_hessian.results.blocks import BlockStructure
+from lightning_hessian.results.files import load_spectrum, save_spectrum
 from lightning_hessian.results.gradients import GradientStructure, RowTests
 from lightning_hessian.results.spectrum import (
     Eigengaps,
@@ -20,4 +21,6 @@ __all__ = [
     "PowerLawFit",
     "RowTests",
     "SpectralDensity",
+    "load_spectrum",
+    "save_spectrum",
 ]
