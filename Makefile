@@ -8,10 +8,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 
-.PHONY: demo sweep test test-slow lint bench clean
+.PHONY: demo gallery sweep test test-slow lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
+
+gallery: .venv-demo/.done  ## draw the figures of docs/gallery.md from a real run
+	OMP_NUM_THREADS=1 $(DEMO)/python docs/make_gallery.py
 
 sweep: .venv-demo/.done  ## train 24 networks on real digits, and one report over them (15 minutes)
 	$(DEMO)/python examples/sweep/train.py --out sweep_output

@@ -6,6 +6,7 @@ from lightning_hessian.callbacks.schedule import AtSteps, EveryNValidations
 from lightning_hessian.measure import hessian_spectrum
 from lightning_hessian.measure_blocks import block_structure
 from lightning_hessian.measure_gradients import gradient_structure
+from lightning_hessian.measure_layers import layer_spectra
 from lightning_hessian.probe.partition_rules import BlockRule, partition_rules
 from lightning_hessian.reports.load import load_runs
 from lightning_hessian.reports.report import correlation_report
@@ -40,6 +41,7 @@ __all__ = [
     "fit_power_law",
     "gradient_structure",
     "hessian_spectrum",
+    "layer_spectra",
     "load_runs",
     "partition_rules",
 ]

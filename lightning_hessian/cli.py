@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "report")
+COMMANDS = ("demo", "measure", "report", "workspace")
 """Each is a module of `lightning_hessian.commands`, imported light: the work is behind ``run``."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hessian.callbacks.hessian_spectrum import HessianSpectrumCallback
+from lightning_hessian.reports.live import follow
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.tracking.figures import rank_plot
 
@@ -116,10 +117,10 @@ class Table(L.Callback):
 def run_demo(
     out: Path, *, num_epochs: int = NUM_EPOCHS, num_eigenvalues: int = NUM_EIGENVALUES
 ) -> Path:
-    """Trains, measures, prints, and writes the figure.
+    """Trains, measures, prints, and writes a figure and the page of the run.
 
     Args:
-        out: Folder for the offline W&B run and the figure; made if missing.
+        out: Folder for the offline W&B run, the figure and the page; made if missing.
         num_epochs: How long to train.
         num_eigenvalues: How many eigenvalues to find after each epoch.
 
@@ -164,8 +165,10 @@ def run_demo(
     logger.experiment.finish()
     figure = out / "spectrum.png"
     rank_plot(spectra).savefig(figure, dpi=150)
+    page = follow(run_folder, out, monitor=["val_loss"], once=True)
     _print_correlations(hessian)
     print(f"\nFigure: {figure}")
+    print(f"Page with all charts: {page}")
     print(f"Offline W&B run: {run_folder}")
     print("Look at it in the terminal:   wandb leet " + str(run_folder))
     print("Or send it to your account:   wandb sync " + str(run_folder))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.measure import deadline
+from lightning_hessian.operators.data_parallel import hessian_operator
+from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.linear import MatrixOperator, SymmetricOperator
-from lightning_hessian.probe.objective import LossFunction, Mode, Objective
+from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
+from lightning_hessian.probe.sharded import objective_over
 from lightning_hessian.results import BlockStructure, SpectralDensity
 from lightning_hessian.solvers.block_norms import (
     DENSE_ORDER,
@@ -24,10 +27,14 @@ from lightning_hessian.solvers.block_norms import (
 from lightning_hessian.solvers.density import RestrictedOperator, spectral_density
 from lightning_hessian.statistics.heterogeneity import heterogeneity
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
 
+@on_whole_modules
 def block_structure(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -46,6 +53,8 @@ def block_structure(
     mode: Mode = "eval",
     batch_weight: Callable[[Any], float] | None = None,
     return_matrix: bool = False,
+    process_group: ProcessGroup | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> BlockStructure:
     """Returns the Frobenius norms of all blocks of the Hessian, and what follows from them.
@@ -77,6 +86,8 @@ def block_structure(
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over.
         return_matrix: Whether to return the Hessian itself, [n, n]; takes n products.
+        process_group: Processes that make the measurement together, as in `hessian_spectrum`.
+        on_progress: ``on_progress(num_hvps, None)``, called after every product.
         seed: Of everything random here.
 
     Raises:
@@ -100,16 +111,17 @@ def block_structure(
     """
     start = time.monotonic()
     cut = partition(model, blocks, parameters)
-    objective = Objective(
-        model, loss_fn, batches, cut.space, batch_weight=batch_weight, mode=mode, seed=seed
-    )
-
-    def should_stop() -> bool:
-        return max_seconds is not None and time.monotonic() - start > max_seconds
-
+    objective = objective_over(
+        process_group, model, loss_fn, batches, cut.space, batch_weight=batch_weight, mode=mode,
+        seed=seed,
+    )  # fmt: skip
+    ranks = objective.ranks
+    should_stop = deadline(start, max_seconds)
     with objective.isolated():
         loss = objective.value()
-        operator = HessianOperator(objective, hvp, expected_products=2 * least_products(cut.sizes))
+        operator = hessian_operator(objective, hvp, expected_products=2 * least_products(cut.sizes))
+        if on_progress is not None:
+            operator.on_product = lambda count: on_progress(count, None)
         norms = block_norms(
             operator, cut.labels, rel_error=rel_error, exact=exact,
             max_products=_bound_of_norms(cut.sizes, max_hvps, densities),
@@ -120,7 +132,7 @@ def block_structure(
             left = None if max_hvps is None else max_hvps - norms.num_products
             spectra = _densities(
                 _diagonal_blocks(operator, cut.labels, norms), density_steps, density_probes,
-                left, seed + 1, should_stop,
+                left, seed + 1, ranks.stopping(should_stop),
             )  # fmt: skip
     return BlockStructure(
         names=cut.names,
@@ -178,7 +190,7 @@ def _densities(
     num_probes: int,
     max_products: int | None,
     seed: int,
-    should_stop: Callable[[], bool],
+    should_stop: Callable[[], bool] | None,
 ) -> tuple[SpectralDensity, ...] | None:
     """Returns the density of each block, None where the bounds do not allow all of them."""
     known = all(isinstance(block, MatrixOperator) for block in diagonal)
@@ -196,7 +208,8 @@ def _densities(
             block, num_steps=num_steps, num_probes=num_probes, seed=seed + i,
             should_stop=should_stop,
         )  # fmt: skip
-        if density is None or (should_stop() and i + 1 < len(diagonal)):
+        late = should_stop is not None and i + 1 < len(diagonal) and should_stop()
+        if density is None or late:
             return None
         found.append(density)
     return tuple(found)

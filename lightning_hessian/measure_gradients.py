@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from lightning_hessian.distributed import RankError, Ranks, Shard
+from lightning_hessian.measure import deadline
+from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.gradient_history import GradientHistory
+from lightning_hessian.operators.gradient_ranks import DealtGradients
 from lightning_hessian.operators.gradients import (
     GradientRows,
     MiniBatchGradients,
@@ -21,13 +29,17 @@ from lightning_hessian.operators.gradients import (
 from lightning_hessian.operators.gram import combinations, gram_matrix, spectra
 from lightning_hessian.operators.memory import free_bytes
 from lightning_hessian.probe.isolation import isolated
-from lightning_hessian.probe.minibatches import draw_minibatches
+from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
-from lightning_hessian.results import GradientStructure, MeasurementError, RowTests
+from lightning_hessian.results import FloatArray, GradientStructure, MeasurementError, RowTests
 from lightning_hessian.statistics.gaussianity import MIN_POINTS, row_tests
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
+
+@on_whole_modules
 def gradient_structure(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -47,6 +59,8 @@ def gradient_structure(
     memory_budget: float | None = None,
     directory: str | Path | None = None,
     max_seconds: float | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
+    process_group: ProcessGroup | None = None,
     seed: int = 0,
 ) -> GradientStructure:
     """Returns spectra and tests of the gradients of T mini-batches at the present parameters.
@@ -74,17 +88,24 @@ def gradient_structure(
         num_eigenvectors: How many eigenvectors of the covariance to return.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         significance: Level of the tests.
-        memory_budget: Bytes that gradients and Gram matrix may take at a time, by default half of
-            what is free. Above it, G lies in a file; without tests, gradients are computed anew.
+        memory_budget: Bytes that gradients and Gram matrix may take at a time on each rank, by
+            default half of what is free. Above it, G lies in a file; without tests, gradients are
+            computed anew.
         directory: Where that file lies; by default the system's folder for temporary files.
         max_seconds: After so many seconds no further gradients are computed.
+        on_progress: ``on_progress(num_gradients, None)``, called now and then with the number of
+            gradients computed so far.
+        process_group: Processes that make the measurement together: all make this call with the
+            same arguments. Mini-batches are dealt out to them, each holds a slice of the
+            parameters of G, and all get the same numbers, whatever their number. By default this
+            process measures alone.
         seed: Of everything random here.
 
     Raises:
         ValueError: A parameter selection without match, data that do not make T mini-batches,
             fewer than 2 gradients (20 with tests), an unknown mode or preconditioner.
         MeasurementError: A gradient that is NaN or infinite, a loss without gradient, too little
-            memory, or time was up at once.
+            memory, or time was up at once. Where a rank failed all raise it, as a `RankError`.
 
     Source: SG, sections 2 to 4.
 
@@ -104,31 +125,39 @@ def gradient_structure(
     check_options(
         num_eigenvalues, num_gradients, preconditioner, max_tested, tests, mode, clip_norm
     )
-    check_size(space.size, tests)
-    minibatches = draw_minibatches(
-        data, batch_size=batch_size, num_minibatches=num_gradients, seed=seed
-    )
-    _check_enough(len(minibatches), tests)
-    source = MiniBatchGradients(
-        model, loss_fn, minibatches, space, mode=mode, clip_norm=clip_norm, seed=seed
-    )
-    budget = _left_by_gram(memory_budget, source, tests)
-
-    def should_stop() -> bool:
-        return max_seconds is not None and time.monotonic() - start > max_seconds
-
-    gradients: GradientRows = source
+    check_space(space, tests)
+    ranks = Ranks.of(process_group, space.device)
+    with ranks.together():
+        minibatches = draw_minibatches(
+            data, batch_size=batch_size, num_minibatches=num_gradients, seed=seed, ranks=ranks
+        )
+        _check_enough(minibatches.total, tests)
+        source = None
+        if len(minibatches):
+            source = MiniBatchGradients(
+                model, loss_fn, minibatches, space, mode=mode, clip_norm=clip_norm, seed=seed
+            )
+            if on_progress is not None:
+                source.on_product = lambda count: on_progress(count, None)
+    _check_alike(minibatches, space, ranks)
+    gradients: GradientRows
+    if ranks.world == 1 and source is not None:
+        gradients = source
+    else:
+        gradients = DealtGradients(source, minibatches.total, space, ranks)
+    budget = _left_by_gram(memory_budget, gradients, tests)
+    should_stop = ranks.stopping(deadline(start, max_seconds))
     with isolated(model, training=mode == "train"):
         if tests:
             gradients = GradientHistory.collect(
-                source, memory_budget=budget, directory=directory, should_stop=should_stop
+                gradients, memory_budget=budget, directory=directory, should_stop=should_stop
             )
         if preconditioner is not None:
-            gradients.precondition(adam_preconditioner(gradients))
+            _precondition(gradients)
         gram = gram_matrix(gradients, memory_budget=budget, should_stop=should_stop)
         count = len(gram)
-        _check_count(count, len(minibatches), tests)
-        found = spectra(gram, num_eigenvalues, space.size, num_eigenvectors)
+        _check_count(count, minibatches.total, tests, ranks)
+        found = spectra(gram, num_eigenvalues, space.size, num_eigenvectors, ranks=ranks)
         del gram
         vectors = None if found.weights is None else combinations(gradients, found.weights)
     dimension_tests, iteration_tests = (
@@ -136,6 +165,7 @@ def gradient_structure(
         if isinstance(gradients, GradientHistory)
         else (None, None)
     )
+    losses, engine, num_computed = _told(source, minibatches.total, ranks)
     return GradientStructure(
         covariance=found.covariance,
         second_moment=found.second_moment,
@@ -144,13 +174,13 @@ def gradient_structure(
         mean_gradient_norm=found.mean_norm,
         dimension_tests=dimension_tests,
         iteration_tests=iteration_tests,
-        loss=float(source.losses[:count].mean()),
+        loss=float(losses[:count].mean()),
         num_parameters=space.size,
         num_gradients=count,
         batch_size=minibatches.batch_size,
-        num_computed=source.num_computed,
+        num_computed=num_computed,
         seconds=time.monotonic() - start,
-        engine=source.engine,
+        engine=engine,
         dtype=str(space.dtype).removeprefix("torch."),
         eigenvectors=vectors,
     )
@@ -184,15 +214,20 @@ def check_options(
         raise ValueError(f"clip_norm={clip_norm}; give a positive norm, or None.")
 
 
-def check_size(num_parameters: int, tests: bool) -> None:
-    """Checks that gradients are long enough for the tests.
+def check_space(space: ParameterSpace, tests: bool) -> None:
+    """Checks that parameters are whole, and gradients long enough for the tests.
 
     Raises:
         ValueError: They are not.
     """
-    if tests and num_parameters < MIN_POINTS:
+    if space.held is not None:
         raise ValueError(
-            f"{num_parameters} parameters are too few to be tested (at least {MIN_POINTS}); give "
+            "The structure of gradients cannot be measured on parameters under `fully_shard` "
+            "(FSDP2) yet. Use strategy='ddp' or FSDP1, or measure a checkpoint on one device."
+        )
+    if tests and space.size < MIN_POINTS:
+        raise ValueError(
+            f"{space.size} parameters are too few to be tested (at least {MIN_POINTS}); give "
             "tests=False."
         )
 
@@ -209,14 +244,37 @@ def _least(tests: bool) -> int:
     return MIN_POINTS if tests else 2
 
 
-def _left_by_gram(memory_budget: float | None, gradients: MiniBatchGradients, tests: bool) -> float:
-    """Returns what the Gram matrix leaves of the budget.
+def _check_alike(minibatches: MiniBatches, space: ParameterSpace, ranks: Ranks) -> None:
+    """Checks that all ranks draw the same mini-batches for the same parameters.
+
+    Raises:
+        RankError: They do not.
+    """
+    told = ranks.gathered((minibatches.total, minibatches.checksum(), space.size))
+    for rank, other in enumerate(told):
+        if other != told[0]:
+            raise RankError(
+                f"Rank {rank} has other data or parameters than rank 0: {other[0]} and "
+                f"{told[0][0]} mini-batches, {other[2]:,} and {told[0][2]:,} parameters"
+                f"{'' if other[1] == told[0][1] else ', other samples'}. Give all ranks the same "
+                "data in the same order, and the same arguments."
+            )
+
+
+def _left_by_gram(memory_budget: float | None, gradients: GradientRows, tests: bool) -> float:
+    """Returns what the Gram matrix leaves of the budget, the same on all ranks.
 
     Raises:
         MeasurementError: It leaves less than half.
     """
+    ranks = gradients.shard.ranks
     if memory_budget is None:
-        memory_budget = free_bytes(torch.device("cpu") if tests else gradients.device) / 2
+        # G lies in main memory, which all ranks of a machine share, whatever their devices.
+        device = torch.device("cpu") if tests else gradients.device
+        hosts = ranks.gathered(socket.gethostname())
+        sharing = hosts.count(hosts[ranks.rank]) if device.type == "cpu" else ranks.neighbours
+        memory_budget = free_bytes(device) / 2 / sharing
+    memory_budget = ranks.least(memory_budget)
     gram_bytes = 8 * gradients.num_gradients**2
     if 2 * gram_bytes > memory_budget:
         raise MeasurementError(
@@ -227,7 +285,16 @@ def _left_by_gram(memory_budget: float | None, gradients: MiniBatchGradients, te
     return memory_budget - gram_bytes
 
 
-def _check_count(count: int, wanted: int, tests: bool) -> None:
+def _precondition(gradients: GradientRows) -> None:
+    """Makes the gradients those that Adam would step by."""
+    if not isinstance(gradients, GradientHistory):  # computed by all ranks, piece by piece
+        gradients.precondition(adam_preconditioner(gradients))
+        return
+    with gradients.shard.ranks.together():
+        gradients.precondition(adam_preconditioner(gradients))
+
+
+def _check_count(count: int, wanted: int, tests: bool, ranks: Ranks) -> None:
     """Says where time cut the gradients short, or raises if too few are left."""
     least = _least(tests)
     if count < least:
@@ -235,12 +302,27 @@ def _check_count(count: int, wanted: int, tests: bool) -> None:
             f"The time was up after {count} gradients, and at least {least} are needed. Allow "
             "more, or lower num_gradients or batch_size."
         )
-    if count < wanted:
+    if count < wanted and ranks.rank == 0:
         warnings.warn(
             f"The time was up after {count} of {wanted} gradients; allow more or lower "
             "num_gradients.",
             stacklevel=3,
         )
+
+
+def _told(
+    source: MiniBatchGradients | None, total: int, ranks: Ranks
+) -> tuple[FloatArray, str, int]:
+    """Returns the losses [T], the engine, and how many gradients were computed, on all ranks."""
+    mine = None if source is None else (source.losses, source.engine, source.num_computed)
+    losses = np.empty(total)
+    engines, computed = [], 0
+    for rank, told in enumerate(ranks.gathered(mine)):
+        if told is not None:
+            losses[rank :: ranks.world] = told[0]
+            engines.append(told[1])
+            computed += told[2]
+    return losses, "+".join(dict.fromkeys(engines)), computed
 
 
 def _tests(
@@ -249,18 +331,45 @@ def _tests(
     """Returns the tests over dimensions and over iterations."""
     rng = np.random.default_rng(seed)
 
-    def chosen(count: int) -> np.ndarray | None:
+    def chosen(count: int) -> NDArray[np.int64] | None:
         if max_tested is None or max_tested >= count:
             return None
         return np.sort(rng.choice(count, max_tested, replace=False))
 
+    ranks = history.shard.ranks
+    gradients, parameters = chosen(history.num_gradients), chosen(history.size)
+    num_gradients = history.num_gradients if gradients is None else len(gradients)
+    here = history.shard
+    if parameters is not None:
+        here = here.restricted(torch.from_numpy(parameters))[0]
     return (
-        row_tests(
-            history.by_gradient(chosen(history.num_gradients)),
-            significance=significance,
-            seed=seed,
+        _rows_tested(
+            history.by_gradient(gradients), Shard.even(num_gradients, ranks), significance, seed
         ),
-        row_tests(
-            history.by_parameter(chosen(history.size)), significance=significance, seed=seed + 1
-        ),
+        _rows_tested(history.by_parameter(parameters), here, significance, seed + 1),
     )
+
+
+def _rows_tested(
+    blocks: Iterator[NDArray[Any]], rows: Shard, significance: float, seed: int
+) -> RowTests:
+    """Returns the tests of all rows, of which each rank is given a share, block by block."""
+    ranks = rows.ranks
+    results = torch.zeros(2, rows.length, dtype=torch.float64)
+    places = torch.arange(rows.size)[rows.positions]
+    done, one = 0, None
+    for block in blocks:
+        with ranks.together():
+            if len(block):
+                one = row_tests(
+                    block, significance=significance, seed=seed, first=int(places[done])
+                )
+                part = results[:, done : done + len(block)]
+                part[0], part[1] = map(torch.from_numpy, (one.ks_distances, one.p_values))
+                done += len(block)
+    whole = rows.gather(results.to(ranks.device)).cpu().numpy()
+    # A rank without rows does not know K; the others do.
+    empty = np.empty(0)
+    known = ranks.gathered(one and replace(one, ks_distances=empty, p_values=empty))
+    one = next(found for found in known if found is not None)
+    return replace(one, ks_distances=whole[0], p_values=whole[1])

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "tracking": MEASURED,
     "reports": MEASURED | {"tracking"},
     "callbacks": MEASURED | {"measure", "tracking"},
+    "metrics": {"statistics"},
 }
 """Beside itself, ``results`` and ``distributed``; rooms that are not named import anything.
 

@@ -8,12 +8,15 @@ from typing import Any
 
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.schedule import Schedule
-from lightning_hessian.measure_gradients import check_options, check_size, gradient_structure
+from lightning_hessian.measure_gradients import check_options, check_space, gradient_structure
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.results import GradientStructure
 from lightning_hessian.statistics.power_law import critical_value
+from lightning_hessian.tracking.drawings import gradient_drawings
 from lightning_hessian.tracking.gradient_scalars import CORRELATED, gradient_scalars
+from lightning_hessian.tracking.panels import Drawings
+from lightning_hessian.tracking.spectra import encode_spectrum
 
 
 class GradientStructureCallback(MeasurementCallback):
@@ -30,6 +33,8 @@ class GradientStructureCallback(MeasurementCallback):
     A statistic that cannot be computed is absent, and a warning says why.
 
     Training is not touched: the weights of a run with and without the callback are the same bits.
+    Under DDP the ranks share the mini-batches and the memory, and what is found does not depend on
+    their number.
 
     Args:
         num_gradients: T, how many mini-batch gradients are taken at a measurement.
@@ -54,11 +59,14 @@ class GradientStructureCallback(MeasurementCallback):
         preconditioner: ``"adam"``, or None; see `gradient_structure`.
         time_budget: Share of the training time (``0.05``), or seconds a measurement may take.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
-        memory_budget: Bytes that gradients may take, by default half of what is free; above it
-            they lie in a file.
+        memory_budget: Bytes that gradients may take on each rank, by default half of what is
+            free; above it they lie in a file.
         directory: Where that file lies.
         significance: Level of all tests.
         during_validate: Whether ``trainer.validate()`` measures too.
+        figures: Figures are drawn at the first measurement, at every so many after it, and of the
+            last when training ends, and the spectrum of each is logged; None for neither.
+        progress: Whether a measurement longer than a second shows a bar beside Lightning's.
         on_error: ``"warn"`` and train on, or ``"raise"``, when a measurement fails.
         seed: Of everything random here.
 
@@ -79,6 +87,7 @@ class GradientStructureCallback(MeasurementCallback):
     correlated = CORRELATED
     correlation_prefix = "gradient_"
     cost_arguments = "num_gradients, batch_size, max_tested"
+    work = ("gradients", "num_gradients")
 
     def __init__(
         self,
@@ -102,6 +111,8 @@ class GradientStructureCallback(MeasurementCallback):
         directory: str | Path | None = None,
         significance: float = 0.05,
         during_validate: bool = False,
+        figures: int | None = 10,
+        progress: bool = True,
         on_error: str = "warn",
         seed: int = 0,
     ) -> None:
@@ -114,6 +125,8 @@ class GradientStructureCallback(MeasurementCallback):
             during_validate=during_validate,
             on_error=on_error,
             seed=seed,
+            figures=figures,
+            progress=progress,
         )
         check_options(
             num_eigenvalues, num_gradients, preconditioner, max_tested, tests, mode, clip_norm
@@ -138,11 +151,11 @@ class GradientStructureCallback(MeasurementCallback):
 
     def check(self, pl_module: Any) -> None:
         """Raises ValueError where the arguments do not fit the module; called before training."""
-        check_size(ParameterSpace.select(pl_module, self.parameters).size, self.tests)
+        check_space(ParameterSpace.select(pl_module, self.parameters), self.tests)
         resolve_loss(pl_module, self.loss_fn)
 
     def measure(
-        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+        self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
     ) -> tuple[dict[str, float], list[str]]:
         """Returns the statistics of the present gradients, and reasons for what is absent."""
         self.last_structure = gradient_structure(
@@ -162,6 +175,23 @@ class GradientStructureCallback(MeasurementCallback):
             memory_budget=self.memory_budget,
             directory=self.directory,
             max_seconds=max_seconds,
+            on_progress=self._progress,
+            process_group=self._ranks.group,
             seed=self.seed,
         )
         return gradient_scalars(self.last_structure, self.significance)
+
+    def expected_work(self) -> int:
+        """Returns how many gradients a measurement takes."""
+        return self.num_gradients
+
+    def spectrum_code(self) -> str | None:
+        """Returns the covariance's eigenvalues as a text for the history."""
+        found = self.last_structure
+        return None if found is None else encode_spectrum(found.leading)
+
+    def drawings(self) -> Drawings:
+        """Returns what draws the figures of the last measurement, by name."""
+        if self.last_structure is None:
+            return {}
+        return gradient_drawings(self.last_structure, significance=self.significance)

@@ -7,18 +7,25 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lightning_hessian.callbacks.layers import layer_scalars
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.schedule import Schedule
 from lightning_hessian.measure import check_selection, hessian_spectrum, split_bound
 from lightning_hessian.measure_blocks import block_structure
+from lightning_hessian.measure_layers import Layers, layer_groups
+from lightning_hessian.measure_protocols import check_protocol
 from lightning_hessian.operators.hessian import ENGINES
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
 from lightning_hessian.results import BlockStructure, HessianSpectrum
 from lightning_hessian.solvers.block_norms import DENSE_ORDER, least_products
+from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.statistics.power_law import critical_value
+from lightning_hessian.tracking.drawings import hessian_drawings
+from lightning_hessian.tracking.panels import Drawings
 from lightning_hessian.tracking.scalars import CORRELATED, block_scalars, spectrum_scalars
+from lightning_hessian.tracking.spectra import encode_spectrum
 
 
 class HessianSpectrumCallback(MeasurementCallback):
@@ -38,7 +45,8 @@ class HessianSpectrumCallback(MeasurementCallback):
     Training is not touched: the weights of a run with and without the callback are the same bits.
 
     Args:
-        num_eigenvalues: K, how many of the largest eigenvalues are found and fitted.
+        num_eigenvalues: K, how many of the largest eigenvalues are found and fitted; by default
+            50, or 1000 under ``"pooled_slq"``.
         monitor: The metric, or metrics, to correlate the statistics with.
         every_n_validations: Measure at every n-th validation, or a schedule object.
         data: What H is evaluated on: ``"train"``, ``"val"`` (the first loader), a DataLoader, or
@@ -48,6 +56,9 @@ class HessianSpectrumCallback(MeasurementCallback):
             else its ``training_step`` with logging muted.
         parameters: Which parameters: ``None`` (all that require grad), a glob or a list of globs,
             a regex, or a predicate ``(name, parameter) -> bool``.
+        layers: Named groups of parameters, each with a spectrum of its own, logged under
+            ``hessian_<name>/``: a mapping from names to globs, regexes or predicates, or
+            ``"layer"`` for every module; see `layer_spectra`.
         blocks: Partition for the block ratios: ``None``, ``"layer"``, ``"neuron"``, ``"head"``,
             ``"class"``, or as in `block_structure`. The ratio of B blocks takes about B + 24
             products, 2 B if that is more; the heterogeneity at least 10 B, and is left out where
@@ -57,11 +68,23 @@ class HessianSpectrumCallback(MeasurementCallback):
         time_budget: Share of the training time (``0.05``), or seconds a measurement may take.
         hvp: ``"auto"``, ``"linearize"``, ``"autograd"``, ``"recompute"``, ``"compile"`` or
             ``"finite_difference"``; see `HessianOperator`.
+        protocol: ``"converged"``, or ``"pooled_slq"``, the papers' procedure; see
+            `hessian_spectrum` for what its numbers are worth.
+        num_runs: Runs of ``"pooled_slq"``.
+        num_steps: Steps of each.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over.
         trace_probes: Hutchinson probes for the trace; 0 for no trace.
+        density: Whether to estimate the density of the whole spectrum too, by up to 320 products.
+        basis_memory: Bytes that the Krylov basis may take; by default half of what is free.
+        basis_storage: Where it may live: ``"auto"``, ``"device"``, ``"cpu"``, ``"disk"`` or
+            ``"disk:FOLDER"``.
+        basis_dtype: ``"bfloat16"`` halves it; see `BasisStorage` for what it costs.
         significance: Level of the Kolmogorov-Smirnov test.
         during_validate: Whether ``trainer.validate()`` measures too.
+        figures: Figures are drawn at the first measurement, at every so many after it, and of the
+            last when training ends, and the spectrum of each is logged; None for neither.
+        progress: Whether a measurement longer than a second shows a bar beside Lightning's.
         on_error: ``"warn"`` and train on, or ``"raise"``, when a measurement fails.
         seed: Of everything random here.
 
@@ -72,6 +95,7 @@ class HessianSpectrumCallback(MeasurementCallback):
     Attributes:
         last_spectrum: The `HessianSpectrum` of the last measurement, None before the first.
         last_blocks: The `BlockStructure` of the last measurement, None where there is none.
+        last_layers: The spectra of the last measurement's layers, by name.
 
     Example:
         >>> callback = HessianSpectrumCallback(num_eigenvalues=20, monitor="val_loss")
@@ -85,23 +109,33 @@ class HessianSpectrumCallback(MeasurementCallback):
     def __init__(
         self,
         *,
-        num_eigenvalues: int = 50,
+        num_eigenvalues: int | None = None,
         monitor: str | Sequence[str] = "val_loss",
         every_n_validations: int | Schedule = 1,
         data: str | Iterable[Any] = "train",
         num_batches: int = 4,
         loss_fn: LossFunction | None = None,
         parameters: ParameterSelection = None,
+        layers: Layers | None = None,
         blocks: Blocks | None = "layer",
         tol: float = 1e-3,
         max_hvps: int | None = None,
         time_budget: float | None = None,
         hvp: str = "auto",
+        protocol: str = "converged",
+        num_runs: int = 3,
+        num_steps: int = 1000,
         mode: Mode = "eval",
         batch_weight: Callable[[Any], float] | None = None,
         trace_probes: int = 16,
+        density: bool = False,
+        basis_memory: float | None = None,
+        basis_storage: str = "auto",
+        basis_dtype: str | None = None,
         significance: float = 0.05,
         during_validate: bool = False,
+        figures: int | None = 10,
+        progress: bool = True,
         on_error: str = "warn",
         seed: int = 0,
     ) -> None:
@@ -114,9 +148,13 @@ class HessianSpectrumCallback(MeasurementCallback):
             during_validate=during_validate,
             on_error=on_error,
             seed=seed,
+            figures=figures,
+            progress=progress,
         )
+        num_eigenvalues = check_protocol(protocol, num_eigenvalues, num_runs, num_steps)
         if num_eigenvalues < 1:
             raise ValueError(f"num_eigenvalues={num_eigenvalues}; at least one is needed.")
+        BasisStorage(basis_memory, basis_storage, basis_dtype)
         if not (math.isfinite(tol) and tol > 0):
             raise ValueError(f"tol={tol}; give a positive relative tolerance such as 1e-3.")
         if hvp not in ("auto", *ENGINES):
@@ -124,10 +162,12 @@ class HessianSpectrumCallback(MeasurementCallback):
         if mode not in ("eval", "train"):
             raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
         critical_value(num_eigenvalues, significance)
-        split_bound(num_eigenvalues, max_hvps, trace_probes)
+        least = 1 if protocol == "pooled_slq" else num_eigenvalues
+        split_bound(least, max_hvps, trace_probes)
         self.num_eigenvalues = num_eigenvalues
         self.loss_fn = loss_fn
         self.parameters = parameters
+        self.layers = layers
         self.blocks = blocks
         self.tol = tol
         self.max_hvps = max_hvps
@@ -135,19 +175,30 @@ class HessianSpectrumCallback(MeasurementCallback):
         self.mode = mode
         self.batch_weight = batch_weight
         self.trace_probes = trace_probes
+        self.protocol = {"protocol": protocol, "num_runs": num_runs, "num_steps": num_steps}
+        self.basis = {
+            "basis_memory": basis_memory,
+            "basis_storage": basis_storage,
+            "basis_dtype": basis_dtype,
+        }
+        self.density = density
         self.significance = significance
         self.last_spectrum: HessianSpectrum | None = None
         self.last_blocks: BlockStructure | None = None
+        self.last_layers: dict[str, HessianSpectrum] = {}
 
     def check(self, pl_module: Any) -> None:
         """Raises ValueError where the arguments do not fit the module; called before training."""
-        check_selection(pl_module, self.parameters, self.num_eigenvalues)
+        pooled = self.protocol["protocol"] == "pooled_slq"
+        check_selection(pl_module, self.parameters, 1 if pooled else self.num_eigenvalues)
+        if self.layers is not None:
+            layer_groups(pl_module, self.layers)
         if self.blocks is not None:
             partition(pl_module, self.blocks, self.parameters)
         resolve_loss(pl_module, self.loss_fn)
 
     def measure(
-        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+        self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
     ) -> tuple[dict[str, float], list[str]]:
         """Returns the statistics of spectrum and blocks, and reasons for what is absent."""
         started = time.monotonic()
@@ -160,17 +211,34 @@ class HessianSpectrumCallback(MeasurementCallback):
             tol=self.tol,
             max_hvps=self.max_hvps,
             max_seconds=max_seconds,
-            hvp=self.hvp,
-            mode=self.mode,
-            batch_weight=self.batch_weight,
-            trace_probes=self.trace_probes,
-            seed=self.seed,
+            density=self.density,
+            on_progress=self._progress,
+            **self._options(),
         )
         scalars, absent = spectrum_scalars(self.last_spectrum, self.significance)
-        left = None if max_seconds is None else max_seconds - (time.monotonic() - started)
+        spent = self.last_spectrum.num_hvps
+
+        def left() -> float | None:
+            if max_seconds is None:
+                return None
+            return self._ranks.least(max_seconds - (time.monotonic() - started))
+
+        self.last_layers = {}
+        if self.layers is not None:
+            self.last_layers, found, missing = layer_scalars(
+                pl_module, self.loss_fn, batches, self.layers, self.significance,
+                num_eigenvalues=self.num_eigenvalues, tol=self.tol,
+                max_hvps=None if self.max_hvps is None else self.max_hvps - spent,
+                max_seconds=left(), **self._options(),
+            )  # fmt: skip
+            scalars |= found
+            absent += missing
+            spent += sum(spectrum.num_hvps for spectrum in self.last_layers.values())
+            scalars["num_hvps"] = spent
+            scalars["seconds"] += sum(s.seconds for s in self.last_layers.values())
         self.last_blocks = None
         if self.blocks is not None:
-            reason = self._measure_blocks(pl_module, batches, self.last_spectrum.num_hvps, left)
+            reason = self._measure_blocks(pl_module, batches, spent, left())
             absent += [reason] if reason else []
         if self.last_blocks is not None:
             scalars["num_hvps"] += self.last_blocks.num_hvps
@@ -178,8 +246,46 @@ class HessianSpectrumCallback(MeasurementCallback):
             scalars |= block_scalars(self.last_blocks)
         return scalars, absent
 
+    def _options(self) -> dict[str, Any]:
+        """Returns the arguments of `hessian_spectrum` that the whole and the layers share."""
+        return {
+            "hvp": self.hvp,
+            "mode": self.mode,
+            "batch_weight": self.batch_weight,
+            "trace_probes": self.trace_probes,
+            "process_group": self._ranks.group,
+            "seed": self.seed,
+            **self.protocol,
+            **self.basis,
+        }
+
+    def expected_work(self) -> int:
+        """Returns about how many products the first measurement takes."""
+        spectrum = 3 * self.num_eigenvalues + self.trace_probes
+        return spectrum if self.blocks is None else 2 * spectrum
+
+    def spectrum_code(self) -> str | None:
+        """Returns the last spectrum as a text for the history."""
+        found = self.last_spectrum
+        if found is None:
+            return None
+        return encode_spectrum(found.eigenvalues, found.residuals, found.converged)
+
+    def drawings(self) -> Drawings:
+        """Returns what draws the figures of the last measurement, by name."""
+        if self.last_spectrum is None:
+            return {}
+        density = self.last_spectrum.density
+        return hessian_drawings(
+            self.last_spectrum,
+            self.last_blocks,
+            self._panels.spectra,
+            densities=None if density is None else {"Hessian": density},
+            significance=self.significance,
+        )
+
     def _measure_blocks(
-        self, pl_module: Any, batches: list[Any], spent: int, max_seconds: float | None
+        self, pl_module: Any, batches: Sequence[Any], spent: int, max_seconds: float | None
     ) -> str | None:
         """Sets ``last_blocks``, or returns why there are none; what is so every time, once."""
         assert self.blocks is not None
@@ -204,6 +310,8 @@ class HessianSpectrumCallback(MeasurementCallback):
         if max_seconds is not None and max_seconds <= 0:
             return "No block statistics: the spectrum took all the time. Allow more, or fewer K."
         started = time.monotonic()
+        if self._progress is not None:
+            self._progress.next_part("block structure")
         try:
             self.last_blocks = block_structure(
                 pl_module,
@@ -219,6 +327,8 @@ class HessianSpectrumCallback(MeasurementCallback):
                 hvp=self.hvp,
                 mode=self.mode,
                 batch_weight=self.batch_weight,
+                process_group=self._ranks.group,
+                on_progress=self._progress,
                 seed=self.seed,
             )
         except RuntimeError as error:  # a MeasurementError, or out of memory: keep the spectrum

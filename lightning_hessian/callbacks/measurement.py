@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import time
 import warnings
@@ -12,11 +11,22 @@ from typing import Any
 from lightning_hessian.callbacks.compat import Callback
 from lightning_hessian.callbacks.probe_data import ProbeData, check_data, probe_batches
 from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, TimeBudget
+from lightning_hessian.callbacks.surroundings import (
+    log_step,
+    refuse_surroundings,
+    trainer_ranks,
+    unknown_metric,
+)
+from lightning_hessian.distributed import ALONE, RankError
+from lightning_hessian.operators.fsdp1 import whole
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.statistics.correlation import Correlation
+from lightning_hessian.tracking.drawings import correlation_drawings
 from lightning_hessian.tracking.history import History, correlation_scalars
+from lightning_hessian.tracking.loggers import own_folder
+from lightning_hessian.tracking.panels import Drawings, Panels
+from lightning_hessian.tracking.progress import Progress, summary_line
 
-_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 _COSTLY_SHARE = 0.2  # of the training time since the last measurement
 _COSTLY_SECONDS = 1.0  # below which no cost is worth a word
 
@@ -30,13 +40,14 @@ class MeasurementCallback(Callback):
     Two hooks share the work. At ``on_validation_epoch_end`` the statistics are measured and
     logged, so that they stand in the same row as the validation metrics and ``ModelCheckpoint``
     can monitor them. Only at ``on_validation_end`` are all metrics of this validation known: there
-    they are paired and correlated.
+    they are paired and correlated, and figures are drawn, outside the time of the measurement.
     """
 
     prefix: str
     correlated: tuple[str, ...]
     correlation_prefix = ""  # tells the correlations of siblings apart
     cost_arguments = "num_eigenvalues, num_batches"  # what to lower where a measurement takes long
+    work = ("HVPs", "num_hvps")  # what the progress bar counts, and the statistic that tells it
 
     def __init__(
         self,
@@ -49,6 +60,8 @@ class MeasurementCallback(Callback):
         during_validate: bool,
         on_error: str,
         seed: int,
+        figures: int | None = None,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         if on_error not in ("warn", "raise"):
@@ -72,11 +85,16 @@ class MeasurementCallback(Callback):
         self.during_validate = during_validate
         self.on_error = on_error
         self.seed = seed
+        self.figures = figures
+        self.progress = progress
+        self._panels = Panels(self.prefix, figures)
+        self._progress: Progress | None = None  # of the measurement under way
         self._time_budget = time_budget
         self._budget = TimeBudget(time_budget)
         self._history = History()
         self._num_validations = 0
-        self._batches: list[Any] | None = None
+        self._batches: Sequence[Any] | None = None
+        self._ranks = ALONE
         self._pending: dict[str, float] | None = None
         self._clock: float | None = None
         self._metrics: dict[str, Any] = {}  # those of the validation before
@@ -90,10 +108,25 @@ class MeasurementCallback(Callback):
         raise NotImplementedError
 
     def measure(
-        self, pl_module: Any, batches: list[Any], max_seconds: float | None
+        self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
     ) -> tuple[dict[str, float], list[str]]:
-        """Returns the statistics by name, and a sentence for each that is absent."""
+        """Returns the statistics by name, and a sentence for each that is absent.
+
+        All ranks call it together; those of ``self._ranks.group`` share the work.
+        """
         raise NotImplementedError
+
+    def expected_work(self) -> int:
+        """Returns about how many products (or gradients) the first measurement takes; 0 unknown."""
+        return 0
+
+    def spectrum_code(self) -> str | None:
+        """Returns the spectrum of the last measurement as a text for the history, if it has one."""
+        return None
+
+    def drawings(self) -> Drawings:
+        """Returns what draws the figures of the last measurement, by name."""
+        return {}
 
     # What a user reads -------------------------------------------------------------------------
 
@@ -115,13 +148,18 @@ class MeasurementCallback(Callback):
         return self._generate_state_key(data=data, monitor=list(self.monitors))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the history and the count of validations."""
-        return {"history": self.history, "num_validations": self._num_validations}
+        """Returns the history, its spectra and the count of validations."""
+        return {
+            "history": self.history,
+            "num_validations": self._num_validations,
+            **self._panels.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the history of a checkpoint."""
         self._history = History(state_dict["history"])
         self._num_validations = state_dict["num_validations"]
+        self._panels.load_state_dict(state_dict)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, before anything is trained."""
@@ -140,19 +178,8 @@ class MeasurementCallback(Callback):
                 "logs nothing.",
                 stacklevel=2,
             )
-        strategy = type(trainer.strategy).__name__
-        if any(word in strategy for word in _SHARDED):
-            raise ValueError(
-                f"{type(self).__name__} does not support {strategy} yet: its parameters are "
-                "sharded. Use strategy='ddp' or one device."
-            )
-        others = [callback for callback in trainer.callbacks if callback is not self]
-        if any(getattr(other, "prefix", None) == self.prefix for other in others):
-            raise ValueError(
-                f"Two callbacks would log under {self.prefix}/, and Lightning would average them. "
-                "Keep one in the Trainer."
-            )
-        names = [type(other).__name__ for other in others]
+        refuse_surroundings(self, trainer)
+        names = [type(other).__name__ for other in trainer.callbacks]
         if "WeightAveraging" in names or "EMAWeightAveraging" in names:
             self._warn_once(
                 "averaging",
@@ -163,7 +190,8 @@ class MeasurementCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks the arguments against the module, which is complete now."""
         if self._enabled:
-            self.check(pl_module)
+            with whole(trainer.strategy.model):
+                self.check(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks the same where there is no fit."""
@@ -189,8 +217,14 @@ class MeasurementCallback(Callback):
             self._note_cost(time.monotonic() - started)
         self._clock = time.monotonic()
         if self._pending is not None:
+            logged = {
+                name if "/" in name else f"{self.prefix}/{name}": value
+                for name, value in self._pending.items()
+            }
+            if trainer.is_global_zero:
+                self._panels.define(trainer.loggers, logged)
             pl_module.log_dict(
-                {f"{self.prefix}/{name}": value for name, value in self._pending.items()},
+                logged,
                 on_step=False,
                 on_epoch=True,
                 # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
@@ -207,7 +241,7 @@ class MeasurementCallback(Callback):
         monitored = {}
         for name in self.monitors:
             if name not in self._metrics:
-                self._warn_once(name, _unknown_metric(name, list(self._metrics)))
+                self._warn_once(name, unknown_metric(name, list(self._metrics)))
             elif self._metrics[name] is not before.get(name):  # else it is an older one, kept
                 monitored[name] = float(self._metrics[name])
         self._history.add(
@@ -219,15 +253,45 @@ class MeasurementCallback(Callback):
             }
         )
         self._pending = None
-        scalars = correlation_scalars(self.correlations(), self.correlation_prefix)
-        if not scalars:
-            return
-        # The step that Lightning's own epoch-end metrics are logged with.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+        if trainer.is_global_zero:
+            self._hand_over(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draws the last measurement, unless it was drawn when it was made."""
+        if self._enabled and trainer.is_global_zero and self._history.rows:
+            self._draw(trainer, last=True)
 
     # Inside ------------------------------------------------------------------------------------
+
+    def _hand_over(self, trainer: Any) -> None:
+        """Gives the loggers what is known only now: correlations, the spectrum, figures."""
+        scalars = correlation_scalars(self.correlations(), self.correlation_prefix)
+        if scalars:
+            self._panels.define(trainer.loggers, scalars)
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=log_step(trainer))
+        code = self.spectrum_code()
+        if code is not None:
+            step = int(self._history.rows[-1]["step"])
+            self._panels.add_spectrum(
+                code, step, log_step(trainer), trainer.loggers, own_folder(trainer)
+            )
+        self._draw(trainer)
+
+    def _draw(self, trainer: Any, last: bool = False) -> None:
+        rows = self._history.rows
+        correlations = correlation_drawings(rows, self.correlated, self.monitors)
+        before = self._panels.seconds
+        self._panels.draw(
+            {**self.drawings(), **correlations},
+            len(rows),
+            log_step(trainer),
+            trainer.loggers,
+            own_folder(trainer),
+            last=last,
+        )
+        if self._clock is not None:  # drawing is no training that would earn measurements
+            self._clock += self._panels.seconds - before
 
     def _is_due(self, trainer: Any) -> bool:
         self._num_validations += 1
@@ -239,28 +303,56 @@ class MeasurementCallback(Callback):
         """Returns rank zero's statistics on all ranks, or None where the measurement failed."""
         failure: Exception | None = None
         scalars: dict[str, float] = {}
+        seconds = trainer.strategy.broadcast(self._budget.max_seconds())
+        limit = seconds if math.isfinite(seconds) else None
+        self._ranks = trainer_ranks(trainer, pl_module)
         try:
-            if self._batches is None:
-                self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
-            seconds = self._budget.max_seconds()
-            limit = seconds if math.isfinite(seconds) else None
-            scalars, absent = self.measure(pl_module, self._batches, limit)
-            for reason in absent:
+            with self._ranks.together():
+                if self._batches is None:
+                    self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
+            self._progress = self._new_progress(trainer)
+            with whole(trainer.strategy.model):
+                scalars, absent = self.measure(pl_module, self._batches, limit)
+            self._progress.close(summary_line(self.prefix, trainer.global_step, scalars))
+            for reason in absent if trainer.is_global_zero else ():
                 warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
             failure = error
+            if self._progress is not None:
+                self._progress.close()
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
             return trainer.strategy.broadcast(scalars)
-        if failure is None:
-            failure = MeasurementError("the measurement failed on another rank")
+        if self._ranks.world > 1 and not isinstance(failure, RankError):
+            failure = self._named(failure)
+        assert failure is not None
         if self.on_error == "raise":
             raise failure
-        warnings.warn(
-            f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
-            f"{_sentence(failure)}",
-            stacklevel=2,
-        )
+        if trainer.is_global_zero:
+            warnings.warn(
+                f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
+                f"{_sentence(failure)}",
+                stacklevel=2,
+            )
         return None
+
+    def _named(self, failure: Exception | None) -> Exception:
+        """Returns a failure that came unagreed as one that names the rank, the same on all."""
+        try:
+            self._ranks.fail(failure)
+        except RankError as agreed:
+            return agreed
+
+    def _new_progress(self, trainer: Any) -> Progress:
+        shown = self.progress and trainer.is_global_zero
+        unit, statistic = self.work
+        rows = self._history.rows
+        return Progress(
+            trainer.progress_bar_callback if shown else None,
+            self.prefix,
+            unit=unit,
+            wanted=getattr(self, "num_eigenvalues", None),
+            expected=int(rows[-1].get(statistic, 0)) if rows else self.expected_work(),
+        )
 
     def _note_cost(self, seconds: float) -> None:
         trained = self._budget.since_last
@@ -275,17 +367,9 @@ class MeasurementCallback(Callback):
             )
 
     def _warn_once(self, topic: str, message: str) -> None:
-        if topic not in self._warned:
+        if topic not in self._warned and self._ranks.rank == 0:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
-
-
-def _unknown_metric(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
-    return (
-        f"monitor={name!r} is not among the logged metrics ({', '.join(near) or 'none'}), so "
-        "nothing is correlated with it. Log it in validation_step or give another monitor=."
-    )
 
 
 def _sentence(error: Exception) -> str:

@@ -26,8 +26,35 @@ def check_data(data: ProbeData) -> None:
         raise ValueError("data=[] holds no batch; give at least one, or data='train'.")
 
 
-def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) -> list[Any]:
-    """Returns the probe batches on the Trainer's device, through the module's transfer hooks.
+class ProbeBatches(Sequence[Any]):
+    """Batches that go through the module's transfer hooks to the device when they are first used.
+
+    So a rank that uses some of them holds these only. What the hooks draw at random depends on
+    the seed and the number of the batch, not on which others were used.
+    """
+
+    def __init__(self, trainer: Any, drawn: Sequence[Any], seed: int) -> None:
+        self._trainer, self._drawn, self._seed = trainer, drawn, seed
+        self._ready: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self._drawn)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns a batch on the device; a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        if index not in self._ready:
+            with preserved_rng():  # the hooks may augment
+                seed_everything(self._seed + index)
+                self._ready[index] = _transferred(self._trainer, self._drawn[index])
+        return self._ready[index]
+
+
+def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) -> ProbeBatches:
+    """Returns the probe batches, to come to the Trainer's device through the transfer hooks.
 
     Args:
         trainer: The Trainer, attached to its module.
@@ -49,9 +76,7 @@ def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) ->
         elif data == "val":
             loaders = _val_loader(trainer)
         batches = _draw(loaders, num_batches, seed, first_samples)
-    with preserved_rng():  # the hooks may augment
-        seed_everything(seed)
-        return [_transferred(trainer, batch) for batch in batches]
+    return ProbeBatches(trainer, batches, seed)
 
 
 def _transferred(trainer: Any, batch: Any) -> Any:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx
-from torch.fx.experimental import const_fold
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lightning_hessian.operators.folding import batchable, fold
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError
 
 Product: TypeAlias = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
 """Tangents, one for each parameter, to the product of one batch's Hessian with them."""
 
-LINEARIZE_TO_GRAPH_MEMORY = 4
-"""A linearisation holds up to so many times the memory of a retained graph (measured: 3.4)."""
+LINEARIZE_TO_GRAPH_MEMORY = 2
+"""A linearisation holds up to so many times the memory of a retained graph (measured: 1.8)."""
+
+LINEARIZING_TO_GRAPH_MEMORY = 5
+"""While it is being made (measured: 4.7)."""
 
 
 def linearize(objective: Objective, index: int) -> Product:
@@ -50,52 +53,26 @@ def linearize(objective: Objective, index: int) -> Product:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
         traced = make_fx(derivative, decomposition_table={lazy_zeros: _zeros})(*zeros)
-        changed = _made_anew(traced.graph)
-        folded = const_fold.split_const_subgraphs(traced, lambda node: node in changed)
-    folded(*zeros)  # folds the constants
-    return lambda tangents: folded(*tangents)
+    return _Linearised(fold(traced, zeros))
+
+
+class _Linearised:
+    """A folded product; ``batchable`` is the same for ``torch.vmap``."""
+
+    def __init__(self, folded: fx.GraphModule) -> None:
+        self._folded = folded
+
+    def __call__(self, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        return self._folded(*tangents)
+
+    @cached_property
+    def batchable(self) -> Product:
+        folded = batchable(self._folded)
+        return lambda tangents: folded(*tangents)
 
 
 def _zeros(size: Sequence[int], *, dtype: Any, layout: Any, device: Any, **_: Any) -> Tensor:
     return torch.zeros(size, dtype=dtype, layout=layout, device=device)
-
-
-def _made_anew(graph: fx.Graph) -> set[fx.Node]:
-    """Returns the nodes whose memory is written to later, which must not be folded.
-
-    A constant or an input that is written to is replaced by a copy.
-    """
-    owners = set()
-    for node in graph.nodes:
-        if _aliased(node, writing=True) is not None:
-            owner = node
-            while (source := _aliased(owner)) is not None:
-                owner = source
-            owners.add(owner)
-    fresh = set()
-    for owner in owners:
-        if owner.op == "call_function":
-            fresh.add(owner)
-            continue
-        with graph.inserting_after(owner):
-            copied = graph.call_function(torch.ops.aten.clone.default, (owner,))
-        owner.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
-        fresh.add(copied)
-    return fresh
-
-
-def _aliased(node: fx.Node, *, writing: bool = False) -> fx.Node | None:
-    """Returns the argument whose memory the result of a node shares, or that it writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for position, argument in enumerate(node.target._schema.arguments):
-        alias = argument.alias_info
-        if alias is None or (writing and not alias.is_write):
-            continue
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if isinstance(given, fx.Node):
-            return given
-    return None
 
 
 def compiled(objective: Objective, index: int) -> Product:
@@ -164,7 +141,7 @@ def finite_difference(objective: Objective, index: int, *, shrink: float = 1.0) 
     is smooth on that scale. ``shrink`` divides the step.
     """
     point = objective.point()
-    size = math.sqrt(sum(float(value.square().sum()) for value in point)) or 1.0
+    size = objective.norm(point) or 1.0
     relative = torch.finfo(objective.space.dtype).eps ** (1 / 3) / shrink
 
     def gradient(tangents: tuple[Tensor, ...], step: float) -> Sequence[Tensor]:
@@ -173,7 +150,7 @@ def finite_difference(objective: Objective, index: int, *, shrink: float = 1.0) 
         return _gradient(objective, leaves, index)
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        length = math.sqrt(sum(float(t.square().sum()) for t in tangents))
+        length = objective.norm(tangents)
         if length == 0.0:
             return [torch.zeros_like(value) for value in point]
         step = relative * size / length

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_hessian.distributed import Shard
 from lightning_hessian.operators.gradients import (
     GradientRows,
     accumulator,
-    bytes_of_row,
+    lengths,
     pieces,
+    summed,
 )
 from lightning_hessian.operators.memory import free_bytes
 from lightning_hessian.results import MeasurementError
@@ -30,17 +32,27 @@ _BLOCK_BYTES = 64 * 2**20
 class GradientHistory:
     """T gradients of n numbers as the rows of one array, in main memory or in a temporary file.
 
+    Several ranks hold slices of the parameters, each of all T gradients: so inner products are
+    sums over the ranks, and a parameter can be looked at over the iterations where it lies.
+
     Args:
-        values: [T, n], float32 or float64.
+        values: [T, n_local], float32 or float64.
         device: Where `rows` puts gradients.
+        shard: Which parameters they are of; all of them by default.
 
     Attributes:
         values: The array; a `numpy.memmap` where it lies in a file, which vanishes with it.
     """
 
-    def __init__(self, values: NDArray[Any], device: torch.device | None = None) -> None:
+    stride = 1
+
+    def __init__(
+        self, values: NDArray[Any], device: torch.device | None = None, shard: Shard | None = None
+    ) -> None:
         self.values = values
-        self.num_gradients, self.size = values.shape
+        self.num_gradients = len(values)
+        self.shard = Shard.whole(values.shape[1]) if shard is None else shard
+        self.size = self.shard.size
         self.device = torch.device("cpu") if device is None else device
         self.dtype = torch.from_numpy(values[:0]).dtype
 
@@ -57,24 +69,26 @@ class GradientHistory:
 
         Args:
             gradients: Where they come from.
-            memory_budget: Bytes of main memory that G may take; a larger one is mapped from a
-                file. By default half of what is free.
+            memory_budget: Bytes of main memory that G may take on this rank; a larger one is
+                mapped from a file. By default half of what is free.
             directory: Where that file lies; by default the system's folder for temporary files.
-            should_stop: Asked after every piece; True ends with the gradients there are.
+            should_stop: Asked after every piece; True ends with the gradients there are. All
+                ranks must be told the same.
 
         Raises:
             MeasurementError: G fits neither into the memory nor onto the disk.
         """
         if memory_budget is None:
             memory_budget = free_bytes(torch.device("cpu")) / 2
-        values = _storage(gradients, memory_budget, directory)
+        with gradients.shard.ranks.together():
+            values = _storage(gradients, memory_budget, directory)
         count = 0
         for start, stop in pieces(gradients):
             values[start:stop] = gradients.rows(start, stop).cpu().numpy()
             count = stop
             if should_stop is not None and should_stop():
                 break
-        return cls(values[:count], gradients.device)
+        return cls(values[:count], gradients.device, gradients.shard)
 
     @property
     def at_hand(self) -> bool:
@@ -82,30 +96,54 @@ class GradientHistory:
         return self.device.type == "cpu" and not isinstance(self.values, np.memmap)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Returns gradients ``start`` to ``stop - 1``, [stop - start, n]; not to be written to."""
+        """Returns gradients ``start`` to ``stop - 1``, [stop - start, n_local], to be read only."""
         return torch.from_numpy(self.values[start:stop]).to(self.device)
 
     def precondition(self, scale: Tensor) -> None:
-        """Multiplies every gradient, in place, by ``scale`` [n], entry by entry."""
+        """Multiplies every gradient, in place, by ``scale`` [n_local], entry by entry."""
         factors = scale.cpu().numpy()
         for row in self.values:
             row *= factors
 
     def by_gradient(self, chosen: NDArray[np.int64] | None = None) -> Iterator[NDArray[Any]]:
-        """Yields G's columns in SG's sense, the gradients, in blocks [b, n] of those chosen."""
+        """Yields G's columns in SG's sense, the gradients, in blocks [b, n] of those chosen.
+
+        Of several ranks each is given its even share of them, which it must take together with
+        the others: all get the same number of blocks, and some may be empty.
+        """
         indices = np.arange(self.num_gradients) if chosen is None else chosen
-        step = max(1, _BLOCK_BYTES // bytes_of_row(self))
-        for start in range(0, len(indices), step):
-            yield self.values[indices[start : start + step]]
+        ranks = self.shard.ranks
+        step = max(1, _BLOCK_BYTES // (self.size * self.values.itemsize))
+        share = -(-len(indices) // ranks.world)
+        for start in range(0, share, step):
+            stop = min(start + step, share)
+            wanted = [indices[i * share :][start:stop] for i in range(ranks.world)]
+            yield self.values[wanted[0]] if ranks.world == 1 else self._exchanged(wanted)
 
     def by_parameter(self, chosen: NDArray[np.int64] | None = None) -> Iterator[NDArray[Any]]:
-        """Yields G's rows in SG's sense, one parameter over the iterations, in blocks [b, T]."""
+        """Yields G's rows in SG's sense, one parameter over the iterations, in blocks [b, T].
+
+        Of several ranks each is given those of its slice of the parameters; all get the same
+        number of blocks, and some may be empty.
+        """
         step = max(1, _BLOCK_BYTES // (self.num_gradients * self.values.itemsize))
-        count = self.size if chosen is None else len(chosen)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            columns = slice(start, stop) if chosen is None else chosen[start:stop]
+        most = -(-self.size // self.shard.ranks.world)
+        here: NDArray[np.int64] | None = None
+        if chosen is not None:
+            most = min(most, len(chosen))
+            here = self.shard.restricted(torch.from_numpy(chosen))[1].numpy()
+        for start in range(0, most, step):
+            stop = min(start + step, most)
+            columns = slice(start, stop) if here is None else here[start:stop]
             yield np.ascontiguousarray(self.values[:, columns].T)
+
+    def _exchanged(self, wanted: list[NDArray[np.int64]]) -> NDArray[Any]:
+        """Returns this rank's of the whole gradients that each rank wants, [b, n]."""
+        ranks = self.shard.ranks
+        count = len(wanted[ranks.rank])
+        shapes = [(count, length) for length in lengths(self.shard)]
+        slices = ranks.exchanged([torch.from_numpy(self.values[i]) for i in wanted], shapes)
+        return torch.cat(slices, dim=1).cpu().numpy()
 
 
 class GradientCovariance:
@@ -136,16 +174,18 @@ class GradientCovariance:
             )
         self.history, self.centred = history, centred
         self.size, self.dtype, self.device = history.size, history.dtype, history.device
+        self.shard = history.shard
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [n], a new tensor [n]."""
+        """Returns the product with a vector [n_local], a new tensor [n_local]."""
         return self.matmat(vector.unsqueeze(0))[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, n], a new tensor [b, n]."""
+        """Returns the products with the rows of [b, n_local], a new tensor [b, n_local]."""
         history = self.history
         spans = list(pieces(history))
         shares = torch.cat([history.rows(*span) @ vectors.T for span in spans])
+        shares = summed(shares, history.shard.ranks)
         if self.centred:
             # sum (g_t - g)(p_t - p) = sum g_t (p_t - p): centring the shares is enough.
             shares = shares.to(accumulator(self.device), torch.float64)
@@ -159,13 +199,18 @@ class GradientCovariance:
 def _storage(
     gradients: GradientRows, memory_budget: float, directory: str | Path | None
 ) -> NDArray[Any]:
-    """Returns an array [T, n], in memory if it fits and else in a file that has no name."""
-    shape = (gradients.num_gradients, gradients.size)
+    """Returns an array [T, n_local], in memory if it fits and else in a file that has no name."""
+    shape = (gradients.num_gradients, gradients.shard.length)
     dtype = np.dtype(str(gradients.dtype).removeprefix("torch."))
-    needed = shape[0] * bytes_of_row(gradients)
-    if needed <= memory_budget:
+    needed = shape[0] * shape[1] * dtype.itemsize
+    if needed <= memory_budget or needed == 0:
         return np.empty(shape, dtype)
     folder = Path(tempfile.gettempdir() if directory is None else directory)
+    if not folder.is_dir():
+        raise MeasurementError(
+            f"G takes {needed / 1e9:.1f} GB and shall lie in a file, but directory={str(folder)!r} "
+            "is no folder. Make it, or give another."
+        )
     free = shutil.disk_usage(folder).free
     try:
         if needed > free:

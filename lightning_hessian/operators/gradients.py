@@ -7,7 +7,7 @@ n x T; here gradients are the rows of a [T, n] array, so that each lies contiguo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_hessian.distributed import Ranks, Shard
 from lightning_hessian.probe.minibatches import MiniBatches
 from lightning_hessian.probe.objective import LossFunction, Mode, Objective
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -30,7 +31,7 @@ _LARGEST_CHUNK = 256
 
 
 class GradientRows(Protocol):
-    """T gradients of n numbers, computed or stored."""
+    """T gradients of n numbers, computed or stored; of several ranks each holds a slice of all."""
 
     @property
     def num_gradients(self) -> int:
@@ -41,6 +42,14 @@ class GradientRows(Protocol):
         """Number of parameters n."""
 
     @property
+    def shard(self) -> Shard:
+        """Which entries of a gradient this process holds; n_local of them, all n if alone."""
+
+    @property
+    def stride(self) -> int:
+        """How many are made at a time; best asked for in multiples of it."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """Precision of the gradients."""
 
@@ -49,10 +58,13 @@ class GradientRows(Protocol):
         """Where `rows` puts them."""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Returns gradients ``start`` to ``stop - 1``, [stop - start, n]; not to be written to."""
+        """Returns gradients ``start`` to ``stop - 1``, [stop - start, n_local], to be read only.
+
+        Where gradients are computed all ranks call it together.
+        """
 
     def precondition(self, scale: Tensor) -> None:
-        """Multiplies every gradient from now on by ``scale`` [n], entry by entry."""
+        """Multiplies every gradient from now on by ``scale`` [n_local], entry by entry."""
 
 
 class MiniBatchGradients:
@@ -65,8 +77,8 @@ class MiniBatchGradients:
     Args:
         module: The module.
         loss_fn: ``loss_fn(module, batch) -> mean loss``, or None; see `probe.objective`.
-        minibatches: T mini-batches. Those of one sample go through ``vmap`` in chunks, where the
-            module allows it.
+        minibatches: T mini-batches, one at least. Those of one sample go through ``vmap`` in
+            chunks, where the module allows it.
         space: The parameters to differentiate by.
         mode: ``"eval"`` or ``"train"``.
         clip_norm: Gradients of a larger norm are scaled down to it (SG section 5.6).
@@ -93,11 +105,13 @@ class MiniBatchGradients:
         self._objective = Objective(module, loss_fn, [minibatches[0]], space, mode=mode, seed=seed)
         self._scale: Tensor | None = None
         self.num_gradients, self.size = len(minibatches), space.size
+        self.shard, self.stride = Shard.whole(space.size), 1
         self.dtype, self.device = space.dtype, space.device
         self.engine = "vmap" if minibatches.batch_size == 1 else "autograd"
         self._checked = False
         self.losses = np.full(len(minibatches), np.nan)
         self.num_computed = 0
+        self.on_product: Callable[[int], None] | None = None  # told how many, after each piece
 
     def precondition(self, scale: Tensor) -> None:
         """Multiplies every gradient from now on by ``scale`` [n], entry by entry."""
@@ -120,6 +134,8 @@ class MiniBatchGradients:
                 for i in range(first, last):
                     self._fill(part[i - first], i)
             self.num_computed += last - first
+            if self.on_product is not None:
+                self.on_product(self.num_computed)
         self._check_finite(rows, start)
         if self._clip_norm is not None:
             norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -135,7 +151,8 @@ class MiniBatchGradients:
     def _fill(self, row: Tensor, index: int) -> None:
         """Writes the gradient of one mini-batch into ``row`` [n]."""
         leaves = tuple(value.requires_grad_() for value in self._objective.point())
-        loss = self._objective.loss(leaves, self._minibatches[index], index)
+        number = self._minibatches.numbers[index]
+        loss = self._objective.loss(leaves, self._minibatches[index], number)
         if not loss.requires_grad:
             raise MeasurementError(
                 "The loss does not depend on any selected parameter (it carries no gradient). "
@@ -197,14 +214,15 @@ class MiniBatchGradients:
         if not finite.all():
             index = start + int((~finite).nonzero()[0])
             raise MeasurementError(
-                f"The gradient of mini-batch {index} is NaN or infinite (its loss is "
+                f"The gradient of mini-batch {self._minibatches.numbers[index]} is NaN or infinite "
+                f"(its loss is "
                 f"{self.losses[index]:g}). The run may have diverged (lower the learning rate), or "
                 "the batch holds NaN."
             )
 
 
 def adam_preconditioner(gradients: GradientRows, *, eps: float = 1e-8) -> Tensor:
-    """Returns what Adam multiplies a gradient by, ``1 / (sqrt(v) + eps)``, in every entry [n].
+    """Returns what Adam multiplies a gradient by, ``1 / (sqrt(v) + eps)``, by entry [n_local].
 
     v is the mean of the squares of the T gradients: what Adam's running average tends to while
     the parameters are fixed. It does not depend on the order of the gradients, and a first step
@@ -214,7 +232,9 @@ def adam_preconditioner(gradients: GradientRows, *, eps: float = 1e-8) -> Tensor
         gradients: Read once, piece by piece.
         eps: Adam's.
     """
-    total = torch.zeros(gradients.size, dtype=torch.float64, device=accumulator(gradients.device))
+    total = torch.zeros(
+        gradients.shard.length, dtype=torch.float64, device=accumulator(gradients.device)
+    )
     for start, stop in pieces(gradients):
         rows = gradients.rows(start, stop)
         for (
@@ -226,17 +246,35 @@ def adam_preconditioner(gradients: GradientRows, *, eps: float = 1e-8) -> Tensor
 
 
 def pieces(gradients: GradientRows, piece_bytes: float = _PIECE_BYTES) -> Iterator[tuple[int, int]]:
-    """Yields (start, stop) of runs of gradients that take at most so many bytes, or are single."""
-    step = max(1, int(piece_bytes // bytes_of_row(gradients)))
+    """Yields (start, stop) of runs of gradients that take at most so many bytes, if possible.
+
+    They are the same on all ranks.
+    """
+    stride = gradients.stride
+    step = stride * max(1, int(piece_bytes // (stride * bytes_of_row(gradients))))
     for start in range(0, gradients.num_gradients, step):
         yield start, min(start + step, gradients.num_gradients)
 
 
 def bytes_of_row(gradients: GradientRows) -> int:
-    """Returns how many bytes one gradient takes."""
-    return gradients.size * torch.empty((), dtype=gradients.dtype).element_size()
+    """Returns how many bytes of one gradient a rank holds at most."""
+    length = -(-gradients.size // gradients.shard.ranks.world)
+    return length * torch.empty((), dtype=gradients.dtype).element_size()
 
 
 def accumulator(device: torch.device) -> torch.device:
     """Returns where float64 sums are kept: on the device, unless it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def lengths(shard: Shard) -> list[int]:
+    """Returns how many entries each of the ranks holds of a vector in even slices."""
+    width = -(-shard.size // shard.ranks.world)
+    return [max(0, min(width, shard.size - r * width)) for r in range(shard.ranks.world)]
+
+
+def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """Returns the sum over the ranks, where the tensor is."""
+    if ranks.world == 1:
+        return tensor
+    return ranks.sum(tensor.to(ranks.device).contiguous()).to(tensor.device)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from scipy import linalg
 from torch import Tensor
 
+from lightning_hessian.distributed import ALONE, Ranks
 from lightning_hessian.operators.gradient_history import GradientHistory
 from lightning_hessian.operators.gradients import (
     GradientRows,
-    MiniBatchGradients,
     accumulator,
     bytes_of_row,
     pieces,
+    summed,
 )
 from lightning_hessian.results import FloatArray, MeasurementError
 
@@ -48,51 +50,73 @@ def gram_matrix(
     are held in blocks of what ``memory_budget`` allows, and the earlier ones computed anew for
     each further block: with b blocks each gradient is computed (b + 1) / 2 times on average.
 
+    Several ranks multiply their slices of the gradients, and the products are summed at the end.
+
     Cost: T^2 n multiplications and the gradients. Memory: 8 T^2 bytes and the blocks.
 
     Args:
         gradients: Stored or computed.
-        memory_budget: Bytes of gradients held at a time, beside the Gram matrix.
+        memory_budget: Bytes of gradients held at a time, beside the Gram matrix; where they are
+            computed, the same on all ranks.
         should_stop: Asked after every piece; True ends with the Gram matrix of the first
-            gradients, as many as are complete.
+            gradients, as many as are complete. All ranks must be told the same.
 
     Raises:
         MeasurementError: The budget does not hold two gradients.
     """
+    ranks = gradients.shard.ranks
+    if isinstance(gradients, GradientHistory):  # ranks need not keep in step
+        with ranks.together():
+            gram = _products(gradients, memory_budget, lambda: False, nullcontext)
+    else:
+        should_stop = should_stop or (lambda: False)
+        gram = _products(gradients, memory_budget, should_stop, ranks.together)
+    return _mirrored(summed(gram, ranks))
+
+
+def _products(
+    gradients: GradientRows,
+    memory_budget: float,
+    stop_now: Callable[[], bool],
+    agreed: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """Returns the inner products of this rank's slices, on and below the diagonal tiles."""
     total = gradients.num_gradients
-    computed = isinstance(gradients, MiniBatchGradients)
     block, piece = _plan(gradients, memory_budget)
-    gram = torch.zeros(total, total, dtype=torch.float64, device=accumulator(gradients.device))
-
-    def stop_now() -> bool:
-        return computed and should_stop is not None and should_stop()
-
+    with agreed():
+        gram = torch.zeros(total, total, dtype=torch.float64, device=accumulator(gradients.device))
     for start in range(0, total, block):
         stop = min(start + block, total)
         held, stop = _held(gradients, start, stop, piece, stop_now)
         cut = stop < min(start + block, total)
         if cut and start:
-            return _mirrored(gram[:start, :start])
-        _add_products(gram[start:stop, start:stop], held, held)
+            return gram[:start, :start]
+        with agreed():
+            _add_products(gram[start:stop, start:stop], held, held)
         for first in range(0, start, piece):
             last = min(first + piece, start)
-            _add_products(gram[start:stop, first:last], held, gradients.rows(first, last))
+            others = gradients.rows(first, last)
+            with agreed():
+                _add_products(gram[start:stop, first:last], held, others)
+            del others
             if stop_now():
-                return _mirrored(gram[:start, :start])
+                return gram[:start, :start]
         if cut:
-            return _mirrored(gram[:stop, :stop])
+            return gram[:stop, :stop]
         del held
-    return _mirrored(gram)
+    return gram
 
 
 def _plan(gradients: GradientRows, memory_budget: float) -> tuple[int, int]:
     """Returns how many gradients are held, and how many are computed anew at a time."""
     if isinstance(gradients, GradientHistory) and gradients.at_hand:
         return gradients.num_gradients, gradients.num_gradients
-    row = bytes_of_row(gradients)
-    piece = max(1, min(int(memory_budget / 8), _RECOMPUTED_BYTES) // row)
-    # Beside the held block and a piece: the slices converted to float64.
-    block = int((memory_budget - min(_CONVERTED_BYTES, memory_budget / 2)) // row) - piece
+    row, stride = bytes_of_row(gradients), gradients.stride
+    piece = max(1, min(int(memory_budget / 8), _RECOMPUTED_BYTES) // (row * stride)) * stride
+    # Beside the held block and a piece: the slices converted to float64, and what is exchanged.
+    pieces_at_once = 1 if stride == 1 else 3
+    left = memory_budget - min(_CONVERTED_BYTES, memory_budget / 2)
+    block = int(left // row) - pieces_at_once * piece
     if block < 1:
         raise MeasurementError(
             f"memory_budget leaves {memory_budget / 1e9:.2g} GB for gradients of "
@@ -106,9 +130,11 @@ def _held(
     gradients: GradientRows, start: int, stop: int, piece: int, stop_now: Callable[[], bool]
 ) -> tuple[Tensor, int]:
     """Returns gradients ``start`` to the second value - 1, fewer than asked where time is up."""
-    if not isinstance(gradients, MiniBatchGradients):
+    if isinstance(gradients, GradientHistory):
         return gradients.rows(start, stop), stop
-    held = torch.empty(stop - start, gradients.size, dtype=gradients.dtype, device=gradients.device)
+    shape = (stop - start, gradients.shard.length)
+    with gradients.shard.ranks.together():
+        held = torch.empty(shape, dtype=gradients.dtype, device=gradients.device)
     for first in range(start, stop, piece):
         last = min(first + piece, stop)
         held[first - start : last - start] = gradients.rows(first, last)
@@ -124,7 +150,7 @@ def _add_products(target: Tensor, rows: Tensor, others: Tensor) -> None:
     """
     same = others is rows
     size = rows.shape[1]
-    width = min(size, max(256, _CONVERTED_BYTES // (8 * (len(rows) + len(others)))))
+    width = min(max(size, 1), max(256, _CONVERTED_BYTES // (8 * (len(rows) + len(others)))))
     # Two buffers for all slices: making them anew for each would scatter the memory.
     buffers = [target.new_empty(len(part), width) for part in ((rows,) if same else (rows, others))]
     for start in range(0, size, width):
@@ -171,7 +197,9 @@ class GramSpectra:
     weights: Tensor | None
 
 
-def spectra(gram: Tensor, num_eigenvalues: int, size: int, num_vectors: int = 0) -> GramSpectra:
+def spectra(
+    gram: Tensor, num_eigenvalues: int, size: int, num_vectors: int = 0, *, ranks: Ranks = ALONE
+) -> GramSpectra:
     """Returns the largest eigenvalues of second moment and covariance, exact to rounding.
 
     Args:
@@ -180,6 +208,7 @@ def spectra(gram: Tensor, num_eigenvalues: int, size: int, num_vectors: int = 0)
             min(T - 1, n) of the covariance.
         size: n.
         num_vectors: For how many eigenvectors of the covariance to return ``weights``.
+        ranks: Who have the same Gram matrix; the first solves one problem, the last the other.
 
     Raises:
         ValueError: Fewer than two gradients.
@@ -194,26 +223,36 @@ def spectra(gram: Tensor, num_eigenvalues: int, size: int, num_vectors: int = 0)
     if total < 2:
         raise ValueError(f"{total} gradients have no covariance; take at least 2.")
     second_moment_trace = float(gram.trace()) / total
-    second = _eigenvalues(gram)[: min(num_eigenvalues, total, size)] / total
-    # The Gram matrix of g_t - g, from the row means and the mean of all entries.
-    means = gram.mean(dim=1)
-    mean = means.mean()
-    gram.sub_(means).sub_(means.unsqueeze(1)).add_(mean)
-    covariance_trace = float(gram.trace()) / (total - 1)
-    weights = None
-    if num_vectors:
-        ascending, vectors = torch.linalg.eigh(gram)
-        values = ascending.flip(0).cpu().numpy()
-        weights = vectors.T.flip(0)[: min(num_vectors, total - 1, size)]
-    else:
-        values = _eigenvalues(gram)
+    # What another rank solves stays zero here, and the sum over the ranks is its solution: so all
+    # have the same numbers, also where their LAPACKs differ.
+    second = torch.zeros(min(num_eigenvalues, total, size), dtype=torch.float64)
+    values = torch.zeros(min(num_eigenvalues, total - 1, size), dtype=torch.float64)
+    weights = gram.new_zeros(min(num_vectors, total - 1, size), total) if num_vectors else None
+    with ranks.together():
+        if ranks.rank == 0:
+            second[:] = torch.from_numpy(_eigenvalues(gram)[: len(second)]) / total
+        # The Gram matrix of g_t - g, from the row means and the mean of all entries.
+        means = gram.mean(dim=1)
+        mean = means.mean()
+        gram.sub_(means).sub_(means.unsqueeze(1)).add_(mean)
+        traces = [float(gram.trace()) / (total - 1), second_moment_trace]
+        scalars = torch.tensor([*traces, float(mean)], dtype=torch.float64)
+        if ranks.rank == ranks.world - 1:
+            if weights is None:
+                found = torch.from_numpy(_eigenvalues(gram))
+            else:
+                ascending, vectors = torch.linalg.eigh(gram)
+                found = ascending.flip(0).cpu()
+                weights[:] = vectors.T.flip(0)[: len(weights)]
+            values[:] = found[: len(values)] / (total - 1)
+    covariance_trace, second_moment_trace, square = ranks.agreed(scalars).tolist()
     return GramSpectra(
-        second_moment=second,
-        covariance=values[: min(num_eigenvalues, total - 1, size)] / (total - 1),
+        second_moment=summed(second, ranks).numpy(),
+        covariance=summed(values, ranks).numpy(),
         second_moment_trace=second_moment_trace,
         covariance_trace=covariance_trace,
-        mean_norm=math.sqrt(max(float(mean), 0.0)),
-        weights=weights,
+        mean_norm=math.sqrt(max(square, 0.0)),
+        weights=None if weights is None else summed(weights, ranks),
     )
 
 
@@ -238,14 +277,17 @@ def combinations(gradients: GradientRows, weights: Tensor) -> Tensor:
     """Returns ``weights @ G`` with rows brought to norm 1, [k, n]: eigenvectors of the covariance.
 
     Args:
-        gradients: Read once.
+        gradients: Read once; all ranks get whole eigenvectors of them.
         weights: [k, T], those of `spectra`. They sum to zero, so that the mean gradient cancels.
     """
-    rows = torch.zeros(len(weights), gradients.size, dtype=gradients.dtype, device=gradients.device)
+    shard = gradients.shard
+    shape = (len(weights), shard.length)
+    rows = torch.zeros(shape, dtype=gradients.dtype, device=gradients.device)
     for start, stop in pieces(gradients):
         if start >= weights.shape[1]:
             break
         stop = min(stop, weights.shape[1])
         part = gradients.rows(start, stop)
         rows.addmm_(weights[:, start:stop].to(part), part)
-    return torch.nn.functional.normalize(rows, dim=1)
+    whole = shard.gather(rows.to(shard.ranks.device)) if shard.ranks.world > 1 else rows
+    return torch.nn.functional.normalize(whole.to(gradients.device), dim=1)

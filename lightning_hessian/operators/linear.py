@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_hessian.distributed import Shard
+
 
 class SymmetricOperator(Protocol):
     """A symmetric linear operator on vectors of length ``size``."""
@@ -14,6 +16,10 @@ class SymmetricOperator(Protocol):
     @property
     def size(self) -> int:
         """Order n of the operator."""
+
+    @property
+    def shard(self) -> Shard:
+        """Which entries of a vector this process holds; n_local of them, all n if alone."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -24,10 +30,10 @@ class SymmetricOperator(Protocol):
         """Where the vectors live."""
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [n], a new tensor [n]."""
+        """Returns the product with a vector [n_local], a new tensor [n_local]."""
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, n], a new tensor [b, n]."""
+        """Returns the products with the rows of [b, n_local], a new tensor [b, n_local]."""
 
 
 class MatrixOperator:
@@ -43,6 +49,7 @@ class MatrixOperator:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"The matrix has shape {tuple(matrix.shape)}; it must be square.")
         self.matrix = matrix
+        self.shard = Shard.whole(matrix.shape[0])
         self.size, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
 
     def matvec(self, vector: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -66,15 +66,16 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextmanager
-def preserved_generators(root: Any, seed: int) -> Iterator[None]:
+def preserved_generators(root: Any, seed: int) -> Iterator[Callable[[int], None]]:
     """A block in which the generators that an object holds start from a seed, and end as before.
 
     A dataset or a sampler may draw from a generator of its own: it is looked for in attributes and
-    containers.
+    containers. What the block is given starts them from another seed.
     """
     found = _generators(root)
     saved = [copy.deepcopy(_generator_state(generator)) for generator in found]
-    try:
+
+    def restart(seed: int) -> None:
         for generator in found:
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(seed)
@@ -83,7 +84,10 @@ def preserved_generators(root: Any, seed: int) -> Iterator[None]:
                 generator.bit_generator.state = fresh.state
             else:
                 generator.seed(seed % 2**32)
-        yield
+
+    try:
+        restart(seed)
+        yield restart
     finally:
         for generator, state in zip(found, saved, strict=True):
             if isinstance(generator, np.random.Generator):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
+from lightning_hessian.distributed import ALONE, Ranks
 from lightning_hessian.probe.isolation import preserved_generators, preserved_rng, seed_everything
 from lightning_hessian.probe.samples import _order, draw_batches
 
@@ -20,14 +22,20 @@ Fetch = Callable[[list[int]], Any]
 
 
 class MiniBatches:
-    """T mini-batches, each fetched when it is asked for and the same whenever that is.
+    """Mini-batches, each fetched when it is asked for and the same whenever that is.
 
     Args:
         fetch: Indices to a batch.
         order: Indices of each mini-batch, int64 [T, B].
         batch_size: B, or None where an index is not one sample but a whole batch, as it was given.
         seed: Of random transforms; mini-batch t is fetched with generators seeded ``seed + t``.
-        dataset: What may hold generators of its own, which are seeded likewise and put back.
+        dataset: Where samples come from, if fetching them may draw random numbers; generators of
+            its own are seeded likewise and put back.
+        ranks: Who fetch: each has every ``ranks.world``-th mini-batch.
+
+    Attributes:
+        total: T, those of all ranks.
+        numbers: Which of the T are held here, in order.
     """
 
     def __init__(
@@ -38,30 +46,57 @@ class MiniBatches:
         batch_size: int | None,
         seed: int = 0,
         dataset: Any = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._fetch, self._order, self._seed = fetch, order, seed
         self._dataset = dataset
         self.batch_size = batch_size
+        self.total = len(order)
+        self.numbers = range(ranks.rank, self.total, ranks.world)
 
     def __len__(self) -> int:
-        """Returns T."""
-        return len(self._order)
+        """Returns how many are held here, T of a process by itself."""
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Any:
-        """Returns one mini-batch."""
-        start = range(len(self))[index]
-        return self.joined(start, start + 1)
+        """Returns one of those held here."""
+        return self._fetched([self.numbers[index]])[0]
 
     def joined(self, start: int, stop: int) -> Any:
-        """Returns the samples of mini-batches ``start`` to ``stop - 1`` as one batch."""
-        seed = self._seed + start
-        with preserved_rng(), preserved_generators(self._dataset, seed):
-            seed_everything(seed)
-            return self._fetch(self._order[start:stop].flatten().tolist())
+        """Returns the samples of mini-batches ``start`` to ``stop - 1`` of those here as one batch.
+
+        Each is what it is by itself, whichever others it is joined with.
+
+        Raises:
+            ValueError: They cannot be joined.
+        """
+        numbers = list(self.numbers[start:stop])
+        if self._dataset is None:
+            return self._fetch(self._order[numbers].flatten().tolist())
+        parts = self._fetched(numbers)
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def checksum(self) -> int:
+        """Returns a number that tells one draw from another."""
+        return zlib.crc32(self._order.numpy().tobytes())
+
+    def _fetched(self, numbers: Sequence[int]) -> list[Any]:
+        parts = []
+        with preserved_rng(), preserved_generators(self._dataset, self._seed) as restart:
+            for number in numbers:
+                restart(self._seed + number)
+                seed_everything(self._seed + number)
+                parts.append(self._fetch(self._order[number].tolist()))
+        return parts
 
 
 def draw_minibatches(
-    data: Any, *, batch_size: int | None = None, num_minibatches: int | None = None, seed: int = 0
+    data: Any,
+    *,
+    batch_size: int | None = None,
+    num_minibatches: int | None = None,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> MiniBatches:
     """Returns T mini-batches of B samples, drawn in shuffled passes over the data.
 
@@ -78,6 +113,8 @@ def draw_minibatches(
         batch_size: B; by default the loader's, or the size of the first batch.
         num_minibatches: T; by default as many as make one pass.
         seed: Of the order and of random transforms.
+        ranks: Who share the mini-batches: all draw the same T, and each gets every
+            ``ranks.world``-th of them.
 
     Raises:
         ValueError: No data, fewer samples than B, batches that cannot be taken apart, or a
@@ -93,31 +130,32 @@ def draw_minibatches(
     if num_minibatches is not None and num_minibatches < 1:
         raise ValueError(f"num_minibatches={num_minibatches}; at least one is needed.")
     if isinstance(data, DataLoader):
-        return _of_loader(data, batch_size, num_minibatches, seed)
+        return _of_loader(data, batch_size, num_minibatches, seed, ranks)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         if batch_size is None:
             raise ValueError("A Dataset has no batch size of its own; give batch_size=.")
-        return _of_dataset(data, None, default_collate, batch_size, num_minibatches, seed)
+        return _of_dataset(data, None, default_collate, batch_size, num_minibatches, seed, ranks)
     if isinstance(data, Iterator):
         raise ValueError(
             f"data={type(data).__name__} is an iterator, which can be walked only once. Give a "
             "DataLoader, a Dataset or a list of batches."
         )
-    return _of_batches(list(data), batch_size, num_minibatches, seed)
+    batches = data if isinstance(data, Sequence) else list(data)
+    return _of_batches(batches, batch_size, num_minibatches, seed, ranks)
 
 
 def _of_loader(
-    loader: DataLoader[Any], batch_size: int | None, num: int | None, seed: int
+    loader: DataLoader[Any], batch_size: int | None, num: int | None, seed: int, ranks: Ranks
 ) -> MiniBatches:
     indexable = not isinstance(loader.dataset, IterableDataset)
     if indexable and type(loader.batch_sampler) is BatchSampler:
         size = batch_size or loader.batch_sampler.batch_size
         sampler = loader.batch_sampler.sampler
-        return _of_dataset(loader.dataset, sampler, loader.collate_fn, size, num, seed)
+        return _of_dataset(loader.dataset, sampler, loader.collate_fn, size, num, seed, ranks)
     # A stream, or batches of the user's own making: they can only be read and held.
     if num is None:
         num = len(loader)
-    return _of_batches(draw_batches(loader, num, seed=seed), batch_size, num, seed)
+    return _of_batches(draw_batches(loader, num, seed=seed), batch_size, num, seed, ranks)
 
 
 def _of_dataset(
@@ -127,6 +165,7 @@ def _of_dataset(
     batch_size: int,
     num: int | None,
     seed: int,
+    ranks: Ranks,
 ) -> MiniBatches:
     many = getattr(dataset, "__getitems__", None)
 
@@ -141,21 +180,25 @@ def _of_dataset(
         else:
             passes = _passes_of(sampler, dataset, generator)
         order = _in_passes(passes, batch_size, num)
-    return MiniBatches(fetch, order, batch_size=batch_size, seed=seed, dataset=dataset)
+    return MiniBatches(fetch, order, batch_size=batch_size, seed=seed, dataset=dataset, ranks=ranks)
 
 
 def _of_batches(
-    batches: list[Any], batch_size: int | None, num: int | None, seed: int
+    batches: Sequence[Any], batch_size: int | None, num: int | None, seed: int, ranks: Ranks
 ) -> MiniBatches:
     if not batches:
         raise ValueError("There is no data: the loader or list of batches is empty.")
-    sizes = [_size(batch) for batch in batches]
     if batch_size is None and (num is None or num <= len(batches)):
         order = torch.arange(num or len(batches)).unsqueeze(1)
-        if all(size == 1 for size in sizes):
+        if all(_size(batch) == 1 for batch in batches):
             with suppress(ValueError):  # samples of different shapes stay as they are
-                return MiniBatches(_pool(batches), order, batch_size=1, seed=seed)
-        return MiniBatches(lambda indices: batches[indices[0]], order, batch_size=None, seed=seed)
+                return MiniBatches(_pool(batches), order, batch_size=1, seed=seed, ranks=ranks)
+        # A batch may come to the device as it is first asked for: here, and those of this rank.
+        held = {i: batches[i] for i in range(ranks.rank, len(order), ranks.world)}
+        return MiniBatches(
+            lambda indices: held[indices[0]], order, batch_size=None, seed=seed, ranks=ranks
+        )
+    sizes = [_size(batch) for batch in batches]
     if None in sizes:
         raise ValueError(
             f"Batch {sizes.index(None)} cannot be taken apart into samples: its tensors differ in "
@@ -166,7 +209,7 @@ def _of_batches(
     generator = torch.Generator().manual_seed(seed)
     passes = _shuffled(sum(size or 0 for size in sizes), generator)
     order = _in_passes(passes, size, num)
-    return MiniBatches(_pool(batches), order, batch_size=size, seed=seed)
+    return MiniBatches(_pool(batches), order, batch_size=size, seed=seed, ranks=ranks)
 
 
 def _shuffled(size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -201,8 +244,24 @@ def _in_passes(passes: Iterable[list[int]], batch_size: int, num: int | None) ->
     return torch.cat(chunks)[:num]
 
 
-def _pool(batches: list[Any]) -> Fetch:
+def _pool(batches: Sequence[Any]) -> Fetch:
     """Returns what fetches samples by their index in all batches joined."""
+    whole = _joined(batches)
+
+    def fetch(indices: list[int]) -> Any:
+        return apply_to_collection(
+            whole, Tensor, lambda tensor: tensor[torch.tensor(indices, device=tensor.device)]
+        )
+
+    return fetch
+
+
+def _joined(batches: Sequence[Any]) -> Any:
+    """Returns the samples of all batches as one; what is no tensor is the first one's.
+
+    Raises:
+        ValueError: They differ in shape.
+    """
     columns: list[list[Tensor]] = []
     for batch in batches:
         tensors: list[Tensor] = []
@@ -213,15 +272,10 @@ def _pool(batches: list[Any]) -> Fetch:
             "The batches cannot be joined: their tensors differ in number, shape or dtype. Give a "
             "DataLoader over a Dataset, or batches of one shape."
         )
-    joined = [
+    joined = iter(
         parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*columns, strict=True)
-    ]
-
-    def fetch(indices: list[int]) -> Any:
-        parts = iter(tensor[torch.tensor(indices, device=tensor.device)] for tensor in joined)
-        return apply_to_collection(batches[0], Tensor, lambda _: next(parts))
-
-    return fetch
+    )
+    return apply_to_collection(batches[0], Tensor, lambda _: next(joined))
 
 
 def _size(batch: Any) -> int | None:

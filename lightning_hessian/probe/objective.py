@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_hessian.distributed import ALONE, Ranks
 from lightning_hessian.probe.isolation import isolated, muted, seed_everything, untouched
 from lightning_hessian.probe.parameters import ParameterSpace, is_half, upcast
 from lightning_hessian.results import MeasurementError
@@ -40,6 +42,13 @@ class Objective:
             over, for example its number of unmasked tokens.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         seed: Of the draws of random layers.
+        ranks: Who evaluates: all batches are given on every rank, and each holds every
+            ``ranks.world``-th of them; the mean is over the samples of all.
+
+    Attributes:
+        batches: Those held here.
+        weights: Their shares in the mean.
+        num_samples: Sum of the weights of all batches.
 
     Raises:
         ValueError: No batches, or weights that cannot be told from the batches.
@@ -55,24 +64,28 @@ class Objective:
         batch_weight: Callable[[Any], float] | None = None,
         mode: Mode = "eval",
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         if mode not in ("eval", "train"):
             raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
-        self.space = space
-        self.batches = tuple(_cloned(batch, space.device) for batch in batches)
-        if not self.batches:
-            raise ValueError(
-                "There is no probe batch: the loader or list of batches is empty. Give one at "
-                "least."
-            )
-        weights = _weights(self.batches, batch_weight)
-        self.num_samples = math.fsum(weights)
+        self.space, self.ranks = space, ranks
+        with ranks.together():
+            held = _dealt(batches, ranks)
+            self.batches = tuple(_cloned(batch, space.device) for batch in held)
+            weights = _weights(self.batches, batch_weight)
+        self.num_samples = ranks.total(math.fsum(weights))
+        if self.num_samples <= 0:
+            raise ValueError(f"batch_weight gave {weights}; weights must be >= 0, with a sum > 0.")
         self.weights = tuple(weight / self.num_samples for weight in weights)
         self._module = module
         self._call = _LossModule(module, resolve_loss(module, loss_fn))
         self._training = mode == "train"
         self._seed = seed
         self._upcast = any(is_half(t) for t in (*module.parameters(), *module.buffers()))
+        self._agreed_buffers: dict[str, Tensor] = {}
+        if ranks.world > 1:  # running statistics may differ: all evaluate with the first rank's
+            for name, buffer in module.named_buffers():
+                self._agreed_buffers[name] = ranks.agreed(buffer.detach().clone())
         self._writes: bool | None = None  # whether the loss changes parameters in place
 
     @contextmanager
@@ -91,32 +104,34 @@ class Objective:
         Raises:
             MeasurementError: The loss is not a scalar tensor.
         """
-        return self.loss(parameters, self.batches[index], index)
+        number = index * self.ranks.world + self.ranks.rank  # among the batches of all ranks
+        return self.loss(parameters, self.batches[index], number)
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
         """Returns the same for any batch, which need not be held; ``index`` seeds random layers."""
-        seed_everything(self._seed + index)
-        batch = apply_to_collection(batch, Tensor, lambda t: t.to(self.space.device, copy=True))
-        if self._upcast:
-            batch = apply_to_collection(batch, Tensor, upcast)
+        call = self._prepared(batch, index)
         state = self._state(parameters)
         given = state
         if self._writes is not False:
             # Some losses clamp weights or move a teacher along: let them do it to copies.
             state = {name: tensor.clone() for name, tensor in given.items()}
-        loss = functional_call(
-            self._call, {f"module.{n}": t for n, t in state.items()}, (batch, index)
-        )
+        loss = functional_call(self._call, {f"module.{n}": t for n, t in state.items()}, call)
         if self._writes is None:
             parts = dict(self._module.named_parameters())
             self._writes = any(not torch.equal(state[n], given[n]) for n in parts)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise MeasurementError(
-                f"The loss of probe batch {index} is {shape}, not a scalar tensor. "
-                "Return the mean loss of the batch."
-            )
-        return loss.reshape(())
+        return checked_loss(loss, index)
+
+    def norm(self, parts: Sequence[Tensor]) -> float:
+        """Returns the norm of a whole vector, from tensors in the shapes of the parameters."""
+        return math.sqrt(sum(float(part.square().sum()) for part in parts))
+
+    def _prepared(self, batch: Any, index: int) -> tuple[Any, int]:
+        """Seeds random layers, and returns the arguments of the loss: a copy of the batch."""
+        seed_everything(self._seed + index)
+        batch = apply_to_collection(batch, Tensor, lambda t: t.to(self.space.device, copy=True))
+        if self._upcast:
+            batch = apply_to_collection(batch, Tensor, upcast)
+        return batch, index
 
     def value(self) -> float:
         """Returns the mean loss over all probe samples.
@@ -124,25 +139,48 @@ class Objective:
         Raises:
             MeasurementError: The loss of a batch is NaN or infinite.
         """
-        point, total = self.point(), 0.0
-        for index, weight in enumerate(self.weights):
-            loss = float(self.batch_loss(point, index).detach())
-            if not math.isfinite(loss):
-                raise MeasurementError(
-                    f"The loss of probe batch {index} is {loss}, so the Hessian is undefined. "
-                    "The run may have diverged (lower the learning rate), or the batch holds NaN."
-                )
-            total += weight * loss
-        return total
+        total = 0.0
+        with self.ranks.together():
+            point = self.point()
+            for index, weight in enumerate(self.weights):
+                loss = float(self.batch_loss(point, index).detach())
+                if not math.isfinite(loss):
+                    raise MeasurementError(
+                        f"The loss of probe batch {index * self.ranks.world + self.ranks.rank} is "
+                        f"{loss}, so the Hessian is undefined. The run may have diverged (lower "
+                        "the learning rate), or the batch holds NaN."
+                    )
+                total += weight * loss
+        return self.ranks.total(total)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Returns copies of the buffers, for the loss to write to."""
+        own = dict(self._module.named_buffers())
+        return {name: buffer.clone() for name, buffer in (self._agreed_buffers or own).items()}
 
     def _state(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Returns what to evaluate the module with: parameters given, all others constant."""
-        state = {n: upcast(b).clone() for n, b in self._module.named_buffers()}
+        state = {n: upcast(b) for n, b in self._buffers().items()}
         for name, parameter in self._module.named_parameters():
             constant = parameter.detach()
             state[name] = upcast(constant) if self._upcast else constant
         state.update(zip(self.space.names, parameters, strict=True))
         return state
+
+
+def checked_loss(loss: Any, index: int) -> Tensor:
+    """Returns a loss as a scalar.
+
+    Raises:
+        MeasurementError: It is none.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise MeasurementError(
+            f"The loss of probe batch {index} is {shape}, not a scalar tensor. "
+            "Return the mean loss of the batch."
+        )
+    return loss.reshape(())
 
 
 class _LossModule(nn.Module):
@@ -217,12 +255,29 @@ def _cloned(batch: Any, device: torch.device) -> Any:
         return apply_to_collection(batch, Tensor, lambda t: t.to(device, copy=True))
 
 
+def _dealt(batches: Iterable[Any], ranks: Ranks) -> list[Any]:
+    """Returns the batches of this rank, which may be none.
+
+    Raises:
+        ValueError: There is none on any rank.
+    """
+    if isinstance(batches, Sequence):
+        held = list(batches[ranks.rank :: ranks.world])
+    else:
+        held = list(itertools.islice(batches, ranks.rank, None, ranks.world))
+    if not held and ranks.rank == 0:
+        raise ValueError(
+            "There is no probe batch: the loader or list of batches is empty. Give one at least."
+        )
+    return held
+
+
 def _weights(
     batches: Sequence[Any], batch_weight: Callable[[Any], float] | None
 ) -> tuple[float, ...]:
     if batch_weight is not None:
         weights = tuple(float(batch_weight(batch)) for batch in batches)
-        if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+        if not all(math.isfinite(w) and w >= 0 for w in weights):
             raise ValueError(f"batch_weight gave {weights}; weights must be >= 0, with a sum > 0.")
         return weights
     sizes = [_num_samples(batch) for batch in batches]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from lightning_hessian.distributed import Ranks, Shard
 
 ParameterSelection: TypeAlias = (
     str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool] | None
@@ -27,11 +30,14 @@ class ParameterSpace:
     """The selected parameters of a module as one flat vector of length ``size``.
 
     Parameters stand in the order of ``module.named_parameters()``, each flattened row by row. A
-    tied parameter stands once, under its first name.
+    tied parameter stands once, under its first name. Of parameters that are sharded over ranks
+    (DTensor), this rank's vectors hold what lies here, n_local numbers.
 
     Attributes:
         names: Names in the module, n_p of them.
-        shapes: Their shapes.
+        shapes: Their whole shapes.
+        held: Of each, the positions of the entries held here, in the shape held; None where the
+            parameters are whole.
         dtypes: The precision each is measured in: its own, or float32 for half precision.
         dtype: Precision of vectors in this space, the widest of these.
         device: Where vectors live.
@@ -42,6 +48,7 @@ class ParameterSpace:
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     device: torch.device
+    held: tuple[Tensor, ...] | None = None
 
     @classmethod
     def select(cls, module: nn.Module, selection: ParameterSelection = None) -> ParameterSpace:
@@ -65,6 +72,9 @@ class ParameterSpace:
             >>> space.names, space.size
             (('weight',), 6)
         """
+        for part in module.modules():
+            if hasattr(part, "reshard"):  # fully_shard keeps some parameters whole for a while
+                part.reshard()  # type: ignore[operator]
         aliases: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             aliases.setdefault(parameter, []).append(name)
@@ -80,6 +90,7 @@ class ParameterSpace:
             dtypes=dtypes,
             dtype=functools.reduce(torch.promote_types, dtypes),
             device=chosen[0].device,
+            held=_held(chosen),
         )
 
     @cached_property
@@ -92,27 +103,67 @@ class ParameterSpace:
         """Length n of a vector in this space."""
         return sum(self.sizes)
 
+    @cached_property
+    def held_shapes(self) -> tuple[torch.Size, ...]:
+        """The shapes held here."""
+        return self.shapes if self.held is None else tuple(part.shape for part in self.held)
+
+    def shard(self, ranks: Ranks) -> Shard:
+        """Returns which entries of a vector [n] are held here."""
+        if self.held is None:
+            return Shard.whole(self.size)
+        offsets = itertools.accumulate(self.sizes, initial=0)
+        positions = [
+            part.reshape(-1) + offset for part, offset in zip(self.held, offsets, strict=False)
+        ]
+        return Shard(self.size, torch.cat(positions), ranks)
+
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Returns the parts of a vector [n] in the shapes of the parameters.
+        """Returns the parts of a vector [n_local] in the shapes of the parameters held here.
 
         The parts are views, but for parameters of lower precision than the vector.
         """
-        parts = zip(torch.split(vector, self.sizes), self.shapes, self.dtypes, strict=True)
+        sizes = self.sizes if self.held is None else [part.numel() for part in self.held]
+        parts = zip(torch.split(vector, sizes), self.held_shapes, self.dtypes, strict=True)
         return tuple(part.view(shape).to(dtype) for part, shape, dtype in parts)
 
     def flatten(self, parts: Iterable[Tensor]) -> Tensor:
-        """Returns one vector [n] from one tensor for each parameter; the inverse of `split`."""
+        """Returns one vector [n_local] from a tensor for each parameter; the inverse of `split`."""
         return torch.cat([part.reshape(-1).to(self.device, self.dtype) for part in parts])
 
     def values(self, module: nn.Module) -> tuple[Tensor, ...]:
         """Returns the present values: detached, sharing memory unless the precision differs."""
         wanted = set(self.names)
         found = {
-            name: parameter.detach()
+            name: local(parameter.detach())
             for name, parameter in module.named_parameters(remove_duplicate=False)
             if name in wanted
         }
         return tuple(upcast(found[name]) for name in self.names)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns what this rank holds of a tensor that may be distributed."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+def _held(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...] | None:
+    """Returns the positions of the entries of each parameter that this rank holds."""
+    if not any(hasattr(parameter, "device_mesh") for parameter in parameters):
+        return None
+    return tuple(_positions(parameter) for parameter in parameters)
+
+
+def _positions(parameter: nn.Parameter) -> Tensor:
+    positions = torch.arange(parameter.numel()).view(parameter.shape)
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return positions
+    (placement,) = parameter.placements  # type: ignore[attr-defined] # `_check_supported`
+    parts = torch.chunk(positions, mesh.size(), dim=placement.dim)
+    rank = mesh.get_local_rank()
+    empty = positions.narrow(placement.dim, 0, 0)
+    return parts[rank] if rank < len(parts) else empty
 
 
 def upcast(tensor: Tensor) -> Tensor:
@@ -192,13 +243,16 @@ def _check_supported(name: str, parameter: nn.Parameter) -> None:
             f"Parameter {name!r} is not initialised yet (a lazy module). Run one batch through "
             "the module before measuring."
         )
+    placements: Any = getattr(parameter, "placements", None)
+    if placements is not None and (len(placements) != 1 or not placements[0].is_shard()):
+        raise ValueError(
+            f"Parameter {name!r} is distributed as {placements}, which cannot be "
+            "measured: only `fully_shard` (FSDP2) over one mesh dimension can, not tensor "
+            "parallelism nor replicas of shards. Give data_parallel_size the number of devices and "
+            "tensor_parallel_size=1, or measure a checkpoint on one device."
+        )
     if not parameter.dtype.is_floating_point:
         raise ValueError(
             f"Parameter {name!r} has dtype {parameter.dtype}; only real floating-point parameters "
             "have a Hessian here. Leave it out with `parameters=`."
-        )
-    if hasattr(parameter, "device_mesh"):
-        raise ValueError(
-            f"Parameter {name!r} is sharded over devices (DTensor), which is not supported yet. "
-            "Measure with strategy='ddp' or on one device."
         )

@@ -2,49 +2,164 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.memory import free_bytes
-from lightning_hessian.results import MeasurementError
+from lightning_hessian.distributed import Shard
+from lightning_hessian.solvers.storage import BasisStorage
 
-_ROTATION_BYTES = 64 * 2**20
+_ROTATION_BYTES = 32 * 2**20
+_BLOCK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""How much of a basis that lives elsewhere is brought to the device at once."""
+
+_ENOUGH_LEFT = 0.7
+"""Orthogonalisation is not repeated where at least this share of a vector is left (Daniel,
+Gragg, Kaufman and Stewart 1976): then what it has left in the basis is rounding."""
+
+IN_PLACE = BasisStorage(tier="device")
 
 
 class KrylovBasis:
-    """Orthonormal vectors as the first rows of one tensor [capacity, n].
+    """Orthonormal vectors as the first rows of one tensor [capacity, n_local].
+
+    The rows may live elsewhere than the vectors, and in bfloat16 (`BasisStorage`); then they are
+    brought to the device block by block. What is written last is kept in full precision too.
 
     Args:
         capacity: How many vectors fit.
-        size: Their length n.
-        dtype: Their precision.
-        device: Where they live.
+        shard: Which part of them this rank holds.
+        dtype: Precision of vectors.
+        device: Where vectors live.
+        storage: Where the rows live; as a rule where the vectors do.
     """
 
     def __init__(
-        self, capacity: int, size: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        capacity: int,
+        shard: Shard,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        storage: BasisStorage = IN_PLACE,
     ) -> None:
-        self.vectors = torch.empty(capacity, size, dtype=dtype, device=device)
+        self.shard = shard
+        self.capacity = capacity
+        self.dtype, self.device = dtype, device
+        self.rows = storage.allocate(capacity, shard.length, dtype, device)
+        self._rounded = self.rows.dtype != dtype
+        self._at_hand = not self._rounded and self.rows.device == device
+        row_bytes = max(1, shard.length) * torch.finfo(dtype).bits // 8
+        self._block = max(1, _BLOCK_BYTES.get(device.type, 2**28) // row_bytes)
+        self.recent: dict[int, Tensor] = {}  # rows by index, exact, where `rows` are not
 
     def __getitem__(self, index: int) -> Tensor:
-        """Returns one vector [n], a view."""
-        return self.vectors[index]
+        """Returns this rank's part of one vector [n_local]; a view, if the rows are at hand."""
+        if index in self.recent:
+            return self.recent[index]
+        return self.rows[index].to(self.device, self.dtype)
 
-    def orthogonalize(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def __setitem__(self, index: int, vector: Tensor) -> None:
+        """Stores a vector [n_local]."""
+        self.rows[index].copy_(vector)
+        if not self._at_hand:
+            self.recent = {i: row for i, row in self.recent.items() if i == index - 1}
+            self.recent[index] = vector.clone()
+
+    def orthogonalize(self, vector: Tensor, count: int) -> tuple[Tensor, float]:
         """Removes from ``vector``, in place, its part in the span of the first ``count`` rows.
 
-        Classical Gram-Schmidt done twice, which is as good as it gets ("twice is enough"): two
-        pairs of matrix-vector products.
+        First what lies along the last two rows, which in a Lanczos step is almost all, then
+        classical Gram-Schmidt against all, and once more unless most was left ("twice is
+        enough"). A Lanczos step thus reads the basis twice, not four times, and the host waits
+        for the device once. Rows that live elsewhere are read once for both.
 
         Returns:
-            The coefficients that were removed [count], and the norm of what is left, a scalar.
+            The coefficients that were removed, float64 [count] on the CPU, and the norm of what
+            is left.
         """
-        rows = self.vectors[:count]
-        removed = rows @ vector
-        vector.addmv_(rows.T, removed, alpha=-1)
-        again = rows @ vector
-        vector.addmv_(rows.T, again, alpha=-1)
-        return removed.add_(again), torch.linalg.vector_norm(vector)
+        removed = torch.zeros(count, dtype=torch.float64)
+        near = slice(max(0, count - 2), count)
+        recent = self.rows[near] if self._at_hand else self._latest(near)
+        along = self.shard.ranks.sum(recent @ vector)
+        vector.addmv_(recent.T, along, alpha=-1)
+        for _ in range(2):
+            found, before, left = self._remove(vector, count, near, recent)
+            host = torch.cat([along, found, before, left]).to("cpu", torch.float64)
+            removed[near] += host[: len(along)]
+            removed += host[len(along) : -2]
+            if not host[-1] < _ENOUGH_LEFT * host[-2]:
+                break
+            along = torch.zeros_like(along)
+        return removed, float(host[-1])
+
+    def _remove(
+        self, vector: Tensor, count: int, near: slice, recent: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Removes the part along all rows once.
+
+        Returns:
+            The coefficients [count], and the norms before and after, [1] each.
+        """
+        if not self._at_hand:
+            before = self.shard.norm(vector)
+            found = vector.new_empty(count)
+            for part, rows in self.blocks(near.start):
+                found[part] = self.shard.ranks.sum(rows @ vector)
+                vector.addmv_(rows.T, found[part], alpha=-1)
+            found[near] = self.shard.ranks.sum(recent @ vector)
+            vector.addmv_(recent.T, found[near], alpha=-1)
+            return found, before.reshape(1), self.shard.norm(vector).reshape(1)
+        rows = self.rows[:count]
+        norm = torch.linalg.vector_norm
+        if self.shard.ranks.world == 1:
+            before, found = norm(vector), rows @ vector
+            vector.addmv_(rows.T, found, alpha=-1)
+            return found, before.reshape(1), norm(vector).reshape(1)
+        # One sum over the ranks for both; the norm of what is left follows from them.
+        sums = self.shard.ranks.sum(torch.cat([rows @ vector, (vector @ vector).reshape(1)]))
+        found, squared = sums[:-1], sums[-1:]
+        vector.addmv_(rows.T, found, alpha=-1)
+        return found, squared.sqrt(), (squared - found @ found).clamp_(min=0).sqrt_()
+
+    def _latest(self, near: slice) -> Tensor:
+        return torch.stack([self[i] for i in range(near.start, near.stop)])
+
+    def blocks(self, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the first rows in blocks, on the device and in the precision of vectors.
+
+        From pinned memory, the next block is on its way while one is worked on.
+        """
+        if self._at_hand:
+            yield slice(0, count), self.rows[:count]
+            return
+        parts = [
+            slice(start, min(start + self._block, count)) for start in range(0, count, self._block)
+        ]
+        if self.device.type != "cuda" or self.rows.device.type == "cuda":
+            for part in parts:
+                yield part, self.rows[part].to(self.device, self.dtype)
+            return
+        stream, ready = torch.cuda.Stream(self.device), []
+        for part in parts[:1]:
+            ready.append(self._fetch(part, stream))
+        for i, part in enumerate(parts):
+            rows = ready.pop()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            rows.record_stream(torch.cuda.current_stream(self.device))
+            if i + 1 < len(parts):
+                ready.append(self._fetch(parts[i + 1], stream))
+            yield part, rows.to(self.dtype)
+
+    def _fetch(self, part: slice, stream: torch.cuda.Stream) -> Tensor:
+        with torch.cuda.stream(stream):
+            return self.rows[part].to(self.device, non_blocking=True)
+
+    def remove_from(self, vectors: Tensor, count: int) -> None:
+        """Subtracts, once and in place, from the rows of [b, n_local] their part in the span."""
+        for _, rows in self.blocks(count):
+            vectors.addmm_(self.shard.ranks.sum(vectors @ rows.T), rows, alpha=-1)
 
     def rotate(self, coefficients: Tensor) -> None:
         """Replaces the first rows by combinations of them, block of columns by block of columns.
@@ -54,34 +169,11 @@ class KrylovBasis:
                 ``coefficients.T @ rows``.
         """
         count, kept = coefficients.shape
-        weights = coefficients.T.to(self.vectors)
-        width = max(1, _ROTATION_BYTES // (count * self.vectors.element_size()))
-        for start in range(0, self.vectors.shape[1], width):
+        weights = coefficients.T.to(self.device, self.dtype)
+        self.recent = {}
+        row_bytes = torch.finfo(self.dtype).bits // 8
+        width = max(1, _ROTATION_BYTES // ((count + kept) * row_bytes))
+        for start in range(0, self.rows.shape[1], width):
             columns = slice(start, start + width)
-            self.vectors[:kept, columns] = weights @ self.vectors[:count, columns]
-
-
-def fitting_capacity(
-    wanted: int, least: int, size: int, *, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Returns how many basis vectors to hold: ``wanted``, or what fits half the free memory.
-
-    Args:
-        wanted: As many as would be good.
-        least: As many as there must be.
-        size: Length n of a vector.
-        dtype: Precision of a vector.
-        device: Where the basis will live.
-
-    Raises:
-        MeasurementError: Not even ``least`` vectors fit; says how many do.
-    """
-    vector_bytes = size * torch.empty((), dtype=dtype).element_size()
-    fitting = int(free_bytes(device) / 2 / vector_bytes) - 1
-    if fitting < least:
-        raise MeasurementError(
-            f"A basis of {least} vectors of {size:,} parameters takes "
-            f"{least * vector_bytes / 1e9:.1f} GB, and {max(fitting, 0)} vectors fit into half of "
-            "the free memory. Lower `num_eigenvalues`, or select fewer parameters (`parameters=`)."
-        )
-    return min(wanted, fitting)
+            block = self.rows[:count, columns].to(self.device, self.dtype)
+            self.rows[:kept, columns] = (weights @ block).to(self.rows)

@@ -217,17 +217,21 @@ class _Columns:
         should_stop: Callable[[], bool] | None,
     ) -> None:
         self.operator = operator
-        self.members = members
         self.sizes = [len(part) for part in members]
         self.generator = torch.Generator().manual_seed(seed)
-        self.should_stop = should_stop
+        self.should_stop = operator.shard.ranks.stopping(should_stop)
         self.num_products = 0
         self.exact_squares = np.zeros((len(members), len(members)))  # row i, column j
         self.samples: list[list[FloatArray]] = [[] for _ in members]  # of column j, [B] each
         order = torch.cat(members)
-        in_order = len(order) == operator.size and bool((order.diff() == 1).all())
-        self.order = None if in_order else order.to(operator.device)
-        vector_bytes = operator.size * torch.finfo(operator.dtype).bits // 8
+        self.held, local = operator.shard.restricted(order)  # of what lies block after block
+        in_order = len(local) == operator.shard.length and bool((local.diff() == 1).all())
+        self.order = None if in_order else local.to(operator.device)
+        self.parts = [operator.shard.restricted(part) for part in members]
+        # Alike on all ranks, whose parts may differ by an entry.
+        vector_bytes = (
+            -(-operator.size // operator.shard.ranks.world) * torch.finfo(operator.dtype).bits // 8
+        )
         self.chunk = max(1, min(_MOST_IN_CHUNK, _CHUNK_BYTES // (2 * vector_bytes)))
 
     def compute(self, dense: NDArray[np.bool_], *, keep: bool) -> Tensor | None:
@@ -238,12 +242,13 @@ class _Columns:
             chunk = jobs[start : start + self.chunk]
             vectors = self._zeros(len(chunk))
             for row, (j, i) in enumerate(chunk):
-                vectors[row, self.members[j][i]] = 1
+                held, local = self.parts[j]
+                vectors[row, local[held.take(torch.arange(self.sizes[j])) == i]] = 1
             products = self._products(vectors)
             for (j, _), squares in zip(chunk, self._squares(products), strict=True):
                 self.exact_squares[:, j] += squares
             if keep:
-                rows.append(products.cpu())
+                rows.append(self.held.gather(products).cpu())
             if start + self.chunk < len(jobs) and self.should_stop is not None:
                 self._raise_if_late(len(jobs))
         return torch.cat(rows) if keep else None
@@ -255,7 +260,8 @@ class _Columns:
             vectors = self._zeros(len(chunk))
             for row, j in enumerate(chunk):
                 bits = torch.randint(0, 2, (self.sizes[j],), generator=self.generator)
-                vectors[row, self.members[j].to(vectors.device)] = (2 * bits - 1).to(vectors)
+                held, local = self.parts[j]
+                vectors[row, local.to(vectors.device)] = (2 * held.take(bits) - 1).to(vectors)
             for j, squares in zip(chunk, self._squares(self._products(vectors)), strict=True):
                 self.samples[j].append(squares)
             if self.should_stop is not None and self.should_stop():
@@ -270,8 +276,10 @@ class _Columns:
             )
 
     def _zeros(self, count: int) -> Tensor:
-        size, dtype, device = self.operator.size, self.operator.dtype, self.operator.device
-        return torch.zeros(count, size, dtype=dtype, device=device)
+        length, dtype, device = (
+            self.operator.shard.length, self.operator.dtype, self.operator.device,
+        )  # fmt: skip
+        return torch.zeros(count, length, dtype=dtype, device=device)
 
     def _products(self, vectors: Tensor) -> Tensor:
         """Returns the products, restricted to the blocks' coordinates, block after block."""
@@ -282,9 +290,10 @@ class _Columns:
     def _squares(self, products: Tensor) -> FloatArray:
         """Returns the squared norms of the blocks of each row, [b, B]."""
         precise = torch.float64 if products.device.type != "mps" else torch.float32
-        parts = torch.split(products, self.sizes, dim=1)
+        parts = torch.split(products, [held.length for held, _ in self.parts], dim=1)
         norms = [torch.linalg.vector_norm(part, dim=1, dtype=precise) for part in parts]
-        squares = torch.stack(norms, dim=1).square().to("cpu", torch.float64)
+        squares = self.held.ranks.sum(torch.stack(norms, dim=1).square_())
+        squares = squares.to("cpu", torch.float64)
         if not squares.isfinite().all():
             raise MeasurementError(
                 f"One of the first {self.num_products} products is NaN or infinite. The gradient "

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.operators.linear import SymmetricOperator
-from lightning_hessian.results import FloatArray, MeasurementError, SpectralDensity
+from lightning_hessian.results import SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
+from lightning_hessian.solvers.quadrature import check_finite, gauss_rule, random_signs
 
 
 class RestrictedOperator:
@@ -30,17 +31,18 @@ class RestrictedOperator:
 
     def __init__(self, operator: SymmetricOperator, coordinates: Tensor) -> None:
         self.operator = operator
-        self.coordinates = coordinates.to(operator.device)
+        self.shard, local = operator.shard.restricted(coordinates)
+        self.coordinates = local.to(operator.device)
         self.size = len(coordinates)
         self.dtype, self.device = operator.dtype, operator.device
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [m], a new tensor [m]."""
+        """Returns the product with a vector [m_local], a new tensor [m_local]."""
         return self.matmat(vector[None])[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, m], a new tensor [b, m]."""
-        whole = vectors.new_zeros(len(vectors), self.operator.size)
+        """Returns the products with the rows of [b, m_local], a new tensor [b, m_local]."""
+        whole = vectors.new_zeros(len(vectors), self.operator.shard.length)
         whole[:, self.coordinates] = vectors
         return self.operator.matmat(whole)[:, self.coordinates]
 
@@ -84,19 +86,21 @@ def spectral_density(
     """
     if num_steps < 1 or num_probes < 1:
         raise ValueError(f"num_steps={num_steps}, num_probes={num_probes}; each is at least 1.")
+    shard = operator.shard
+    should_stop = shard.ranks.stopping(should_stop)
     if operator.size <= num_steps * num_probes:
         return _all_eigenvalues(operator, should_stop)
     generator = torch.Generator().manual_seed(seed)
+    basis = KrylovBasis(num_steps, shard, dtype=operator.dtype, device=operator.device)
     nodes, weights, num_products = [], [], 0
     for _ in range(num_probes):
-        signs = torch.randint(0, 2, (operator.size,), generator=generator)
-        start = (2 * signs - 1).to(operator.device, operator.dtype)
-        found = _gauss_rule(operator, start, num_steps, should_stop)
-        if found is None:
+        start = random_signs(operator, generator)
+        rule = gauss_rule(operator, start, basis, num_steps, should_stop)
+        if not rule.complete:
             break
-        nodes.append(found[0])
-        weights.append(found[1])
-        num_products += len(found[0])
+        nodes.append(rule.nodes)
+        weights.append(rule.weights)
+        num_products += len(rule.nodes)
     if not nodes:
         return None
     return SpectralDensity(
@@ -113,51 +117,11 @@ def _all_eigenvalues(
 ) -> SpectralDensity | None:
     rows = []
     for unit in torch.eye(operator.size, dtype=operator.dtype, device=operator.device):
-        rows.append(operator.matvec(unit))
+        rows.append(operator.shard.gather(operator.matvec(operator.shard.take(unit))))
         if should_stop is not None and len(rows) < operator.size and should_stop():
             return None
     matrix = torch.stack(rows).to("cpu", torch.float64)
-    _check_finite(matrix)
+    check_finite(matrix)
     nodes = torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy()
     weights = np.full(len(nodes), 1 / len(nodes))
     return SpectralDensity(nodes, weights, operator.size, operator.size, True)
-
-
-def _gauss_rule(
-    operator: SymmetricOperator,
-    start: Tensor,
-    num_steps: int,
-    should_stop: Callable[[], bool] | None,
-) -> tuple[FloatArray, FloatArray] | None:
-    """Returns nodes and weights of one Lanczos run; None where it was stopped."""
-    basis = KrylovBasis(num_steps, operator.size, dtype=operator.dtype, device=operator.device)
-    projected = torch.zeros(num_steps, num_steps, dtype=torch.float64)
-    negligible = 10 * torch.finfo(operator.dtype).eps
-    vector, scale = start / torch.linalg.vector_norm(start), 0.0
-    count = 0
-    while count < num_steps:
-        basis.vectors[count] = vector
-        product = operator.matvec(basis[count])
-        count += 1
-        removed, norm = basis.orthogonalize(product, count)
-        column = torch.cat([removed, norm.reshape(1)]).to("cpu", torch.float64)
-        _check_finite(column)
-        projected[count - 1, count - 1] = column[count - 1]
-        beta = float(column[-1])
-        scale = max(scale, float(column.abs().max()))
-        if count == num_steps or beta <= negligible * scale:
-            break  # an invariant subspace is all that this probe sees
-        if should_stop is not None and should_stop():
-            return None
-        projected[count, count - 1] = projected[count - 1, count] = beta
-        vector = product.div_(beta)
-    values, vectors = torch.linalg.eigh(projected[:count, :count])
-    return values.numpy(), vectors[0].square().numpy()
-
-
-def _check_finite(found: Tensor) -> None:
-    if not found.isfinite().all():
-        raise MeasurementError(
-            "A product with the operator is NaN or infinite. The gradient may overflow in this "
-            "precision, or an operation has no finite second derivative."
-        )

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_hessian.operators.linear import SymmetricOperator
 
+_MOST_TOGETHER = 16
+_TOGETHER_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class TraceEstimate:
@@ -46,10 +49,10 @@ def trace(
     Args:
         operator: Symmetric operator of order n.
         ritz_values: [k], may be empty.
-        ritz_vectors: Orthonormal rows [k, n].
+        ritz_vectors: Orthonormal rows, this rank's part of them [k, n_local]; on any device.
         num_probes: Probes z, at least 2; each costs one product.
         seed: Of the probes.
-        should_stop: Asked after every product; True ends with the probes made so far.
+        should_stop: Asked after 1, 2, 4, 8, 16, 32, ... probes; True ends with those made so far.
 
     Returns:
         The estimate, or None where fewer than two probes could be made.
@@ -60,15 +63,27 @@ def trace(
     if num_probes < 2:
         raise ValueError(f"num_probes={num_probes}; a standard error needs at least 2.")
     captured = float(ritz_values.sum())
+    shard = operator.shard
+    should_stop = shard.ranks.stopping(should_stop)
     if len(ritz_vectors) == operator.size:
         return TraceEstimate(captured, 0.0, 0)
     generator = torch.Generator().manual_seed(seed)
     samples: list[float] = []
-    for _ in range(num_probes):
-        signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-        probe = signs.to(operator.device, operator.dtype).mul_(2).sub_(1)
-        probe.addmv_(ritz_vectors.T, ritz_vectors @ probe, alpha=-1)
-        samples.append(float(probe @ operator.matvec(probe)))
+    vector_bytes = -(-operator.size // shard.ranks.world) * torch.finfo(operator.dtype).bits // 8
+    most = max(1, min(_MOST_TOGETHER, _TOGETHER_BYTES // (3 * vector_bytes)))
+    rows_at_once = max(1, _TOGETHER_BYTES // vector_bytes)
+    while len(samples) < num_probes:
+        # More and more at once: one whose time is up soon has an answer, and is not late.
+        together = min(max(1, len(samples)), most, num_probes - len(samples))
+        signs = torch.empty(together, shard.length, dtype=operator.dtype, device=operator.device)
+        for row in signs:
+            whole = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
+            row.copy_(shard.take(whole)).mul_(2).sub_(1)
+        for rows in ritz_vectors.split(rows_at_once):  # they may live elsewhere
+            rows = rows.to(signs)
+            signs.addmm_(shard.ranks.sum(signs @ rows.T), rows, alpha=-1)
+        products = operator.matmat(signs)
+        samples += shard.ranks.sum((signs * products).sum(1)).tolist()
         if should_stop is not None and should_stop():
             break
     count = len(samples)

@@ -32,6 +32,7 @@ def row_tests(
     num_points: int = 100,
     significance: float = 0.05,
     seed: int = 0,
+    first: int = 0,
 ) -> RowTests:
     """Return the power-law and the Gaussian test of every row.
 
@@ -45,6 +46,8 @@ def row_tests(
         num_points: Points of the Gaussian test; where rows are shorter, their length.
         significance: Level of both tests.
         seed: Of the draw of points.
+        first: Number of the first row, where these are some of more: which points of a row are
+            drawn depends on its number, not on the rows that are tested with it.
 
     Raises:
         ValueError: Fewer than 2 values or 20 points (the test's normal approximation needs
@@ -63,10 +66,9 @@ def row_tests(
         (1.0, 0.0)
     """
     blocks = [rows] if isinstance(rows, np.ndarray) else rows
-    rng = np.random.default_rng(seed)
     distances: list[FloatArray] = []
     p_values: list[FloatArray] = []
-    length = None
+    length, number = None, first
     for block in blocks:
         block = np.atleast_2d(np.asarray(block))
         if length is None:
@@ -76,12 +78,17 @@ def row_tests(
         elif block.shape[1] != length:
             raise ValueError(f"rows of {length} and of {block.shape[1]} values do not go together.")
         step = max(1, _CHUNK // length)
-        for start in range(0, len(block), step):
-            part = block[start : start + step]
+        start = 0
+        while start < len(block):
+            # Rows of one group draw together, by a generator of the group.
+            group, place = divmod(number, step)
+            part = block[start : start + step - place]
             _check_finite(part)
             distances.append(ks_distances(part, num_values))
-            columns = _distinct(rng, len(part), length, num_points)
+            rng = np.random.default_rng([seed, group])
+            columns = _distinct(rng, step, length, num_points)[place : place + len(part)]
             p_values.append(normal_p_values(np.take_along_axis(part, columns, axis=1)))
+            start, number = start + len(part), number + len(part)
     if length is None:
         raise ValueError("there are no rows to test.")
     return RowTests(

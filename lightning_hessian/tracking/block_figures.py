@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_hessian.results import BlockStructure, FloatArray
+from lightning_hessian.tracking.density_figures import draw_densities
+from lightning_hessian.tracking.style import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +41,9 @@ def block_heatmap(
         ValueError: All norms are zero.
     """
     values = blocks.ratios if ratios else blocks.frobenius
-    label = r"$\Vert H_{ij}\Vert_F / \Vert H_{ii}\Vert_F$" if ratios else r"$\Vert H_{ij}\Vert_F$"
+    label = r"$\Vert H_{ij}\Vert_F$ (loss / parameter$^2$)"
+    if ratios:
+        label = r"$\Vert H_{ij}\Vert_F / \Vert H_{ii}\Vert_F$"
     figure, axes = _square_figure()
     _log_image(axes, values, label)
     _name_blocks(axes, blocks)
@@ -95,7 +99,7 @@ def entries_image(blocks: BlockStructure, *, title: str | None = None) -> Figure
     figure, axes = _square_figure()
     side = len(blocks.matrix)
     shrunk = _largest_of_tiles(np.abs(blocks.matrix), -(-side // _MOST_PIXELS))
-    _log_image(axes, shrunk, r"$|H|$", extent=(0, side, side, 0))
+    _log_image(axes, shrunk, r"$|H|$ (loss / parameter$^2$)", extent=(0, side, side, 0))
     ends = np.cumsum(blocks.sizes)
     for first in _group_starts(blocks)[1:]:
         axes.axhline(ends[first - 1], color="white", linewidth=0.6)
@@ -118,33 +122,16 @@ def density_plot(blocks: BlockStructure, *, width: float = 1.0, title: str | Non
     Raises:
         ValueError: The densities were not measured.
     """
-    from matplotlib.figure import Figure
-
-    from lightning_hessian.statistics.heterogeneity import transformed_densities
-
     if blocks.densities is None:
         raise ValueError("No densities were measured; call block_structure(..., densities=True).")
-    grid, rows, unit = transformed_densities(blocks.densities, width=width)
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for name, row in list(zip(blocks.names, rows, strict=True))[:10]:
-        axes.plot(grid, row, linewidth=1.1, label=name)
-    exponents = np.arange(-8, 9)
-    powers = np.r_[-(10.0 ** exponents[::-1]), 0.0, 10.0**exponents]
-    places = np.arcsinh(powers / unit)
-    shown = (np.abs(places) > 2) & (places > grid[0]) & (places < grid[-1]) | (powers == 0)
-    axes.set_xticks(places[shown], [f"{power:.0e}" if power else "0" for power in powers[shown]])
-    axes.tick_params(axis="x", labelrotation=45, labelsize="small")
-    axes.set(xlabel="eigenvalue", ylabel="density", xlim=(grid[0], grid[-1]), title=title or "")
-    axes.legend(frameon=False, fontsize="x-small")
+    figure, axes = new_figure(6.4, 4.0)
+    draw_densities(axes, dict(zip(blocks.names, blocks.densities, strict=True)), width=width)
+    axes.set_title(title or "", fontsize="medium")
     return figure
 
 
 def _square_figure() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
-    return figure, figure.subplots()
+    return new_figure(5.6, 4.8)
 
 
 def _log_image(

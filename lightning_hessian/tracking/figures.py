@@ -1,52 +1,68 @@
-"""Figures of what was measured."""
+"""Figures of spectra: by rank, their gaps, the choice of K, and how they change in training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from lightning_hessian.results import HessianSpectrum
-from lightning_hessian.statistics.power_law import fit_power_law
-from lightning_hessian.tracking.style import COLOURS, MARKERS, new_figure, quiet_grid
+from lightning_hessian.results import FloatArray, HessianSpectrum, PowerLawFit
+from lightning_hessian.statistics.eigengaps import eigengaps
+from lightning_hessian.statistics.power_law import (
+    critical_value,
+    fit_power_law,
+    ks_distance_by_cutoff,
+    optimal_cutoff,
+)
+from lightning_hessian.statistics.subspace import num_outliers
+from lightning_hessian.tracking.style import (
+    COLOURS,
+    EIGENVALUE,
+    MARKERS,
+    few_ticks,
+    legend_below,
+    new_figure,
+    quiet_grid,
+    shades,
+    verdict,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_CURVES = 60
+_MOST_CUTOFFS = 200
+_FEWEST_OF_CUTOFF = 10
 
-def rank_plot(spectra: Mapping[str, HessianSpectrum], *, significance: float = 0.05) -> Figure:
+
+def rank_plot(
+    spectra: Mapping[str, HessianSpectrum], *, significance: float = 0.05, title: str | None = None
+) -> Figure:
     """Returns eigenvalue against rank, log-log, with the fitted line of each spectrum (HPL fig. 1).
 
-    Filled markers have converged, hollow ones have not. The line is
-    lambda_k = lambda_K (K / k)^s over the values that were fitted.
+    Filled markers have converged, hollow ones have not; ringed ones are outliers, which stand off
+    the power law of those below (`num_outliers`). The line is lambda_k = lambda_K (K / k)^s over
+    the values that were fitted, and the dotted one their cutoff lambda_K.
 
     Args:
         spectra: Spectra by what the legend calls them.
-        significance: Level of the verdict in the legend.
+        significance: Level of the verdict in the legend, and of the outliers.
+        title: Of the figure.
 
     Raises:
-        ValueError: There is no spectrum.
+        ValueError: There is no spectrum, or nothing positive in any.
     """
-    if not spectra:
-        raise ValueError("There is no spectrum to draw.")
-    figure, axes = new_figure()
+    if not any((spectrum.eigenvalues > 0).any() for spectrum in spectra.values()):
+        raise ValueError("There is no positive eigenvalue to draw.")
+    figure, axes = new_figure(height=4.8)
     for i, (name, spectrum) in enumerate(spectra.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        label = name + _draw_fit(axes, spectrum.leading, colour, significance)
         values, converged = spectrum.eigenvalues, spectrum.converged
         ranks = np.arange(1, len(values) + 1)
-        label = name
-        leading = spectrum.leading
-        if len(leading) >= 2 and leading[0] > leading[-1]:
-            fit = fit_power_law(leading, significance=significance)
-            sign = "<" if fit.is_power_law else "≥"
-            label += (
-                f": $\\hat s$ = {fit.slope:.2f}, $d_{{ks}}$ = {fit.ks_distance:.3f} {sign} "
-                f"$d_c$ = {fit.critical_value:.3f}"
-            )
-            fitted = ranks[: len(leading)]
-            line = fit.cutoff * (fitted[-1] / fitted) ** fit.slope
-            axes.plot(fitted, line, color=colour, linewidth=1.2, zorder=3)
         positive = values > 0
         for mask, fill in ((positive & converged, colour), (positive & ~converged, "none")):
             axes.scatter(
@@ -60,9 +76,190 @@ def rank_plot(spectra: Mapping[str, HessianSpectrum], *, significance: float = 0
                 alpha=0.75,
                 label=label if fill == colour else None,
             )
-    axes.set(
-        xscale="log", yscale="log", xlabel="rank $k$", ylabel="Hessian eigenvalue $\\lambda_k$"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
     quiet_grid(axes)
-    axes.legend(loc="lower left", frameon=False, fontsize="small")
+    few_ticks(axes)
+    legend_below(figure)
+    if title:
+        axes.set_title(title, fontsize="medium")
     return figure
+
+
+def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float) -> str:
+    """Draws line, cutoff and outliers, and returns what the legend says of them."""
+    fit = _fit(leading, significance)
+    if fit is None:
+        return ""
+    ranks = np.arange(1, len(leading) + 1)
+    axes.plot(ranks, _line(fit, ranks), color=colour, linewidth=1.2, zorder=3)
+    axes.axhline(fit.cutoff, color=colour, linewidth=0.8, linestyle=":", zorder=1)
+    axes.annotate(
+        rf"$\lambda_K$ = {fit.cutoff:.3g}",
+        (0, fit.cutoff),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 2),
+        textcoords="offset points",
+        va="bottom",
+        color=colour,
+        fontsize="small",
+    )
+    text = f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit.ks_distance, fit.critical_value)}"
+    outliers = num_outliers(leading, significance=significance) if len(leading) >= 4 else 0
+    if outliers:
+        axes.scatter(
+            ranks[:outliers],
+            leading[:outliers],
+            s=70,
+            facecolors="none",
+            edgecolors=colour,
+            linewidths=0.9,
+        )
+        text += f", {outliers} outlier{'s' if outliers > 1 else ''}"
+    return text
+
+
+def eigengap_plot(
+    eigenvalues: ArrayLike, *, significance: float = 0.05, title: str | None = None
+) -> Figure:
+    """Returns the gaps between neighbours, by original rank and re-sorted, log-log (HPL fig. 2).
+
+    Left, the line is that of least squares, whose slope is about s + 1 (HPL eq. 13); right, that
+    of the maximum-likelihood power law of the re-sorted gaps.
+
+    Args:
+        eigenvalues: lambda_k, real [K], those that a power law is fitted to.
+        significance: Level of the verdict.
+        title: Of the figure.
+
+    Raises:
+        ValueError: As `eigengaps`.
+    """
+    found = eigengaps(eigenvalues, significance=significance)
+    figure, (left, right) = new_figure(9.0, 3.9, ncols=2, sharey=True)
+    ranks = np.flatnonzero(found.gaps > 0) + 1
+    gaps = found.gaps[found.gaps > 0]
+    left.scatter(ranks, gaps, s=12, color=COLOURS[0], alpha=0.7)
+    logs = np.log(ranks)
+    line = np.exp(np.log(gaps).mean() - found.rank_slope * (logs - logs.mean()))
+    slope = f"slope $-${found.rank_slope:.2f} ± {found.rank_slope_std_error:.2f}"
+    left.plot(ranks, line, color=COLOURS[1], linewidth=1.2, label=slope)
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="rank $k$ of the eigenvalue",
+        ylabel=r"gap $\delta_k$ (loss / parameter$^2$)",
+    )
+    descending, order = np.sort(gaps)[::-1], np.arange(1, len(gaps) + 1)
+    right.scatter(order, descending, s=12, color=COLOURS[0], alpha=0.7)
+    fit = found.fit
+    label = f"$\\hat s$ = {fit.slope:.2f}, {verdict(fit.ks_distance, fit.critical_value)}"
+    right.plot(order, _line(fit, order), color=COLOURS[1], linewidth=1.2, label=label)
+    right.set(xscale="log", xlabel="rank of the gap by size")
+    for axes in (left, right):
+        quiet_grid(axes)
+        axes.legend(loc="lower left", frameon=False, fontsize="small")
+    few_ticks(left)
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def cutoff_plot(
+    eigenvalues: ArrayLike, *, significance: float = 0.05, title: str | None = None
+) -> Figure:
+    """Returns the KS distance as a function of K, beside d_c: does the verdict hang on K?
+
+    The triangle marks all K values, the circle the K of the smallest distance among those of at
+    least ten values (Clauset et al. 2009); that one's verdict is too kind, since it was chosen.
+
+    Args:
+        eigenvalues: lambda_k, real [K].
+        significance: Level of d_c.
+        title: Of the figure.
+
+    Raises:
+        ValueError: As `fit_power_law`.
+    """
+    whole = fit_power_law(eigenvalues, significance=significance)
+    count = whole.num_values
+    grid = np.unique(np.geomspace(2, count, min(count - 1, _MOST_CUTOFFS)).round().astype(int))
+    ks, distances = ks_distance_by_cutoff(eigenvalues, grid)
+    figure, axes = new_figure(6.4, 4.2)
+    axes.plot(ks, distances, color=COLOURS[0], linewidth=1.4, label="$d_{ks}$ of the $K$ largest")
+    critical = [critical_value(int(k), significance) for k in ks]
+    axes.plot(ks, critical, "--", color="0.4", linewidth=1.1, label=f"$d_c$ at {significance:g}")
+    if count > _FEWEST_OF_CUTOFF:
+        best = optimal_cutoff(eigenvalues, k_min=_FEWEST_OF_CUTOFF, significance=significance)
+        axes.plot(
+            best.num_values,
+            best.ks_distance,
+            "o",
+            color=COLOURS[2],
+            label=f"smallest: $K$ = {best.num_values}, $d_{{ks}}$ = {best.ks_distance:.3f}",
+        )
+    axes.plot(
+        count,
+        whole.ks_distance,
+        "^",
+        color=COLOURS[1],
+        label=f"all: $K$ = {count}, {verdict(whole.ks_distance, whole.critical_value)}",
+    )
+    axes.set(xscale="log", xlabel="number of eigenvalues $K$", ylabel="KS distance")
+    settled = np.nanmax(distances[ks >= min(5, count)])
+    axes.set_ylim(0, min(1.0, 1.3 * max(float(settled), 1.5 * whole.critical_value)))
+    quiet_grid(axes)
+    few_ticks(axes)
+    legend_below(figure, 2)
+    if title:
+        axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def emergence_plot(
+    spectra: Sequence[tuple[int, FloatArray]], *, title: str | None = None
+) -> Figure:
+    """Returns the spectra of all measurements over one another, dark to light (HPL fig. 9 and 10).
+
+    Of more than 60, as many are drawn, evenly chosen, the first and the last among them.
+
+    Args:
+        spectra: Step and eigenvalues, descending, of each measurement, in the order of training.
+        title: Of the figure.
+
+    Raises:
+        ValueError: None has a positive eigenvalue.
+    """
+    drawn = [(step, values[values > 0]) for step, values in spectra if (values > 0).any()]
+    if not drawn:
+        raise ValueError("There is no spectrum with positive eigenvalues to draw.")
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    places = np.unique(np.linspace(0, len(drawn) - 1, _MOST_CURVES).round().astype(int))
+    chosen = [drawn[i] for i in places]
+    steps = [step for step, _ in chosen]
+    norm = Normalize(min(steps), max(max(steps), min(steps) + 1))
+    colours = ListedColormap(shades(256))
+    figure, axes = new_figure()
+    for step, values in chosen:
+        ranks = np.arange(1, len(values) + 1)
+        marker = "o" if len(values) == 1 else None
+        axes.plot(ranks, values, marker=marker, color=colours(norm(step)), lw=1.1, alpha=0.9)
+    axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
+    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="optimizer step", shrink=0.9)
+    quiet_grid(axes)
+    few_ticks(axes)
+    count = f"{len(spectra)} measurement{'s' if len(spectra) > 1 else ''}"
+    axes.set_title(title or f"{count}, dark to light", fontsize="medium")
+    return figure
+
+
+def _fit(leading: FloatArray, significance: float) -> PowerLawFit | None:
+    if len(leading) < 2 or leading[0] <= leading[-1]:
+        return None
+    return fit_power_law(leading, significance=significance)
+
+
+def _line(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:
+    """Returns the fitted lambda_k = lambda_K (K / k)^s at the ranks."""
+    return fit.cutoff * (fit.num_values / ranks) ** fit.slope

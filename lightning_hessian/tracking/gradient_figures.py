@@ -9,13 +9,21 @@ import numpy as np
 from lightning_hessian.results import FloatArray, GradientStructure, HessianSpectrum
 from lightning_hessian.statistics.power_law import fit_power_law
 from lightning_hessian.statistics.subspace import proportionality
+from lightning_hessian.tracking.style import (
+    COLOURS,
+    few_ticks,
+    legend_below,
+    new_figure,
+    quiet_grid,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers and in grey.
-_COVARIANCE, _SECOND_MOMENT, _HESSIAN = "#0072B2", "#009E73", "#D55E00"
+_COVARIANCE, _HESSIAN, _SECOND_MOMENT = COLOURS[:3]
+_EIGENVALUES = r"$\lambda_k$ of $C$ (loss$^2$/parameter$^2$), of $H$ (loss/parameter$^2$)"
 
 
 def spectra_plot(
@@ -34,19 +42,17 @@ def spectra_plot(
         hessian: Spectrum at the same parameters, on the same data.
         significance: Level of the verdicts in the legend.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(height=5.0)
     floor = structure.leading[-1] if len(structure.leading) else np.inf
     second_moment = structure.second_moment[structure.second_moment >= floor]
     _draw(axes, "covariance C", structure.leading, _COVARIANCE, "o", significance)
     _draw(axes, "second moment", second_moment, _SECOND_MOMENT, "^", significance)
     if hessian is not None:
         _draw(axes, "Hessian H", hessian.leading, _HESSIAN, "s", significance)
-    axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel="eigenvalue $\\lambda_k$")
-    axes.grid(True, which="major", alpha=0.25)
-    axes.legend(loc="lower left", frameon=False, fontsize="small")
+    axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=_EIGENVALUES)
+    quiet_grid(axes)
+    few_ticks(axes)
+    legend_below(figure)
     return figure
 
 
@@ -62,12 +68,9 @@ def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure
     Raises:
         ValueError: Fewer than two ranks have positive eigenvalues in both.
     """
-    from matplotlib.figure import Figure
-
     found = proportionality(structure.leading, hessian.leading)
     ranks = np.arange(1, len(found.ratios) + 1)
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(6.4, 3.6)
     axes.scatter(ranks, found.ratios, s=14, color=_COVARIANCE, alpha=0.75)
     axes.axhline(
         found.constant,
@@ -90,9 +93,13 @@ def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure
             label=f"$1/B$ = {1 / structure.batch_size:.3g}",
         )
     axes.set(
-        xscale="log", yscale="log", xlabel="rank $k$", ylabel="$\\lambda_k(C)\\,/\\,\\lambda_k(H)$"
+        xscale="log",
+        yscale="log",
+        xlabel="rank $k$",
+        ylabel="$\\lambda_k(C)\\,/\\,\\lambda_k(H)$ (loss)",
     )
-    axes.grid(True, which="major", alpha=0.25)
+    quiet_grid(axes)
+    few_ticks(axes)
     axes.legend(frameon=False, fontsize="small")
     return figure
 
@@ -106,11 +113,7 @@ def _draw(
     ranks = np.arange(1, len(values) + 1)
     if len(values) >= 2 and values[0] > values[-1]:
         fit = fit_power_law(values, significance=significance)
-        sign = "<" if fit.is_power_law else "≥"
-        name += (
-            f": $\\hat s$ = {fit.slope:.2f}, $d_{{ks}}$ = {fit.ks_distance:.3f} {sign} "
-            f"$d_c$ = {fit.critical_value:.3f}"
-        )
+        name += f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit.ks_distance, fit.critical_value)}"
         line = fit.cutoff * (ranks[-1] / ranks) ** fit.slope
         axes.plot(ranks, line, color=colour, linewidth=1.2, zorder=3)
     axes.scatter(ranks, values, s=14, marker=marker, color=colour, alpha=0.6, label=name)

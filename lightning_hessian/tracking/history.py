@@ -47,15 +47,32 @@ def correlation_scalars(
 ) -> dict[str, float]:
     """Returns the logged keys of correlations; empty where there are none.
 
-    ``correlation/num_points`` is the number of points behind the weakest of them. A ``prefix``
-    stands before the name of each statistic, and before ``num_points``.
+    For each pair ``pearson_<pair>`` with its 95 % interval ``pearson_low_<pair>`` and
+    ``pearson_high_<pair>``, ``spearman_<pair>``, ``differences_<pair>`` (Pearson's r of first
+    differences) and ``num_points_<pair>``, and once ``num_points``, the number of points behind
+    the weakest, all under ``correlation/``. A pair is ``<statistic>_<monitor>``; a ``prefix``
+    stands before the name of each statistic, and before ``num_points``. What is undefined (the
+    differences of four points) is absent.
     """
     if not correlations:
         return {}
-    scalars = {
-        f"correlation/pearson_{prefix}{key_part(statistic)}_{key_part(monitor)}": correlation.r
-        for (statistic, monitor), correlation in correlations.items()
-    }
+    scalars: dict[str, float] = {}
+    for (statistic, monitor), correlation in correlations.items():
+        pair = f"{prefix}{key_part(statistic)}_{key_part(monitor)}"
+        low, high = correlation.interval
+        found = {
+            "pearson": correlation.r,
+            "pearson_low": low,
+            "pearson_high": high,
+            "spearman": correlation.spearman,
+            "differences": correlation.r_differences,
+            "num_points": correlation.num_points,
+        }
+        scalars |= {
+            f"correlation/{name}_{pair}": float(value)
+            for name, value in found.items()
+            if math.isfinite(value)
+        }
     scalars[f"correlation/{prefix}num_points"] = min(c.num_points for c in correlations.values())
     return scalars
 

@@ -1,8 +1,9 @@
-"""One look for all figures: colours, sizes, and how they become SVG or PNG."""
+"""One look for all figures: colours, sizes, symbols, and how they become SVG or PNG."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import io
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,6 +13,27 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's, told apart by colour-blind readers and in grey."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
+
+DPI = 110
+"""A figure is about 700 pixels wide: what a panel shows without scaling it down much."""
+
+EIGENVALUE = r"eigenvalue $\lambda_k$ (loss / parameter$^2$)"
+
+SYMBOLS = {
+    "d_ks": "$d_{ks}$",
+    "d_c": "$d_c$",
+    "p_value": "$p$",
+    "beta_hat": r"$\hat\beta$",
+    "s_hat": r"$\hat s$",
+    "lambda_1": r"$\lambda_1$",
+    "lambda_min": r"$\lambda_{min}$",
+    "trace": "$Tr(H)$",
+    "eigengap_d_ks": "$d_{ks}$ of gaps",
+    "eigengap_s_hat": r"$\hat s$ of gaps",
+}
+"""How a statistic is written at an axis; others are written by their names."""
+
+_PALETTE = 255  # colours of a PNG: one byte a pixel, a third of the size
 
 
 def new_figure(width: float = 6.4, height: float = 4.4, **subplots: Any) -> tuple[Figure, Any]:
@@ -32,3 +54,83 @@ def quiet_grid(axes: Axes) -> None:
     """Draws a light grid, and no frame above and on the right."""
     axes.grid(True, which="major", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def few_ticks(axes: Axes) -> None:
+    """Names 1, 2 and 5 of each decade where a logarithmic axis spans few, and else the decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() != "log":
+            continue
+        low, high = sorted(axis.get_view_interval())
+        axis.set_minor_formatter(NullFormatter())
+        if low > 0 and high / low < 100:
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+
+
+def legend_below(figure: Figure, columns: int = 1) -> None:
+    """Puts one legend for all axes below them, where it hides nothing.
+
+    Args:
+        figure: Whose.
+        columns: Of the legend.
+    """
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
+def symbol(statistic: str) -> str:
+    """Returns how a statistic is written at an axis.
+
+    Example:
+        >>> symbol("d_ks"), symbol("block_share_wv")
+        ('$d_{ks}$', 'block_share_wv')
+    """
+    return SYMBOLS.get(statistic, statistic)
+
+
+def shades(count: int) -> list[tuple[float, float, float, float]]:
+    """Returns colours from dark to light, told apart by their lightness alone, [count]."""
+    from matplotlib import colormaps
+
+    last = max(count - 1, 1)
+    return [colormaps["viridis"](0.9 * i / last) for i in range(count)]
+
+
+def verdict(ks_distance: float, critical_value: float) -> str:
+    """Returns d_ks beside d_c and what follows, in words.
+
+    Example:
+        >>> verdict(0.02, 0.04)
+        '$d_{ks}$ = 0.020 < $d_c$ = 0.040, power law'
+    """
+    sign, word = ("<", "power law") if ks_distance < critical_value else ("≥", "no power law")
+    return f"$d_{{ks}}$ = {ks_distance:.3f} {sign} $d_c$ = {critical_value:.3f}, {word}"
+
+
+def render(figure: Figure, kind: Literal["png", "svg", "pdf"] = "png", dpi: int = DPI) -> bytes:
+    """Returns a figure as a file's bytes; equal figures give equal PNGs.
+
+    Args:
+        figure: Drawn without pyplot.
+        kind: ``"png"``, with a palette of 255 colours, or a vector format.
+        dpi: Dots per inch of a PNG.
+    """
+    file = io.BytesIO()
+    if kind != "png":
+        date = {"svg": "Date", "pdf": "CreationDate"}[kind]
+        figure.savefig(file, format=kind, metadata={date: None})
+        return file.getvalue()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    pixels = bytes(canvas.buffer_rgba())
+    image = Image.frombytes("RGBA", (width, height), pixels).convert("RGB")
+    image.quantize(_PALETTE, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "png")
+    return file.getvalue()

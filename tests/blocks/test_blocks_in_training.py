@@ -55,7 +55,10 @@ def fit(
     net: nn.Module, epochs: int = 1, **arguments: Any
 ) -> tuple[HessianSpectrumCallback, L.Trainer, list[str]]:
     """Trains and returns the callback, the trainer and the warnings that name blocks."""
-    defaults = {"num_eigenvalues": 3, "num_batches": 2, "trace_probes": 2, "on_error": "raise"}
+    defaults = {
+        "num_eigenvalues": 3, "num_batches": 2, "trace_probes": 2, "on_error": "raise",
+        "figures": None,
+    }  # fmt: skip
     callback = HessianSpectrumCallback(**{**defaults, **arguments})
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, callbacks=[callback],
@@ -219,7 +222,9 @@ def test_training_is_the_same_to_the_bit(blocks):
         L.seed_everything(1, verbose=False)
         net = nn.Sequential(nn.Linear(4, 20), nn.BatchNorm1d(20), nn.Dropout(0.3), nn.ReLU(),
                             nn.Linear(20, 20), nn.Linear(20, 3))  # fmt: skip
-        callbacks = [HessianSpectrumCallback(num_eigenvalues=3, num_batches=2, blocks=blocks)]
+        callbacks = [
+            HessianSpectrumCallback(num_eigenvalues=3, num_batches=2, blocks=blocks, figures=None)
+        ]
         trainer = L.Trainer(
             accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False,
             callbacks=callbacks if measured else [], enable_progress_bar=False,

@@ -61,6 +61,7 @@ def test_arguments_arrive(package: str, tmp_path: Path) -> None:
         "tol": 0.01,
         "max_hvps": 300,
         "time_budget": 30.0,
+        "figures": None,
         "hvp": "autograd",
         "mode": "train",
         "trace_probes": 3,
@@ -92,7 +93,7 @@ def test_arguments_arrive(package: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_defaults_and_a_single_callback(package: str, tmp_path: Path) -> None:
-    arguments = {"num_eigenvalues": 4, "num_batches": 1, "time_budget": 30.0}
+    arguments = {"num_eigenvalues": 4, "num_batches": 1, "time_budget": 30.0, "figures": None}
     entry = {"class_path": "lightning_hessian.HessianSpectrumCallback", "init_args": arguments}
     assert len(_callback(_run(package, tmp_path, entry)).history) == 2
 
@@ -100,7 +101,12 @@ def test_defaults_and_a_single_callback(package: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_schedule_object(package: str, tmp_path: Path) -> None:
     steps = {"class_path": "lightning_hessian.AtSteps", "init_args": {"steps": [5]}}
-    arguments = {"num_eigenvalues": 4, "time_budget": 30.0, "every_n_validations": steps}
+    arguments = {
+        "num_eigenvalues": 4,
+        "time_budget": 30.0,
+        "figures": None,
+        "every_n_validations": steps,
+    }
     entry = {"class_path": "lightning_hessian.HessianSpectrumCallback", "init_args": arguments}
     callback = _callback(_run(package, tmp_path, [entry]))
     assert callback.schedule == AtSteps([5])

@@ -239,7 +239,8 @@ def test_keys_are_those_of_the_contract(measured: Any) -> None:
     others = statistics - ALWAYS - SOMETIMES
     assert all(name.startswith("block_") for name in others)
     correlations = {key for key in keys if key.startswith("correlation/")}
-    expected = {f"correlation/pearson_{name}_val_loss" for name in CORRELATED}
+    kinds = ("pearson", "pearson_low", "pearson_high", "spearman", "differences", "num_points")
+    expected = {f"correlation/{kind}_{name}_val_loss" for name in CORRELATED for kind in kinds}
     assert correlations == expected | {"correlation/num_points"}
 
 

@@ -184,7 +184,7 @@ def test_a_costly_measurement_says_so_once(
     monkeypatch.setattr(measurement, "_COSTLY_SECONDS", 0.0)
     callback = HessianSpectrumCallback(
         num_eigenvalues=5, trace_probes=2, num_batches=1, loss_fn=slow_loss, hvp="recompute",
-        max_hvps=8, on_error="raise",
+        max_hvps=8, on_error="raise", figures=None,
     )  # fmt: skip
     messages = _warnings(make_trainer, callback, max_epochs=3)
     assert len(callback.history) == 3
@@ -194,7 +194,9 @@ def test_a_costly_measurement_says_so_once(
 
 
 def test_a_cheap_measurement_says_nothing_of_its_cost(make_trainer: MakeTrainer) -> None:
-    callback = HessianSpectrumCallback(num_eigenvalues=3, trace_probes=2, num_batches=1)
+    callback = HessianSpectrumCallback(
+        num_eigenvalues=3, trace_probes=2, num_batches=1, figures=None
+    )
     messages = _warnings(make_trainer, callback, Slower)
     assert len(callback.history) == 1
     assert not [message for message in messages if "time_budget" in message]

@@ -45,12 +45,13 @@ def val_loader(**arguments: Any) -> DataLoader[Any]:
 
 
 def small_callback(**arguments: Any) -> HessianSpectrumCallback:
-    """A quick measurement whose failure fails the test, and which never speaks of its cost."""
+    """A quick measurement without figures, whose failure fails the test; it speaks of no cost."""
     defaults: dict[str, Any] = {
         "num_eigenvalues": 5,
         "num_batches": 2,
         "trace_probes": 2,
         "time_budget": 600,
+        "figures": None,
         "on_error": "raise",
     }
     return HessianSpectrumCallback(**{**defaults, **arguments})

@@ -86,6 +86,7 @@ class Classifier(L.LightningModule):
 def _callback(**arguments: Any) -> GradientStructureCallback:
     defaults: dict[str, Any] = {
         "num_gradients": 40, "num_eigenvalues": 12, "time_budget": 600, "on_error": "raise",
+        "figures": None,
     }  # fmt: skip
     return GradientStructureCallback(**{**defaults, **arguments})
 
@@ -93,7 +94,7 @@ def _callback(**arguments: Any) -> GradientStructureCallback:
 def _hessian(**arguments: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(
         num_eigenvalues=5, num_batches=2, trace_probes=2, time_budget=600, on_error="raise",
-        **arguments,
+        figures=None, **arguments,
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def test_keys_stand_in_the_row_of_the_validation_loss(
     found = {
         key
         for key in correlated[-1]
-        if key.startswith("correlation/pearson") and correlated[-1][key]
+        if key.startswith("correlation/pearson_gradient_") and correlated[-1][key]
     }
     assert found == wanted
     for statistic in CORRELATED - constant:

@@ -29,7 +29,7 @@ def test_spectra_of_h_and_c_on_one_plot(measured: tuple) -> None:
     np.testing.assert_array_equal(covariance, structure.leading)
     np.testing.assert_array_equal(second_moment, structure.second_moment[: len(second_moment)])
     np.testing.assert_array_equal(curvature, hessian.leading)
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
     assert [label.split(":")[0] for label in labels] == [
         "covariance C", "second moment", "Hessian H",
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_hessian.distributed import Ranks
 from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
 
 NUMBERS = torch.arange(20)
@@ -221,3 +222,23 @@ def test_streams_and_batch_samplers_are_read_and_held() -> None:
 def test_misuse(data: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_minibatches(data, **arguments)
+
+
+def test_joined_samples_are_what_each_is_by_itself() -> None:
+    """Random transforms too: a sample does not depend on those that are fetched with it."""
+    drawn = draw_minibatches(Noisy(), batch_size=1, num_minibatches=12)
+    each = torch.cat([drawn[i] for i in range(12)])
+    assert torch.equal(drawn.joined(0, 12), each)
+    assert torch.equal(drawn.joined(5, 9), each[5:9])
+
+
+def test_ranks_share_the_mini_batches_of_one() -> None:
+    whole = draw_minibatches(Noisy(), batch_size=4, num_minibatches=10)
+    for rank in range(3):
+        ranks = Ranks()
+        vars(ranks).update(rank=rank, world=3)  # what a process group would say
+        share = draw_minibatches(Noisy(), batch_size=4, num_minibatches=10, ranks=ranks)
+        assert (share.total, list(share.numbers)) == (10, list(range(rank, 10, 3)))
+        assert share.checksum() == whole.checksum()
+        for number, batch in zip(share.numbers, share, strict=True):
+            assert torch.equal(batch, whole[number])

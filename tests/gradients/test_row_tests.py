@@ -141,6 +141,18 @@ def test_blocks_and_chunks_do_not_matter() -> None:
     np.testing.assert_allclose(blocks.p_values, whole.p_values, rtol=1e-9)
 
 
+@pytest.mark.parametrize("length", [120, 40_000], ids=["long groups", "short groups"])
+def test_the_points_of_a_row_depend_on_its_number(length: int) -> None:
+    """So rows may be tested in parts, in several places."""
+    rows = _rng(18).normal(size=(20, length))
+    whole = row_tests(rows, num_points=30, seed=3)
+    for start, stop in ((0, 7), (7, 8), (8, 20), (5, 16)):
+        part = row_tests(rows[start:stop], num_points=30, seed=3, first=start)
+        np.testing.assert_array_equal(part.p_values, whole.p_values[start:stop])
+    other = row_tests(rows[:7], num_points=30, seed=3, first=1)
+    assert (other.p_values != whole.p_values[:7]).all()
+
+
 def test_rows_that_cannot_be_tested_are_counted_out() -> None:
     rows = _rng(15).normal(size=(6, 100))
     rows[0] = 0.0  # a parameter that no sample reaches

@@ -135,16 +135,6 @@ def test_a_linearised_lstm_is_right_or_refused_with_the_remedy(dtype):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_products_with_several_vectors_are_those_with_each(engine):
-    given, _ = reference("mlp")
-    with hessian(given.module, given.loss_fn, given.batches, engine) as operator:
-        vectors = torch.randn(3, operator.size)
-        expected = torch.stack([operator.matvec(vector) for vector in vectors])
-        torch.testing.assert_close(operator.matmat(vectors), expected)
-        assert operator.num_products == 6
-
-
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("parameters", [None, "2.*"])
 def test_a_product_is_a_new_tensor_without_graph(engine, parameters):
     given, _ = reference("mlp")

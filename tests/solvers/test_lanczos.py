@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hessian.operators.linear import MatrixOperator
 from lightning_hessian.results import MeasurementError
-from lightning_hessian.solvers import basis
+from lightning_hessian.solvers import storage
 from lightning_hessian.solvers.lanczos import (
     RitzPairs,
     default_bound,
@@ -305,7 +305,7 @@ def test_the_bound_covers_products_with_noise():
 
 
 def test_a_basis_too_large_for_the_memory_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(basis, "free_bytes", lambda device: 2 * 8 * N * 9)
+    monkeypatch.setattr(storage, "free_bytes", lambda device: 2 * 8 * N * 9)
     with pytest.raises(MeasurementError, match=r"8 vectors fit.*num_eigenvalues.*parameters="):
         lanczos(MatrixOperator(matrix_of(SPECTRA["power law"])), 10)
 
@@ -313,7 +313,7 @@ def test_a_basis_too_large_for_the_memory_is_refused_with_the_remedy(monkeypatch
 def test_a_basis_is_as_large_as_the_memory_allows(monkeypatch):
     operator = MatrixOperator(matrix_of(np.linspace(-1, 1, N)))
     roomy = lanczos(operator, 10, tol=1e-8)
-    monkeypatch.setattr(basis, "free_bytes", lambda device: 2 * 8 * N * 21)
+    monkeypatch.setattr(storage, "free_bytes", lambda device: 2 * 8 * N * 21)
     tight = lanczos(operator, 10, tol=1e-8)
     same = lanczos(operator, 10, tol=1e-8, max_basis=20)
     assert np.array_equal(tight.values, same.values)

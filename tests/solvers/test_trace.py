@@ -131,7 +131,7 @@ def test_an_interruption_leaves_the_probes_made_so_far():
     pairs = top_pairs(matrix, 2)
     assert trace(MatrixOperator(matrix), *pairs, should_stop=stop_at(1)) is None
     found = trace(MatrixOperator(matrix), *pairs, should_stop=stop_at(3))
-    assert found == trace(MatrixOperator(matrix), *pairs, num_probes=3)
+    assert found == trace(MatrixOperator(matrix), *pairs, num_probes=4)
 
 
 @pytest.mark.parametrize("num_probes", [-1, 0, 1])

@@ -1,0 +1,52 @@
+"""What a callback finds around it: the strategy, its ranks, the other callbacks, the metrics."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+
+from lightning_hessian.distributed import ALONE, Ranks
+
+
+def refuse_surroundings(callback: Any, trainer: Any) -> None:
+    """Checks that a callback can work in a Trainer, before anything is trained.
+
+    Raises:
+        ValueError: Parameters are partitioned by DeepSpeed, or a second callback would log under
+            the same prefix.
+    """
+    strategy = type(trainer.strategy).__name__
+    if "DeepSpeed" in strategy:
+        raise ValueError(
+            f"{type(callback).__name__} does not support {strategy}, which partitions parameters "
+            "in its own way. Use strategy='ddp', or `fully_shard` (ModelParallelStrategy)."
+        )
+    others = [other for other in trainer.callbacks if other is not callback]
+    if any(getattr(other, "prefix", None) == callback.prefix for other in others):
+        raise ValueError(
+            f"Two callbacks would log under {callback.prefix}/, and Lightning would average them. "
+            "Keep one in the Trainer."
+        )
+
+
+def trainer_ranks(trainer: Any, pl_module: Any) -> Ranks:
+    """Returns the processes of the Trainer, as they measure together."""
+    if trainer.world_size == 1:
+        return ALONE
+    return Ranks.of(torch.distributed.group.WORLD, pl_module.device)
+
+
+def log_step(trainer: Any) -> int:
+    """Returns the step that Lightning's own epoch-end metrics are logged with."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def unknown_metric(name: str, known: list[str]) -> str:
+    """Returns what to tell of a monitored metric that was not logged."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
+    return (
+        f"monitor={name!r} is not among the logged metrics ({', '.join(near) or 'none'}), so "
+        "nothing is correlated with it. Log it in validation_step or give another monitor=."
+    )

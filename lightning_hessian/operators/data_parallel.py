@@ -1,0 +1,123 @@
+"""The Hessian over batches that are spread over ranks, on vectors in even shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.distributed import Shard
+from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.operators.sharded import ShardedHessian
+from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.sharded import ShardedObjective
+from lightning_hessian.results import MeasurementError
+
+
+class DataParallelHessian:
+    """The Hessian of an `Objective` whose batches are spread over ranks.
+
+    Every rank has all parameters, and the products with the batches that it holds (perhaps none).
+    A product takes two collectives whatever the number of batches: the vector is gathered from
+    its shards, and the sum of the ranks' products is scattered to them. A failure travels with
+    the sum, so that all ranks learn of it at once and none waits for another.
+
+    Args:
+        objective: The loss; its ``ranks`` make the products together.
+        engine: As in `HessianOperator`. Ranks may come to different ones by ``"auto"``.
+        expected_products: As in `HessianOperator`.
+
+    Attributes:
+        shard: Which entries of a vector this rank holds.
+        engine: The engines in use, joined by ``+`` where ranks differ.
+        self_check_error: The largest of the ranks'.
+        num_products: Products taken so far.
+        on_product: Told their number after every product; None for nobody.
+
+    Raises:
+        ValueError: Unknown engine.
+        MeasurementError: Some rank could not make its operator; says which, and why.
+    """
+
+    def __init__(
+        self, objective: Objective, engine: str = "auto", *, expected_products: int = 200
+    ) -> None:
+        ranks = objective.ranks
+        self.size, self.dtype = objective.space.size, objective.space.dtype
+        self.device = objective.space.device
+        self.shard = Shard.even(self.size, ranks)
+        self.num_products = 0
+        self.on_product: Callable[[int], None] | None = None
+        self._local: HessianOperator | None = None
+        budget = free_bytes(self.device) / 2 / ranks.neighbours
+        with ranks.together():
+            if objective.batches:
+                self._local = HessianOperator(
+                    objective, engine, memory_budget=budget, expected_products=expected_products
+                )
+        mine = (self._local.engine, self._local.self_check_error) if self._local else None
+        found = [made for made in ranks.gathered(mine) if made is not None]
+        self.engine = "+".join(dict.fromkeys(name for name, _ in found))
+        self.self_check_error = max(error for _, error in found)
+        self._width = -(-self.size // ranks.world)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Returns H v for this rank's part of a vector [n_local], a new tensor [n_local]."""
+        return self.matmat(vector[None])[0]
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns H v for the rows v of [b, n_local], a new tensor [b, n_local].
+
+        Raises:
+            MeasurementError: A product failed, or is NaN or infinite, on some rank; names it.
+        """
+        count, ranks = len(vectors), self.shard.ranks
+        whole = self._gathered(vectors)
+        # One more entry for each rank: how many ranks have failed.
+        sent = vectors.new_zeros(ranks.world, count * self._width + 1)
+        failure: Exception | None = None
+        if self._local is not None:
+            try:
+                products = self._local.matmat(whole)
+                padded = torch.nn.functional.pad(
+                    products, (0, ranks.world * self._width - self.size)
+                )
+                by_rank = padded.view(count, ranks.world, self._width).transpose(0, 1)
+                sent[:, :-1] = by_rank.reshape(ranks.world, -1)
+                sent[:, -1] = (~products.isfinite()).any()
+            except Exception as error:  # noqa: BLE001 - raised below, on all ranks
+                failure = error
+                sent.zero_()[:, -1] = 1
+        del whole
+        mine = ranks.scattered(sent.view(-1))
+        if not bool(mine[-1] == 0):
+            if failure is None and not bool(sent[0, -1] == 0):
+                failure = MeasurementError(
+                    "A product with the Hessian is NaN or infinite. The gradient may overflow in "
+                    "this precision, or an operation has no finite second derivative."
+                )
+            ranks.fail(failure)
+        self.num_products += count
+        if self.on_product is not None:
+            self.on_product(self.num_products)
+        return mine[:-1].view(count, self._width)[:, : self.shard.length].clone()
+
+    def _gathered(self, vectors: Tensor) -> Tensor:
+        """Returns whole vectors [b, n] from the ranks' parts."""
+        count, world = len(vectors), self.shard.ranks.world
+        part = torch.nn.functional.pad(vectors, (0, self._width - vectors.shape[1]))
+        parts = self.shard.ranks.joined(part.reshape(-1))
+        by_row = parts.view(world, count, self._width).transpose(0, 1)
+        return by_row.reshape(count, -1)[:, : self.size]
+
+
+def hessian_operator(
+    objective: Objective, engine: str = "auto", *, expected_products: int = 200
+) -> HessianOperator | DataParallelHessian:
+    """Returns the Hessian of an objective, for however many ranks evaluate or hold it."""
+    if isinstance(objective, ShardedObjective):
+        return ShardedHessian(objective, engine, expected_products=expected_products)
+    kind = HessianOperator if objective.ranks.world == 1 else DataParallelHessian
+    return kind(objective, engine, expected_products=expected_products)

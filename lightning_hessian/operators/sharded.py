@@ -1,0 +1,67 @@
+"""The Hessian over parameters that are sharded over ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.operators.engines import autograd, explain
+from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.probe.sharded import ShardedObjective
+from lightning_hessian.results import MeasurementError
+
+ENGINES = ("autograd", "recompute", "finite_difference")
+"""Those that need no tracing: collectives stand in the middle of the derivative."""
+
+
+class ShardedHessian(HessianOperator):
+    """The Hessian of a `ShardedObjective`, on vectors that are sharded as the parameters are.
+
+    Exact: differentiating twice through the all-gather of each unit's shards. All ranks make the
+    same engine. ``"auto"`` keeps the graphs of as many batches as fit on the rank with the least
+    memory, and recomputes the others.
+
+    Args:
+        objective: The loss.
+        engine: ``"auto"`` or one of `ENGINES`.
+        expected_products: Not used; a linearisation is never tried.
+
+    Raises:
+        ValueError: An engine that is not for sharded parameters.
+        MeasurementError: The loss cannot be differentiated twice by this engine; says why.
+    """
+
+    objective: ShardedObjective
+
+    def __init__(
+        self, objective: ShardedObjective, engine: str = "auto", *, expected_products: int = 200
+    ) -> None:
+        if engine not in ("auto", *ENGINES):
+            raise ValueError(
+                f"hvp={engine!r} does not work on sharded parameters; choose from "
+                f"{['auto', *ENGINES]}."
+            )
+        budget = free_bytes(objective.space.device) / 2 / objective.ranks.neighbours
+        super().__init__(
+            objective, engine, memory_budget=budget, expected_products=expected_products
+        )
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns H v for each row v of [b, n_local], one after the other: collectives in order."""
+        return torch.stack([self.matvec(vector) for vector in vectors])
+
+    def _build_within(self, budget: float, expected_products: int) -> None:
+        """Keeps as many graphs as fit on every rank."""
+        num_batches = len(self.objective.batches)
+        try:
+            with self.objective.counting() as kept:
+                product = autograd(self.objective, 0)
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, MeasurementError):
+                raise
+            raise MeasurementError(explain("autograd", error)) from error
+        del product
+        fitting = int(self.objective.ranks.least(budget // max(1, sum(kept.values()))))
+        fitting = min(num_batches, fitting)
+        self._build(["autograd"] * fitting + ["recompute"] * (num_batches - fitting))

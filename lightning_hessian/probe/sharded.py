@@ -1,0 +1,317 @@
+"""Parameters sharded by ``fully_shard`` (FSDP2): the loss as a function of this rank's shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_hessian.distributed import Ranks
+from lightning_hessian.probe.objective import LossFunction, Mode, Objective, checked_loss
+from lightning_hessian.probe.parameters import ParameterSpace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_Place = tuple[nn.Module, str]
+"""Where a parameter is registered: a module and an attribute of it."""
+
+
+def objective_over(
+    group: ProcessGroup | None,
+    module: nn.Module,
+    loss_fn: LossFunction | None,
+    batches: Iterable[Any],
+    space: ParameterSpace,
+    **options: Any,
+) -> Objective:
+    """Returns the objective that fits how the module lies: whole or in shards, on how many ranks.
+
+    Args:
+        group: Processes that evaluate together. Where parameters are sharded, theirs.
+        module: As in `Objective`, like all that follows.
+        loss_fn: ``loss_fn(module, batch) -> mean loss``.
+        batches: All batches, the same on every rank.
+        space: The parameters to differentiate by.
+        **options: Further arguments of `Objective`.
+
+    Raises:
+        ValueError: As in `Objective` and `ranks_of`.
+    """
+    ranks = ranks_of(module, space.device)
+    if ranks is not None:
+        return ShardedObjective(module, loss_fn, batches, space, ranks=ranks, **options)
+    ranks = Ranks.of(group, space.device)
+    return Objective(module, loss_fn, batches, space, ranks=ranks, **options)
+
+
+def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
+    """Returns the ranks that a module's parameters are sharded over; None where they are not.
+
+    Raises:
+        ValueError: Parameters are distributed otherwise than by ``fully_shard``, or over several
+            meshes.
+    """
+    found = [(n, p) for n, p in module.named_parameters() if isinstance(p, DTensor)]
+    if not found:
+        return None
+    units = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    mesh = found[0][1].device_mesh
+    for name, parameter in found:
+        in_unit = any(name.startswith(f"{unit}." if unit else "") for unit in units)
+        if not in_unit or parameter.device_mesh != mesh:
+            raise ValueError(
+                f"Parameter {name!r} is distributed over {parameter.device_mesh} without "
+                "`fully_shard` (tensor parallelism), or over another mesh than the first. Such "
+                "parameters cannot be measured; use `fully_shard` over one mesh, or one device."
+            )
+    return Ranks.of(mesh.get_group(), device)
+
+
+class ShardedObjective(Objective):
+    """The mean loss over all probe samples, as a function of this rank's shards of the parameters.
+
+    Every rank evaluates the same number of batches, and its losses carry their weights, so that
+    the derivative by a shard is that of the mean: differentiating through the all-gather sums over
+    ranks. The shards of one unit of ``fully_shard`` are gathered when its forward begins and let
+    go when it ends. What autograd would save of them for the backward passes is gathered again
+    when it is needed, so that no more than a unit is ever whole.
+
+    The hooks of FSDP itself have no double backward; they rest while the loss is evaluated.
+
+    Args:
+        module: A module under ``fully_shard``.
+        loss_fn: As in `Objective`.
+        batches: All batches, the same on every rank.
+        space: The parameters to differentiate by.
+        batch_weight: As in `Objective`.
+        mode: ``"eval"`` or ``"train"``.
+        seed: Of the draws of random layers.
+        ranks: Those of the shards.
+
+    Raises:
+        ValueError: As in `Objective`, or a selected parameter that is not sharded.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFunction | None,
+        batches: Iterable[Any],
+        space: ParameterSpace,
+        *,
+        ranks: Ranks,
+        batch_weight: Callable[[Any], float] | None = None,
+        mode: Mode = "eval",
+        seed: int = 0,
+    ) -> None:
+        whole = list(batches)
+        # A rank without a batch of its own goes along with one that does not count.
+        rounds = -(-len(whole) // ranks.world)
+        spare = whole[:1] * (rounds * ranks.world - len(whole))
+        super().__init__(
+            module, loss_fn, whole + spare, space, batch_weight=batch_weight, mode=mode,
+            seed=seed, ranks=ranks,
+        )  # fmt: skip
+        counted = [i * ranks.world + ranks.rank < len(whole) for i in range(rounds)]
+        weights = [w * self.num_samples * c for w, c in zip(self.weights, counted, strict=True)]
+        self.num_samples = ranks.total(math.fsum(weights))
+        self._shares = [weight / self.num_samples for weight in weights]
+        self.weights = (1.0,) * rounds  # the losses carry their own
+        self._whole: dict[int, tuple[StorageWeakRef, _View]] = {}
+        self._kept: dict[int, int] | None = None
+        self._plan()
+
+    def _plan(self) -> None:
+        """Notes which parameters belong to which unit, and where each is registered."""
+        places: dict[DTensor, list[_Place]] = {}
+        self._units: dict[nn.Module, list[int]] = {}
+        self._parameters: list[DTensor] = []
+        for part, unit in _units_of(self._module):
+            for attribute, parameter in part._parameters.items():
+                if not isinstance(parameter, DTensor):
+                    continue
+                if parameter not in places:
+                    self._units.setdefault(unit, []).append(len(self._parameters))
+                    self._parameters.append(parameter)
+                places.setdefault(parameter, []).append((part, attribute))
+        self._places = [places[parameter] for parameter in self._parameters]
+        number = {parameter: i for i, parameter in enumerate(self._parameters)}
+        named = self._module.named_parameters()
+        index = {n: number[p] for n, p in named if isinstance(p, DTensor)}
+        unsharded = [name for name in self.space.names if name not in index]
+        if unsharded:
+            raise ValueError(
+                f"Parameter {unsharded[0]!r} is not sharded while others are, so ranks do not "
+                "agree on its gradient. Apply `fully_shard` to the root module too, or leave it "
+                "out (`parameters=`)."
+            )
+        self._selected = [index[name] for name in self.space.names]
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """The block in which all evaluations take place: FSDP's own hooks rest."""
+        with ExitStack() as stack:
+            stack.enter_context(super().isolated())
+            stack.enter_context(_resting(self._module))
+            # Around backward passes too: what they save for the second one is of the same kind.
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+            yield
+
+    @contextmanager
+    def counting(self) -> Iterator[dict[int, int]]:
+        """A block that counts what autograd keeps: bytes by the address of the memory."""
+        self._kept = {}
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
+    def norm(self, parts: Sequence[Tensor]) -> float:
+        """Returns the norm of all shards of all ranks together."""
+        return math.sqrt(self.ranks.total(super().norm(parts) ** 2))
+
+    def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
+        """Returns the weighted loss of this rank's batch at the given shards."""
+        leaves = [parameter.to_local().detach() for parameter in self._parameters]
+        for i, given in zip(self._selected, parameters, strict=True):
+            leaves[i] = given
+        buffers = {f"module.{n}": b for n, b in self._buffers().items()}
+        call = self._prepared(batch, index)
+        with ExitStack() as stack:
+            for unit, members in self._units.items():
+                stack.enter_context(self._gathering(unit, members, leaves))
+            loss = functional_call(self._call, buffers, call)
+            return checked_loss(loss, index) * self._shares[index // self.ranks.world]
+
+    @contextmanager
+    def _gathering(
+        self, unit: nn.Module, members: Sequence[int], leaves: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """A block in which a unit's forward finds its parameters whole, and others find shards."""
+
+        def register(value: Callable[[int], Tensor]) -> None:
+            for i in members:
+                tensor = value(i)
+                for part, attribute in self._places[i]:
+                    part._parameters[attribute] = tensor  # type: ignore[assignment]
+
+        def gather(i: int) -> Tensor:
+            tensor = self._gathered(leaves[i], i)
+            self._note(tensor, leaves[i].detach(), i)
+            return tensor
+
+        outside = {i: self._distributed(leaves[i], i) for i in members}
+        before = unit.register_forward_pre_hook(lambda *_: register(gather), prepend=True)
+        after = unit.register_forward_hook(
+            lambda *_: register(outside.__getitem__), always_call=True
+        )
+        register(outside.__getitem__)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+            register(self._parameters.__getitem__)
+
+    def _distributed(self, leaf: Tensor, i: int) -> DTensor:
+        """Returns a parameter as the distributed tensor that it is, with its shard for a leaf."""
+        parameter = self._parameters[i]
+        return DTensor.from_local(
+            leaf, parameter.device_mesh, parameter.placements, run_check=False,
+            shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip
+
+    def _gathered(self, leaf: Tensor, i: int) -> Tensor:
+        """Returns a whole parameter; its derivative is summed over ranks and scattered."""
+        whole = self._distributed(leaf, i).redistribute(placements=[Replicate()])
+        return whole.to_local(grad_placements=[Partial()])
+
+    def _note(self, tensor: Tensor, shard: Tensor, i: int) -> None:
+        """Remembers that the memory of a tensor holds a whole parameter, while it lives."""
+        for address in [a for a, (alive, _) in self._whole.items() if alive.expired()]:
+            del self._whole[address]
+        storage = StorageWeakRef(tensor.untyped_storage())
+        self._whole[storage.cdata] = (storage, _View(i, shard))
+
+    def _pack(self, tensor: Tensor) -> Any:
+        """Returns what autograd keeps of a tensor: of a whole parameter, only which view it is."""
+        if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter):
+            return tensor
+        storage = tensor.untyped_storage()
+        noted = self._whole.get(storage._cdata)
+        if noted is None:
+            if self._kept is not None:
+                self._kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+        view = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+        return dataclasses.replace(noted[1], view=view)
+
+    def _unpack(self, kept: Any) -> Tensor:
+        """Returns what was kept; gathers the parameter again where only the view was."""
+        if not isinstance(kept, _View):
+            return kept
+        with torch.no_grad():
+            whole = self._gathered(kept.shard, kept.parameter)
+        self._note(whole, kept.shard, kept.parameter)
+        return whole.as_strided(*kept.view)
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A view (shape, stride, offset) of a whole parameter that is not at hand, by its shard."""
+
+    parameter: int
+    shard: Tensor
+    view: tuple[tuple[int, ...], tuple[int, ...], int] = ((), (), 0)
+
+
+def _units_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yields every submodule with the innermost unit of ``fully_shard`` that it belongs to."""
+    parts = dict(module.named_modules())
+    units = {name: part for name, part in parts.items() if isinstance(part, FSDPModule)}
+    for name, part in parts.items():
+        above = [u for u in units if u in ("", name) or name.startswith(f"{u}.")]
+        if above:
+            yield part, parts[max(above, key=len)]
+
+
+@contextmanager
+def _resting(module: nn.Module) -> Iterator[None]:
+    """A block in which FSDP's own forward hooks are out of the way; all others stay."""
+    registries = [
+        registry
+        for part in module.modules()
+        if isinstance(part, FSDPModule)
+        for registry in (part._forward_pre_hooks, part._forward_hooks)
+    ]
+    before = [list(registry.items()) for registry in registries]
+    try:
+        for registry in registries:
+            for key in [key for key, hook in registry.items() if _is_of_fsdp(hook)]:
+                del registry[key]
+        yield
+    finally:
+        for registry, items in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(items)
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    """Whether a hook is a method of FSDP's state of a module, perhaps wrapped."""
+    while hook is not None:
+        owner = getattr(hook, "__self__", None)
+        if any(kind.__name__ == "FSDPState" for kind in type(owner).__mro__):
+            return True
+        hook = getattr(hook, "__wrapped__", None)
+    return False

@@ -1,0 +1,366 @@
+"""A page that shows an offline W&B run while it goes on: one HTML file, no server, no network.
+
+The page holds its data, its charts are drawn by the browser. `follow` writes it anew every few
+seconds, and it reloads itself until the run has ended.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_hessian.reports.offline_run import OfflineRun, read_offline_run
+from lightning_hessian.reports.spectra import spectra_of
+from lightning_hessian.statistics.correlation import Correlation
+from lightning_hessian.tracking.dashboard import Lines, sections
+from lightning_hessian.tracking.history import History, Row, key_part
+from lightning_hessian.tracking.loggers import STEP
+from lightning_hessian.tracking.scalars import CORRELATED
+
+_MOST_SPECTRA = 40
+_MOST_POINTS = 400
+"""A chart of a thousand pixels shows no more."""
+
+_KIND = re.compile(r"^(pearson|differences|spearman|num_points)_")
+_OURS = re.compile(r"(hessian\w*|gradient|correlation)/")
+
+
+def follow(
+    folder: Path, out: Path, *, monitor: Sequence[str], interval: float = 15.0, once: bool = False
+) -> Path:
+    """Writes the page of an offline run, again and again until the run has ended; returns its path.
+
+    wandb writes to the disk when 32 KiB have come together and every 15 seconds, so that a shorter
+    interval shows nothing sooner.
+
+    Args:
+        folder: The run folder, or one with a single run below it.
+        out: The file (``.html``), or a folder for ``live.html``; made if missing.
+        monitor: The monitored metrics, as they are logged.
+        interval: Seconds between two readings.
+        once: Write the page once, of the run as it is now.
+
+    Raises:
+        FileNotFoundError: There is no run at ``folder``.
+        ValueError: There are several, or the file is none of W&B's; ``interval`` is not positive.
+    """
+    if not (math.isfinite(interval) and interval > 0):
+        raise ValueError(f"interval={interval}; give a number of seconds above 0.")
+    page = out if out.suffix == ".html" else out / "live.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        run = read_offline_run(folder)
+        ended = run.exit_code is not None
+        text = live_page(
+            run, monitor, media=_media_folder(folder), refresh=None if ended or once else interval
+        )
+        unfinished = page.with_name(page.name + ".part")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, page)  # a browser never sees half a page
+        if ended or once:
+            return page
+        time.sleep(interval)
+
+
+def live_page(
+    run: OfflineRun,
+    monitors: Sequence[str],
+    *,
+    media: Path | None = None,
+    refresh: float | None = None,
+) -> str:
+    """Returns the page of a run.
+
+    Args:
+        run: What was read.
+        monitors: The monitored metrics, as they are logged.
+        media: The run's ``files`` folder; the last figure of each kind is taken from it.
+        refresh: Seconds after which the page reloads itself; None for never.
+    """
+    rows = _rows_by_step(run.rows)
+    measured = measurements(run)
+    correlations = History(measured).correlations(CORRELATED, monitors)
+    notes = [*run.problems, *_missing(rows, monitors)]
+    try:
+        spectra = spectra_of(run).get("hessian", [])
+    except ValueError as error:
+        spectra = []
+        notes.append(f"the spectra cannot be shown: {error}")
+    data = {
+        "name": run.name or run.run_id,
+        "project": run.project,
+        "run": run.run_id,
+        "status": _status(run),
+        "read": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "refresh": refresh,
+        "measurements": len(measured),
+        "step": int(rows[-1]["step"]) if rows else None,
+        "notes": notes,
+        "cards": cards(measured, correlations, monitors),
+        "correlations": [_correlation(*pair, found) for pair, found in correlations.items()],
+        "spectra": [
+            {"step": step, "values": [float(f"{v:.4g}") for v in found.leading]}
+            for step, found in _evenly(spectra, _MOST_SPECTRA)
+        ],
+        "sections": _panels(rows, monitors),
+        "latest": measured[-1] if measured else {},
+        "figures": _figures(run.rows, media),
+    }
+    template = Path(__file__).with_name("live_page.html").read_text(encoding="utf-8")
+    # "</script>" in a name would end the script that holds the data.
+    text = json.dumps(_finite(data), ensure_ascii=False).replace("<", "\\u003c")
+    return template.replace("/*DATA*/ null", text)
+
+
+def measurements(run: OfflineRun) -> list[Row]:
+    """Returns one row for each measurement of the Hessian, with statistics by their bare names.
+
+    Beside them stand the step and what else was logged in the same row, by its full name. Of steps
+    that repeat, as they do after a resume, the last is kept.
+
+    Args:
+        run: What was read.
+    """
+    found = []
+    for row in _rows_by_step(run.rows):
+        if any(key.startswith("hessian/") for key in row):
+            found.append({key.removeprefix("hessian/"): value for key, value in row.items()})
+    return found
+
+
+@dataclass(frozen=True)
+class _Change:
+    """The first and the last value of a statistic."""
+
+    first: float
+    last: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], name: str) -> _Change | None:
+        values = [row[name] for row in rows if name in row]
+        return cls(values[0], values[-1]) if values else None
+
+    def __str__(self) -> str:
+        return f"{self.first:.4g} → {self.last:.4g}"
+
+
+def cards(
+    rows: Sequence[Row],
+    correlations: Mapping[tuple[str, str], Correlation],
+    monitors: Sequence[str],
+) -> list[dict[str, str]]:
+    """Returns what the page says first: a question, the numbers, and what they say, each.
+
+    Args:
+        rows: The measurements.
+        correlations: Those of statistics with monitors.
+        monitors: The monitored metrics.
+    """
+    found = []
+    distance, critical = _Change.of(rows, "d_ks"), _Change.of(rows, "d_c")
+    if distance and critical:
+        below = distance.last < critical.last
+        words = "below d_c: a power law by the papers' test" if below else "not below d_c"
+        trend = "straighter" if distance.last < distance.first else "less straight"
+        says = f"d_c is {critical.last:.4g}; {words}; {trend} than at the first measurement."
+        found.append(_card("Is the spectrum straightening?", f"d_ks {distance}", says))
+    sharpness = _Change.of(rows, "lambda_1")
+    if sharpness:
+        trace = _Change.of(rows, "trace")
+        factor = sharpness.last / sharpness.first if sharpness.first else math.nan
+        says = f"{factor:.3g} times the first measurement" if math.isfinite(factor) else ""
+        says += f"; trace {trace}." if trace else "."
+        found.append(_card("Is sharpness rising?", f"lambda_1 {sharpness}", says))
+    for monitor in monitors:
+        logged = any(monitor in row for row in rows)
+        found.append(_strongest(monitor, correlations, logged))
+    return found
+
+
+def _strongest(
+    monitor: str, correlations: Mapping[tuple[str, str], Correlation], logged: bool
+) -> dict[str, str]:
+    """Returns the card of the statistic that correlates most with a metric."""
+    question = f"What goes with {monitor}?"
+    mine = {name: found for (name, metric), found in correlations.items() if metric == monitor}
+    if not mine:
+        why = "r is computed from 4 measurements on." if logged else "No measurement has it yet."
+        return _card(question, "not known yet", why)
+    name = max(mine, key=lambda key: abs(mine[key].r))
+    best = mine[name]
+    low, high = best.interval
+    differences = best.r_differences
+    if math.isnan(differences):
+        says = "r of differences from 5 points on: two curves that drift correlate anyway."
+    else:
+        says = f"r of differences {differences:.2f}: "
+        says += (
+            "they also move together from one measurement to the next."
+            if abs(differences) >= 0.5 and differences * best.r > 0
+            else "the common trend explains most of r."
+        )
+    numbers = f"{name}: r = {best.r:.2f} [{low:.2f}, {high:.2f}], n = {best.num_points}"
+    return _card(question, numbers, says)
+
+
+def _card(question: str, numbers: str, says: str) -> dict[str, str]:
+    return {"question": question, "numbers": numbers, "says": says}
+
+
+def _rows_by_step(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Returns the numbers of rows that have a step, merged by it, in its order; the last wins."""
+    found: dict[int, Row] = {}
+    for row in rows:
+        step = row.get(STEP)
+        if not isinstance(step, (int, float)) or not math.isfinite(step):
+            continue
+        numbers = {
+            key: float(value)
+            for key, value in row.items()
+            if isinstance(value, (int, float)) and not key.startswith("_") and key != STEP
+        }
+        found.setdefault(int(step), {"step": float(step)}).update(numbers)
+    return [found[step] for step in sorted(found)]
+
+
+def _panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the charts of the dashboard's sections that have points, and of other layers."""
+    drawn = []
+    plans = {name: list(panels) for name, panels in sections(monitors).items()}
+    known = {
+        key for panels in plans.values() for p in panels if isinstance(p, Lines) for key in p.keys
+    }
+    for key in sorted({key for row in rows for key in row if _OURS.match(key)} - known):
+        heading = key.partition("/")[0]
+        if heading.startswith("hessian_"):
+            plans.setdefault(f"Layer {heading.removeprefix('hessian_')}", []).append(
+                Lines(key.partition("/")[2], (key,))
+            )
+    for heading, panels in plans.items():
+        charts = [_chart(rows, panel, monitors) for panel in panels if isinstance(panel, Lines)]
+        charts = [chart for chart in charts if chart["series"]]
+        if charts:
+            drawn.append({"name": heading, "charts": charts})
+    return drawn
+
+
+def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[str, Any]:
+    x = "step" if panel.x == STEP else panel.x
+    series = []
+    for key, label in zip(panel.keys, _labels(panel.keys, monitors), strict=True):
+        points = [(row[x], row[key]) for row in rows if x in row and key in row]
+        points = [point for point in points if all(map(math.isfinite, point))]
+        if points:
+            series.append({"key": label, "points": _evenly(points, _MOST_POINTS)})
+    return {
+        "title": panel.title,
+        "x": "optimizer step" if x == "step" else x,
+        "lines": x == "step",
+        "log": panel.log,
+        "bounds": panel.bounds,
+        "series": series,
+    }
+
+
+def _labels(keys: Sequence[str], monitors: Sequence[str]) -> list[str]:
+    """Returns what the legend calls keys: without their section, if they share it.
+
+    Of correlations with one metric only the statistic is left, and which end of an interval it is.
+    """
+    if len({key.partition("/")[0] for key in keys}) > 1:
+        return list(keys)
+    names = [key.partition("/")[2] or key for key in keys]
+    if not keys[0].startswith("correlation/"):
+        return names
+    for monitor in monitors:
+        end = f"_{key_part(monitor)}"
+        if all(name.endswith(end) for name in names):
+            return [_KIND.sub("", name.removesuffix(end)) for name in names]
+    return names
+
+
+def _correlation(statistic: str, monitor: str, found: Correlation) -> dict[str, Any]:
+    low, high = found.interval
+    return {
+        "statistic": statistic,
+        "monitor": monitor,
+        "r": found.r,
+        "low": low,
+        "high": high,
+        "differences": found.r_differences,
+        "spearman": found.spearman,
+        "n": found.num_points,
+    }
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], media: Path | None) -> list[dict[str, str]]:
+    """Returns the last figure of each kind, as data that the page holds."""
+    paths: dict[str, str] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("figures/") and key.endswith(".path"):
+                paths[key.removeprefix("figures/").removesuffix(".path")] = str(value)
+    found = []
+    for name, path in paths.items():
+        file = None if media is None else media / path
+        if file is not None and file.is_file():
+            data = base64.b64encode(file.read_bytes()).decode("ascii")
+            found.append({"name": name.replace("_", " "), "data": f"data:image/png;base64,{data}"})
+    return found
+
+
+def _media_folder(folder: Path) -> Path | None:
+    """Returns the ``files`` folder of the one run at a path, as `read_offline_run` takes it."""
+    if folder.is_file():
+        return folder.parent / "files"
+    for place in ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb"):
+        for file in folder.glob(place):
+            return file.parent / "files"
+    return None
+
+
+def _missing(rows: Sequence[Row], monitors: Sequence[str]) -> list[str]:
+    """Returns a sentence for each monitored metric that no row has."""
+    known = sorted({key for row in rows for key in row if not _OURS.match(key)} - {"step", "epoch"})
+    return [
+        f"{name} is not logged; there are "
+        f"{', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]) or 'no'}"
+        " metrics. Choose one by --monitor."
+        for name in monitors
+        if rows and not any(name in row for row in rows)
+    ]
+
+
+def _status(run: OfflineRun) -> str:
+    if run.exit_code is None:
+        return "running, or cut off"
+    return "finished" if run.exit_code == 0 else f"ended with exit code {run.exit_code}"
+
+
+def _evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """Returns at most so many items, evenly chosen, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def _finite(value: Any) -> Any:
+    """Returns JSON's own null for NaN and infinities, which it has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(child) for child in value]
+    return value

@@ -1,0 +1,26 @@
+"""The frozen records that travel from room to room, and the errors that a measurement raises."""
+
+from lightning_hessian.results.base import FloatArray, MeasurementError
+from lightning_hessian.results.blocks import BlockStructure
+from lightning_hessian.results.files import load_spectrum, save_spectrum
+from lightning_hessian.results.gradients import GradientStructure, RowTests
+from lightning_hessian.results.spectrum import (
+    Eigengaps,
+    HessianSpectrum,
+    PowerLawFit,
+    SpectralDensity,
+)
+
+__all__ = [
+    "BlockStructure",
+    "Eigengaps",
+    "FloatArray",
+    "GradientStructure",
+    "HessianSpectrum",
+    "MeasurementError",
+    "PowerLawFit",
+    "RowTests",
+    "SpectralDensity",
+    "load_spectrum",
+    "save_spectrum",
+]

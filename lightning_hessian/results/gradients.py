@@ -1,0 +1,127 @@
+"""Records of the structure of stochastic gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_hessian.results.base import FloatArray
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class RowTests:
+    """Power-law and Gaussian tests of many rows of numbers: one line of SG's tables 1, 4 and 5.
+
+    Attributes:
+        ks_distances: d_ks of the power law fitted to the K largest magnitudes of each row,
+            float64 [R]; NaN where fewer than K are not zero, or all K are equal.
+        critical_value: d_c of K values at ``significance``.
+        p_values: Those of D'Agostino and Pearson's test of each row, float64 [R]; NaN where its
+            drawn points are all equal.
+        num_values: K.
+        num_points: How many points of each row were drawn for the Gaussian test.
+        significance: Level of both tests.
+    """
+
+    ks_distances: FloatArray
+    critical_value: float
+    p_values: FloatArray
+    num_values: int
+    num_points: int
+    significance: float
+
+    @property
+    def num_ks_tested(self) -> int:
+        """How many rows have a KS distance."""
+        return int(np.isfinite(self.ks_distances).sum())
+
+    @property
+    def num_gaussian_tested(self) -> int:
+        """How many rows have a p-value."""
+        return int(np.isfinite(self.p_values).sum())
+
+    @property
+    def mean_ks_distance(self) -> float:
+        """Mean d_ks over the rows that have one; NaN if none has."""
+        return _mean(self.ks_distances, self.ks_distances)
+
+    @property
+    def power_law_rate(self) -> float:
+        """Share of the rows with a KS distance whose distance is below ``critical_value``."""
+        return _mean(self.ks_distances < self.critical_value, self.ks_distances)
+
+    @property
+    def mean_p_value(self) -> float:
+        """Mean p over the rows that have one; NaN if none has."""
+        return _mean(self.p_values, self.p_values)
+
+    @property
+    def gaussian_rate(self) -> float:
+        """Share of the rows with a p-value that are not rejected: p >= ``significance``."""
+        return _mean(self.p_values >= self.significance, self.p_values)
+
+
+def _mean(values: NDArray[np.generic], known: FloatArray) -> float:
+    """Returns the mean of the values whose entry in ``known`` is finite, NaN if none is."""
+    chosen = values[np.isfinite(known)].astype(np.float64)
+    return float(chosen.mean()) if len(chosen) else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class GradientStructure:
+    """The structure of stochastic gradients at fixed parameters (SG).
+
+    Attributes:
+        covariance: Largest eigenvalues of C = sum (g_t - g)(g_t - g)^T / (T - 1) with g the mean
+            of the T gradients, float64 [K_c], descending; exact to rounding.
+        second_moment: Likewise of M = sum g_t g_t^T / T, float64 [K_m].
+        covariance_trace: Tr(C), of all eigenvalues.
+        second_moment_trace: Tr(M).
+        mean_gradient_norm: norm(g).
+        dimension_tests: Tests of the gradients, each over its dimensions (SG's columns of G);
+            ``None`` where tests were not asked for.
+        iteration_tests: Tests of the parameters, each over the iterations (SG's rows of G).
+        loss: Mean loss over the mini-batches.
+        num_parameters: n.
+        num_gradients: T; fewer than asked for where time ran out.
+        batch_size: B, ``None`` where batches were taken as they were given.
+        num_computed: Gradients computed; more than T where memory did not hold them all.
+        seconds: Wall time of the measurement.
+        engine: ``"autograd"``, or ``"vmap"`` for per-sample gradients.
+        dtype: Precision of the gradients, for example ``"float32"``.
+        eigenvectors: First eigenvectors of C, orthonormal rows [k, n]; only when asked for.
+    """
+
+    covariance: FloatArray
+    second_moment: FloatArray
+    covariance_trace: float
+    second_moment_trace: float
+    mean_gradient_norm: float
+    dimension_tests: RowTests | None
+    iteration_tests: RowTests | None
+    loss: float
+    num_parameters: int
+    num_gradients: int
+    batch_size: int | None
+    num_computed: int
+    seconds: float
+    engine: str
+    dtype: str
+    eigenvectors: torch.Tensor | None = None
+
+    @property
+    def leading(self) -> FloatArray:
+        """The eigenvalues of C that stand above the rounding of the gradients.
+
+        Gradients rounded to a relative eps add eigenvalues of about eps^2 Tr(M). Power laws are
+        fitted to what lies above ten times that.
+        """
+        eps = float(np.finfo(self.dtype).eps)
+        floor = 10 * max(eps**2, float(np.finfo(np.float64).eps)) * self.second_moment_trace
+        return self.covariance[self.covariance > floor]

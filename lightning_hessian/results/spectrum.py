@@ -1,0 +1,167 @@
+"""Records of spectra, of the laws fitted to them, and of spectral densities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_hessian.results.base import FloatArray
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class HessianSpectrum:
+    """The top of a Hessian spectrum, with what is needed to judge it.
+
+    Attributes:
+        eigenvalues: Ritz values, float64 [K], descending.
+        residuals: Bounds on ``norm(H u - lambda u)``, float64 [K]; a true eigenvalue lies within
+            ``residuals[i]`` of ``eigenvalues[i]``.
+        converged: bool [K], ``residuals <= tol * abs(eigenvalues)``.
+        trace: Estimate of Tr(H), ``None`` where it was not asked for or time ran out.
+        trace_std_error: Standard error of ``trace``; 0 where the trace is exact.
+        lambda_min: The smallest eigenvalue, ``None`` where it had not converged.
+        loss: Mean loss over the probe samples.
+        num_parameters: n, the order of H.
+        num_samples: Sum of the weights of the probe batches.
+        num_hvps: Hessian-vector products (passes over all probe batches) spent.
+        seconds: Wall time of the measurement.
+        engine: Which engine computed the products.
+        dtype: Precision of the products, for example ``"float32"``.
+        eigenvectors: [K, n], rows in the order of ``eigenvalues``; only when asked for.
+        protocol: ``"converged"``, or ``"pooled_slq"``: then ``eigenvalues`` are the Ritz values
+            of several runs in one list, of which many are copies of one eigenvalue and many of
+            none, as in the papers.
+        num_runs: Of ``"pooled_slq"``; else 1.
+        num_copies: How many of ``eigenvalues`` are further copies of one that another run has
+            found too (both converged, and apart by no more than their bounds); 0 but for
+            ``"pooled_slq"``.
+        density: The density of the whole spectrum; only when asked for, and time was left.
+    """
+
+    eigenvalues: FloatArray
+    residuals: FloatArray
+    converged: NDArray[np.bool_]
+    trace: float | None
+    trace_std_error: float | None
+    lambda_min: float | None
+    loss: float
+    num_parameters: int
+    num_samples: float
+    num_hvps: int
+    seconds: float
+    engine: str
+    dtype: str
+    eigenvectors: torch.Tensor | None = None
+    protocol: str = "converged"
+    num_runs: int = 1
+    num_copies: int = 0
+    density: SpectralDensity | None = None
+
+    @property
+    def num_converged(self) -> int:
+        """How many of the eigenvalues have converged."""
+        return int(self.converged.sum())
+
+    @property
+    def leading(self) -> FloatArray:
+        """The values that power laws are fitted to.
+
+        The eigenvalues before the first that has not converged or is not positive, so that no gap
+        in the ranks enters a fit. Under ``"pooled_slq"``, as in the papers, all that are positive.
+        """
+        if self.protocol == "pooled_slq":
+            return self.eigenvalues[self.eigenvalues > 0]
+        usable = self.converged & (self.eigenvalues > 0)
+        return self.eigenvalues[: len(usable) if usable.all() else int(usable.argmin())]
+
+
+@dataclass(frozen=True)
+class PowerLawFit:
+    """A power law p(x) ~ x^-beta fitted to the K largest values, with its goodness of fit.
+
+    Attributes:
+        exponent: beta, the maximum-likelihood exponent (HPL eq. 16).
+        exponent_std_error: (beta - 1) / sqrt(K) (Clauset et al. 2009).
+        slope: s = 1 / (beta - 1), the exponent of Zipf's law (HPL eq. 3).
+        ks_distance: d_ks, Kolmogorov-Smirnov distance between fit and data (HPL eq. 15).
+        critical_value: d_c at ``significance`` (HPL table 6); that of a fully specified
+            distribution, hence too kind to a fitted one.
+        is_power_law: ``ks_distance < critical_value`` (HPL section 2.3).
+        p_value: That of the same distance when the exponent comes from the same data
+            (Lilliefors' test for the exponential distribution, on the logarithms).
+        cutoff: The smallest value fitted.
+        num_values: K.
+        significance: Level of ``critical_value``.
+    """
+
+    exponent: float
+    exponent_std_error: float
+    slope: float
+    ks_distance: float
+    critical_value: float
+    is_power_law: bool
+    p_value: float
+    cutoff: float
+    num_values: int
+    significance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Eigengaps:
+    """The gaps between neighbouring eigenvalues, fitted both ways (HPL eq. 11, figure 2).
+
+    Attributes:
+        gaps: delta_k = lambda_k - lambda_{k+1}, float64 [K - 1], in the order of the eigenvalues.
+        fit: Power law of the gaps re-sorted by size (figure 2b; HPL tables 7, "Eigengap").
+        rank_slope: Least-squares slope magnitude of log delta_k against log k in the original
+            order (figure 2a); about s + 1 by HPL eq. 13.
+        rank_slope_std_error: Its standard error.
+        num_zero: Gaps that are exactly zero and were left out of both fits.
+    """
+
+    gaps: FloatArray
+    fit: PowerLawFit
+    rank_slope: float
+    rank_slope_std_error: float
+    num_zero: int
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralDensity:
+    """A spectral density as a quadrature rule: the mean of f over the eigenvalues, for smooth f.
+
+    mean f = sum_k ``weights[k] f(nodes[k])``; with all eigenvalues as nodes it is exact.
+
+    Attributes:
+        nodes: float64 [k].
+        weights: Not negative, their sum is 1, float64 [k].
+        size: Order n of the operator.
+        num_products: Products spent.
+        exact: Whether the nodes are all n eigenvalues.
+    """
+
+    nodes: FloatArray
+    weights: FloatArray
+    size: int
+    num_products: int
+    exact: bool
+
+    def moment(self, power: int) -> float:
+        """Returns the mean of lambda^power; trace / n for 1, squared Frobenius norm / n for 2."""
+        return float(self.weights @ self.nodes**power)
+
+    def on_grid(self, grid: FloatArray, width: float) -> FloatArray:
+        """Returns the density on a grid [G], each node broadened to a Gaussian.
+
+        Args:
+            grid: Where to evaluate, [G].
+            width: Standard deviation of the Gaussian.
+        """
+        distance = (np.asarray(grid)[:, None] - self.nodes) / width
+        return np.exp(-0.5 * distance**2) @ self.weights / (width * np.sqrt(2 * np.pi))

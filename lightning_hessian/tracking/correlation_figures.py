@@ -1,0 +1,85 @@
+"""Figures of live correlation: each statistic against a monitored metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightning_hessian.statistics.correlation import Correlation, pearson
+from lightning_hessian.tracking.history import History, Row
+from lightning_hessian.tracking.style import new_figure, quiet_grid, shades, symbol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLUMNS = 3
+
+
+def scatter_plot(
+    rows: Sequence[Row], statistics: Sequence[str], monitor: str, *, title: str | None = None
+) -> Figure:
+    """Returns each statistic against a monitored metric, one panel each, dark to light in time.
+
+    Above each panel: Pearson's r with its 95 % interval and n, and the r of first differences,
+    in which a common trend cancels. The interval takes the points as independent, which those of
+    one run are not.
+
+    Args:
+        rows: The measurements, as in ``callback.history``.
+        statistics: Which; those that no row has beside the metric are left out.
+        monitor: The metric.
+        title: Of the figure.
+
+    Raises:
+        ValueError: No row has one of the statistics and the metric.
+    """
+    history = History(rows)
+    metric = history.series(monitor)
+    found = {name: history.series(name) for name in statistics}
+    drawn = [name for name in statistics if _pairs(found[name], metric)]
+    if not drawn:
+        raise ValueError(f"No measurement has a statistic beside {monitor!r}.")
+    columns = min(_COLUMNS, len(drawn))
+    lines = math.ceil(len(drawn) / columns)
+    figure, panels = new_figure(
+        3.1 * columns + 0.4, 2.9 * lines + 0.3, nrows=lines, ncols=columns, squeeze=False
+    )
+    for axes, name in zip(panels.flat, drawn, strict=False):
+        pairs = _pairs(found[name], metric)
+        xs, ys = zip(*pairs, strict=True)
+        axes.plot(xs, ys, color="0.75", linewidth=0.8, zorder=1)
+        axes.scatter(xs, ys, c=shades(len(xs)), s=22, zorder=2)
+        axes.set_title(correlation_text(pearson(found[name], metric)), fontsize="small")
+        axes.set_xlabel(symbol(name))
+        axes.locator_params(axis="x", nbins=4)
+        quiet_grid(axes)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(monitor)
+    for axes in list(panels.flat)[len(drawn) :]:
+        axes.remove()
+    figure.suptitle(title or f"statistics against {monitor}", fontsize="medium")
+    return figure
+
+
+def correlation_text(correlation: Correlation) -> str:
+    """Returns r, its interval, n and the r of differences, or why there is none, in two lines.
+
+    Example:
+        >>> print(correlation_text(pearson([1, 2, 3, 4, 6], [2, 1, 4, 3, 9])))
+        r = 0.92 [0.20, 0.99], n = 5
+        r of differences 0.82
+    """
+    if math.isnan(correlation.r):
+        return f"n = {correlation.num_points}\n(r from 4 points on)"
+    low, high = correlation.interval
+    text = f"r = {correlation.r:.2f} [{low:.2f}, {high:.2f}], n = {correlation.num_points}\n"
+    if math.isnan(correlation.r_differences):
+        return text + "(r of differences from 5 points on)"
+    return text + f"r of differences {correlation.r_differences:.2f}"
+
+
+def _pairs(first: Sequence[float], second: Sequence[float]) -> list[tuple[float, float]]:
+    return [
+        (a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a) and math.isfinite(b)
+    ]

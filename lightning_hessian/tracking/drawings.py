@@ -1,0 +1,106 @@
+"""Which figures a measurement has: names and what draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lightning_hessian.results import (
+    BlockStructure,
+    FloatArray,
+    GradientStructure,
+    HessianSpectrum,
+    SpectralDensity,
+)
+from lightning_hessian.statistics.correlation import MIN_POINTS
+from lightning_hessian.tracking.block_figures import block_heatmap, heterogeneity_heatmap
+from lightning_hessian.tracking.correlation_figures import scatter_plot
+from lightning_hessian.tracking.density_figures import spectral_density_plot
+from lightning_hessian.tracking.figures import (
+    cutoff_plot,
+    eigengap_plot,
+    emergence_plot,
+    rank_plot,
+)
+from lightning_hessian.tracking.gradient_figures import spectra_plot
+from lightning_hessian.tracking.history import Row, key_part
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Drawing = Callable[[], "Figure"]
+
+
+def hessian_drawings(
+    spectrum: HessianSpectrum,
+    blocks: BlockStructure | None,
+    spectra: Sequence[tuple[int, FloatArray]],
+    *,
+    densities: Mapping[str, SpectralDensity] | None = None,
+    significance: float = 0.05,
+) -> dict[str, Drawing]:
+    """Returns the figures that a measurement has enough for.
+
+    Args:
+        spectrum: The last one.
+        blocks: Its block structure, if there is one.
+        spectra: Step and eigenvalues of all measurements so far.
+        densities: Those of whole spectra, by name; beside them stand those of the blocks.
+        significance: Level of the verdicts.
+    """
+    leading = spectrum.leading
+    title = f"step {spectra[-1][0]}" if spectra else None
+    found: dict[str, Drawing] = {}
+    if (spectrum.eigenvalues > 0).any():
+        named = {"Hessian": spectrum}
+        found["rank"] = partial(rank_plot, named, significance=significance, title=title)
+    if len(leading) > 1 and leading[0] > leading[-1]:
+        found["cutoff"] = partial(cutoff_plot, leading, significance=significance, title=title)
+    if sum(leading[:-1] > leading[1:]) >= 3:
+        found["eigengaps"] = partial(eigengap_plot, leading, significance=significance, title=title)
+    shown = dict(densities or {})
+    if blocks is not None and blocks.densities is not None:
+        shown |= zip(blocks.names, blocks.densities, strict=True)
+    if shown or len(leading) > 1:
+        found["density"] = partial(
+            spectral_density_plot, leading, shown, significance=significance, title=title
+        )
+    if sum(bool((values > 0).any()) for _, values in spectra) > 1:
+        found["emergence"] = partial(emergence_plot, spectra)
+    if blocks is not None and (blocks.frobenius > 0).any():
+        found["blocks"] = partial(block_heatmap, blocks)
+    if blocks is not None and blocks.mean_heterogeneity is not None:
+        found["heterogeneity"] = partial(heterogeneity_heatmap, blocks)
+    return found
+
+
+def gradient_drawings(
+    structure: GradientStructure, *, significance: float = 0.05
+) -> dict[str, Drawing]:
+    """Returns the figures of a gradient structure.
+
+    Args:
+        structure: The last one.
+        significance: Level of the verdicts.
+    """
+    if not len(structure.leading):
+        return {}
+    return {"spectra": partial(spectra_plot, structure, significance=significance)}
+
+
+def correlation_drawings(
+    rows: Sequence[Row], statistics: Sequence[str], monitors: Sequence[str]
+) -> dict[str, Drawing]:
+    """Returns a scatter plot for each monitored metric, once there are points for a correlation.
+
+    Args:
+        rows: The measurements so far.
+        statistics: Whose correlation is tracked.
+        monitors: The metrics.
+    """
+    return {
+        f"scatter_{key_part(monitor)}": partial(scatter_plot, rows, statistics, monitor)
+        for monitor in monitors
+        if sum(monitor in row and any(x in row for x in statistics) for row in rows) >= MIN_POINTS
+    }

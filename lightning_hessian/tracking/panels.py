@@ -1,0 +1,207 @@
+"""What a run shows beyond numbers: figures at a cadence and spectra, handed to its loggers."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_hessian.probe.isolation import preserved_rng
+from lightning_hessian.results import FloatArray
+from lightning_hessian.tracking.loggers import (
+    Adapter,
+    Picture,
+    adapter,
+    write_picture,
+    write_text,
+)
+from lightning_hessian.tracking.spectra import decode_spectrum
+from lightning_hessian.tracking.style import render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Drawings = Mapping[str, Callable[[], "Figure"]]
+"""Figures by name, drawn when they are called for."""
+
+
+class Panels:
+    """Hands figures and spectra to loggers, or writes them to files where these take none.
+
+    Nothing here may cost the run: what fails ends in a warning, once for each thing that can fail.
+
+    Args:
+        prefix: Of the measurement, ``"hessian"``; keys are ``figures/<prefix>_<name>`` and
+            ``spectra/<prefix>``.
+        every: Figures are drawn at the first measurement, at every so many after it, and of the
+            last when training ends; None for no figures and no spectra.
+
+    Raises:
+        ValueError: ``every`` is below 1.
+
+    Attributes:
+        seconds: Wall time of drawing and handing over so far.
+    """
+
+    def __init__(self, prefix: str, every: int | None) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"figures={every}; give a number of measurements from 1, or None.")
+        self.prefix = prefix
+        self.every = every
+        self.seconds = 0.0
+        self._codes: dict[int, str] = {}
+        self._defined: set[tuple[int, str]] = set()
+        self._undrawn: int | None = None  # step of a measurement that no figure shows yet
+        self._warned: set[str] = set()
+
+    # State -----------------------------------------------------------------------------------
+
+    @property
+    def spectra(self) -> list[tuple[int, FloatArray]]:
+        """Step and leading eigenvalues of each measurement, in float32 digits."""
+        return [(step, decode_spectrum(code).leading) for step, code in self._codes.items()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the spectra so far, as texts."""
+        return {"spectra": {str(step): code for step, code in self._codes.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues with the spectra of a checkpoint."""
+        self._codes = {int(step): code for step, code in state.get("spectra", {}).items()}
+
+    # Hand-over -------------------------------------------------------------------------------
+
+    def define(self, loggers: Iterable[Any], keys: Iterable[str]) -> None:
+        """Tells the loggers that want to know of keys that are about to be logged first."""
+        for logger in loggers:
+            define = adapter(logger).define
+            new = [key for key in keys if (id(logger), key) not in self._defined]
+            if define is None or not new:
+                continue
+            self._try(f"defining the keys of {type(logger).__name__}", define, logger, new)
+            self._defined.update((id(logger), key) for key in new)
+
+    def add_spectrum(
+        self, code: str, step: int, log_step: int, loggers: Sequence[Any], folder: Path
+    ) -> None:
+        """Keeps a spectrum, and hands it over.
+
+        Args:
+            code: Text of `encode_spectrum`.
+            step: Optimizer steps at the measurement; later spectra, of a run that was resumed from
+                before them, are forgotten.
+            log_step: The step to log with.
+            loggers: Those of the Trainer.
+            folder: Where files go that no logger has a folder for.
+        """
+        if self.every is None:
+            return
+        self._codes = {old: kept for old, kept in self._codes.items() if old < step}
+        self._codes[step] = code
+        self._undrawn = step
+        key = f"spectra/{self.prefix}"
+        with self._aside():
+            self.define(loggers, [key])
+            for logger in self._takers(loggers, "text"):
+                text = adapter(logger).text
+                assert text is not None
+                what = f"logging a spectrum to {type(logger).__name__}"
+                self._try(what, text, logger, key, code, log_step)
+            for place in self._folders(loggers, "text", folder):
+                self._try("writing a spectrum", write_text, place, key, code, log_step)
+
+    def draw(
+        self,
+        drawings: Drawings,
+        num_measurements: int,
+        log_step: int,
+        loggers: Sequence[Any],
+        folder: Path,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Draws what is due and hands it over.
+
+        Args:
+            drawings: The figures of the last measurement.
+            num_measurements: How many the run has made, those before a resume among them.
+            log_step: The step to log with.
+            loggers: Those of the Trainer.
+            folder: Where files go that no logger has a folder for.
+            last: Whether training ends, so that a measurement not yet drawn is due.
+        """
+        due = self.every is not None and (last or (num_measurements - 1) % self.every == 0)
+        if not due or self._undrawn is None:
+            return
+        takers = list(self._takers(loggers, "pictures"))
+        folders = self._folders(loggers, "pictures", folder)
+        if not takers and not folders:
+            return
+        step, self._undrawn = self._undrawn, None
+        with self._aside():
+            pictures = []
+            for name, drawing in drawings.items():
+                key = f"figures/{self.prefix}_{name}"
+                vector = last and bool(folders)
+                picture = self._try(f"drawing {name}", _picture, key, drawing, step, vector)
+                pictures += [] if picture is None else [picture]
+            if pictures:
+                self._show(pictures, log_step, takers, folders)
+
+    # Inside ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Counts the time, and leaves the random numbers of training alone, whoever draws some."""
+        started = time.monotonic()
+        try:
+            with preserved_rng():
+                yield
+        finally:
+            self.seconds += time.monotonic() - started
+
+    def _show(
+        self, pictures: list[Picture], log_step: int, takers: list[Any], folders: list[Path]
+    ) -> None:
+        self.define(takers, [picture.key for picture in pictures])
+        for logger in takers:
+            hand_over = adapter(logger).pictures
+            assert hand_over is not None
+            what = f"logging figures to {type(logger).__name__}"
+            self._try(what, hand_over, logger, pictures, log_step)
+        for place in folders:
+            for picture in pictures:
+                self._try("writing figures", write_picture, place, picture)
+
+    def _takers(self, loggers: Iterable[Any], what: str) -> Iterable[Any]:
+        return (logger for logger in loggers if getattr(adapter(logger), what) is not None)
+
+    def _folders(self, loggers: Sequence[Any], what: str, default: Path) -> list[Path]:
+        """Returns the folders, each once, of the loggers for whom files stand in."""
+        rows: list[tuple[Any, Adapter]] = [(logger, adapter(logger)) for logger in loggers]
+        left = [(x, row) for x, row in rows if getattr(row, what) is None and row.takes_files]
+        places = [Path(row.folder(logger) or default) for logger, row in left]
+        return list(dict.fromkeys(places)) if loggers else [default]
+
+    def _try(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns the result, or None after a warning: no figure is worth a lost run."""
+        try:
+            return action(*arguments)
+        except Exception as error:  # noqa: BLE001 - told, once for each thing that failed
+            if what not in self._warned:
+                self._warned.add(what)
+                warnings.warn(
+                    f"Training goes on, but {what} failed ({type(error).__name__}: {error}). "
+                    "Leave figures out with figures=None.",
+                    stacklevel=4,
+                )
+            return None
+
+
+def _picture(key: str, drawing: Callable[[], Figure], step: int, vector: bool) -> Picture:
+    figure = drawing()
+    svg = render(figure, "svg") if vector else None
+    return Picture(key, render(figure), step, svg)

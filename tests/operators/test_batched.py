@@ -1,0 +1,140 @@
+"""Products with several vectors: those with each, whether looped over or batched."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from references import PROBLEMS, Problem, in_double, problem
+from torch import Tensor
+
+from lightning_hessian.operators import batched
+from lightning_hessian.operators.batched import BatchedProducts
+from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.parameters import ParameterSpace
+
+NETWORKS = ("mlp", "convolution", "multihead_attention")
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+
+
+@functools.cache
+def reference(name: str) -> tuple[Problem, Tensor]:
+    given = problem(name)
+    return given, given.hessian()
+
+
+def objective_of(name: str, dtype=torch.float64) -> Objective:
+    given, _ = reference(name)
+    module, batches = given.module, given.batches
+    if dtype == torch.float64:
+        module, batches = in_double(module), in_double(batches)
+    space = ParameterSpace.select(module)
+    return Objective(module, given.loss_fn, batches, space, mode=given.mode)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", ["linearize", "autograd", "recompute", "finite_difference"])
+@pytest.mark.parametrize(("name", "tried"), [(name, True) for name in NETWORKS] + [("mlp", False)])
+def test_products_with_several_vectors_are_those_with_each(name, tried, engine, dtype):
+    objective, (_, dense) = objective_of(name, dtype), reference(name)
+    with objective.isolated():
+        operator = HessianOperator(objective, engine)
+        operator._batched = BatchedProducts(objective.space, operator._product_bytes, trial=tried)
+        vectors = torch.randn(30, operator.size, generator=torch.Generator().manual_seed(1))
+        vectors = vectors.to(dtype)
+        expected = torch.stack([operator.matvec(vector) for vector in vectors])
+        found = operator.matmat(vectors)
+    if not tried:  # as by default on the CPU: to the bit
+        assert torch.equal(found, expected)
+    assert operator.num_products == 60
+    assert not found.requires_grad
+    assert distance(found, expected) < TOLERANCE[dtype]
+    if engine != "finite_difference":  # which stumbles over the kinks of a pooling layer
+        exact = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+        assert distance(found, vectors.double() @ dense) < exact
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_retained_graph_can_be_applied_in_one_batch(name, monkeypatch):
+    """Every kind of network, every chunk by vmap: no trial, no fall-back."""
+    monkeypatch.setattr(batched, "_WORTH", float("inf"))  # a larger chunk is always worth it
+    objective, (_, dense) = objective_of(name), reference(name)
+    with objective.isolated():
+        operator = HessianOperator(objective, "autograd")
+        operator._batched = BatchedProducts(objective.space, operator._product_bytes, trial=True)
+        vectors = torch.randn(60, operator.size, dtype=torch.float64)
+        found = operator.matmat(vectors)
+    assert (operator._batched.size, operator._batched.settled) == (16, True)
+    assert distance(found, vectors @ dense) < 1e-10
+
+
+def test_a_chunk_that_does_not_fit_the_memory_is_not_tried(monkeypatch):
+    monkeypatch.setattr(batched, "_WORTH", float("inf"))
+    objective = objective_of("mlp")
+    with objective.isolated():
+        operator = HessianOperator(objective, "autograd")
+        operator._batched = BatchedProducts(objective.space, operator._product_bytes, trial=True)
+        needed = operator._product_bytes()
+        monkeypatch.setattr(batched, "free_bytes", lambda device: 4 * 5 * needed)
+        operator.matmat(torch.randn(60, operator.size, dtype=torch.float64))
+    assert (operator._batched.size, operator._batched.settled) == (4, True)
+
+
+def space_of(size: int) -> ParameterSpace:
+    return ParameterSpace.select(torch.nn.Linear(size, 1, bias=False).double())
+
+
+def test_what_cannot_be_batched_is_looped_over():
+    def squares(tangents):
+        if float(tangents[0].sum()) == 1e9:  # looks at a value, which vmap forbids
+            raise AssertionError
+        return [tangents[0] ** 2]
+
+    products = BatchedProducts(space_of(5), lambda: 1, trial=True)
+    vectors = torch.randn(40, 5, dtype=torch.float64)
+    assert torch.equal(products(squares, vectors, trial=True), vectors**2)
+    assert (products.size, products.settled) == (1, True)
+
+
+def test_a_batched_product_that_differs_is_noticed():
+    def wrong(tangents):
+        batching = torch._C._functorch.is_batchedtensor(tangents[0])
+        return [tangents[0] * (3.0 if batching else 2.0)]
+
+    products = BatchedProducts(space_of(5), lambda: 1, trial=True)
+    vectors = torch.randn(40, 5, dtype=torch.float64)
+    assert torch.equal(products(wrong, vectors, trial=True), 2 * vectors)
+    assert (products.size, products.settled) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("speed_of_4", "speed_of_16", "size"), [(0.5, 1.0, 1), (2.0, 1.5, 4), (2.0, 4.0, 16)]
+)
+def test_the_fastest_chunk_is_kept(monkeypatch, speed_of_4, speed_of_16, size):
+    """The clock is given; the choice must follow it."""
+    speed = {1: 1.0, 4: speed_of_4, 16: speed_of_16}
+    products = BatchedProducts(space_of(3), lambda: 1, trial=True)
+    for tried in (1, 1, 4, 4, 16, 16):
+        if not products.settled:
+            assert products._candidate() == tried
+            products._note(tried, 1 / speed[tried])
+    products._candidate()
+    assert (products.size, products.settled) == (size, True)
+
+
+@pytest.mark.parametrize("counts", [[1] * 7, [3, 1, 9], [50], [2, 2, 2, 40, 1]])
+def test_no_product_is_lost_or_swapped(counts):
+    products = BatchedProducts(space_of(4), lambda: 1, trial=True)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    for count, seed in zip(counts, itertools.count()):
+        generator = torch.Generator().manual_seed(seed)
+        vectors = torch.randn(count, 4, dtype=torch.float64, generator=generator)
+        found = products(lambda t: [t[0] * weights], vectors, trial=True)
+        assert torch.equal(found, vectors * weights)

@@ -1,0 +1,73 @@
+"""Measurements of parameters that `fully_shard` has spread over ranks, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from parallel.job import Network, measured
+from parallel.launching import launch, run
+
+LARGEST_LAYER = 63  # of the network's 91 parameters
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """What two and four ranks saw; the two trained, and so did two that measured nothing."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    common = {"strategy": "fsdp2", "blocks": "layer"}
+    callback = {"num_eigenvalues": 3, "num_batches": 2, "blocks": None}
+    return {
+        "folder": folder,
+        "plain": run(folder / "plain", devices=2, epochs=2, **common),
+        2: run(folder / "2", devices=2, epochs=2, probe=6, callback=callback, **common),
+        4: run(folder / "4", devices=4, probe=3, **common),
+    }
+
+
+@pytest.mark.parametrize(("world", "count"), [(2, 6), (4, 3)])
+def test_shards_give_what_the_whole_gives(jobs, world, count):
+    """Six batches with a ragged last one over two ranks; three batches over four ranks."""
+    alone = measured(Network(), count, blocks="layer")
+    for seen in jobs[world]:
+        found = seen["probe"]
+        assert found["num_converged"] == 8
+        assert found["num_samples"] == alone["num_samples"]
+        for key in ("eigenvalues", "frobenius", "trace", "trace_std_error", "loss", "ratio"):
+            np.testing.assert_allclose(found[key], alone[key], rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_holds_its_share_of_the_basis(jobs, world):
+    size = sum(p.numel() for p in Network().parameters())
+    held = [seen["probe"]["bytes_of_a_vector"] for seen in jobs[world]]
+    assert sum(held) == 8 * size
+    # Rows are dealt out layer by layer, so that a rank has up to a row more of each.
+    assert max(held) <= 8 * (size / world + 6 + 1 + 9 + 1 + 2)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_no_more_than_a_layer_is_ever_whole(jobs, world):
+    for seen in jobs[world]:
+        assert 0 < seen["probe"]["largest_whole"] <= LARGEST_LAYER
+
+
+def test_the_callback_measures_and_training_is_bit_identical(jobs):
+    folder: Path = jobs["folder"]
+    for seen in jobs[2]:
+        assert len(seen["history"]) == 2
+        assert all(row["num_converged"] == 3 for row in seen["history"])
+    assert [seen["draw"] for seen in jobs["plain"]] == [seen["draw"] for seen in jobs[2]]
+    before, after = (torch.load(folder / name / "weights.pt") for name in ("plain", "2"))
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]), name
+
+
+def test_tensor_parallelism_is_refused_before_training(tmp_path):
+    done = launch(tmp_path, strategy="tensor", devices=2, callback={})
+    assert done.returncode != 0
+    assert "tensor parallelism" in done.stderr
+    assert "head.weight" in done.stderr
