@@ -218,7 +218,8 @@ def test_a_browser_draws_it(trained: Any, width: int, dark: bool, tmp_path: Path
         b = t.ownerSVGElement.getBoundingClientRect();
         return a.left < b.left - 1 || a.right > b.right + 1 || a.bottom > b.bottom + 1; });
       document.title = JSON.stringify({ svgs: document.querySelectorAll("svg").length,
-        texts: texts.length, cut: cut.map((t) => t.textContent + " of " + t.ownerSVGElement.textContent), wide: late.scrollWidth,
+        texts: texts.length, wide: late.scrollWidth,
+        cut: cut.map((t) => t.textContent + " of " + t.ownerSVGElement.textContent),
         inner: innerWidth, background: getComputedStyle(document.body).backgroundColor,
         small: Math.min(...texts.map((t) => parseFloat(getComputedStyle(t).fontSize))) });
     }, 300));</script>"""
