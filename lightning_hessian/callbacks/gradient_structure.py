@@ -29,7 +29,9 @@ class GradientStructureCallback(MeasurementCallback):
     ``dimension_gaussian_rate`` over dimensions, ``gaussian_rate`` and
     ``iteration_power_law_rate`` over iterations. Besides: ``mean_gradient_norm``,
     ``num_gradients``, ``seconds``. From four measurements on also
-    ``correlation/pearson_gradient_<statistic>_<monitor>`` and ``correlation/gradient_num_points``.
+    ``correlation/pearson_gradient_<statistic>_<monitor>`` with its interval, Spearman's r, the r of
+    first differences and the number of points, and ``correlation/gradient_num_points``. Figures are
+    ``figures/gradient_<name>``, spectra ``spectra/gradient``.
     A statistic that cannot be computed is absent, and a warning says why.
 
     Training is not touched: the weights of a run with and without the callback are the same bits.

@@ -38,9 +38,11 @@ class HessianSpectrumCallback(MeasurementCallback):
     ``seconds``, and of the blocks ``block_off_diagonal_ratio``,
     ``block_off_diagonal_ratio_std_error``, ``block_off_diagonal_share``,
     ``block_heterogeneity``, and where two layers are cut ``block_share_ww``, ``block_share_wv``,
-    ``block_share_vv``. From four measurements on also
-    ``correlation/pearson_<statistic>_<monitor>`` and ``correlation/num_points``. A statistic that
-    cannot be computed is absent, and a warning says why.
+    ``block_share_vv``. From four measurements on also, under ``correlation/``,
+    ``pearson_<statistic>_<monitor>``, its interval ``pearson_low_...`` and ``pearson_high_...``,
+    ``spearman_...``, ``differences_...`` (r of first differences), ``num_points_...`` and
+    ``num_points``. A statistic that cannot be computed is absent, and a warning says why. Figures
+    are ``figures/hessian_<name>``, spectra ``spectra/hessian``.
 
     Training is not touched: the weights of a run with and without the callback are the same bits.
 

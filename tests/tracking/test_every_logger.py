@@ -280,21 +280,38 @@ def test_comet_offline(tmp_path: Path) -> None:
     pytest.importorskip("comet_ml")
     import zipfile
 
+    import comet_ml
     from lightning.pytorch.loggers import CometLogger
 
     callback = measuring()
-    logger = CometLogger(online=False, offline_directory=str(tmp_path), project="test")
+    logger = CometLogger(online=False)  # which turns logging off, so give it one that is on
+    logger._experiment = comet_ml.OfflineExperiment(
+        offline_directory=str(tmp_path), project_name="test", log_code=False, log_graph=False,
+        auto_metric_logging=False, display_summary_level=0,
+    )  # fmt: skip
     train(tmp_path, [callback], logger)
     logger.experiment.end()
     (archive,) = tmp_path.glob("*.zip")
+    metrics: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    texts, shown = {}, defaultdict(set)
     with zipfile.ZipFile(archive) as opened:
-        lines = opened.read("messages.json").decode().splitlines()
-    messages = [json.loads(line) for line in lines]
-    text = json.dumps(messages)
-    for name in callback.history[-1].keys() - {"step", "epoch"}:
-        assert (f"hessian/{name}" in text) or name == "val_loss"
-    for name in names_at(6):
-        assert f"figures/{name}" in text
+        for message in map(json.loads, opened.read("messages.json").decode().splitlines()):
+            payload = message["payload"]
+            if message["type"] == "metric_msg":
+                found = payload["metric"]
+                point = (found["step"], float(found["metricValue"]))
+                metrics[found["metricName"]].append(point)
+            elif message["type"] == "file_upload":
+                about, content = payload["additional_params"], opened.read(payload["file_path"])
+                if payload["upload_type"] == "visualization":
+                    shown[about["step"]].add(about["figName"])
+                    assert_picture(content)
+                elif payload["metadata"] == {"key": "spectra/hessian"}:
+                    texts[about["step"]] = decode_spectrum(content.decode())
+    assert_scalars(scalars_by_step(metrics), callback)
+    assert_spectra(sorted(texts.items()), callback)
+    assert list(shown) == [1, 5, 9, 12]
+    assert shown[12] == {f"figures/{name}" for name in names_at(6)}
 
 
 def test_a_run_that_logs_nothing_writes_nothing(tmp_path: Path) -> None:
