@@ -64,6 +64,7 @@ def save(run: ThickRestart, path: Path) -> None:
         "scale": run.scale,
         "num_products": run.num_products,
         "next_check": run.next_check,
+        "search_until": run.search_until,
         "found": None
         if found is None
         else {
@@ -156,7 +157,7 @@ def load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
     run.projected = projected
     run.pending = [Pending(v.to(device), coupling) for v, coupling in header["pending"]]
     run.scale, run.num_products = header["scale"], header["num_products"]
-    run.next_check = header["next_check"]
+    run.next_check, run.search_until = header["next_check"], header["search_until"]
     with open(path, "rb") as file:
         file.seek(header["begin"])
         for part in _blocks(run):

@@ -44,7 +44,10 @@ def lanczos(
     the number of steps, is the limit.
 
     Converged vectors stay in the basis through every restart, and new ones are kept orthogonal to
-    them, which is all that locking would do to the space searched. @LOCK@
+    them: soft locking. Hard locking (their couplings set to zero) was measured on twelve problems
+    of order 400 (power law, ten-fold cluster, even spacing; K = 15, m = 25 and 40; float32 and
+    float64): at couplings below rounding the same 45 to 321 products, to the last one; at
+    couplings below tol as many, with eight runs of twelve no longer shown to have converged.
 
     Memory: ``max_basis + 2`` vectors, and 4 m^2 numbers in float64 on the CPU. Work in a step: one
     product and 4 m n flops, twice that where orthogonality asks for it; the host waits for the

@@ -88,6 +88,19 @@ class Projected:
         self.rounded = rounding.clone()
         self.off_diagonal = None
 
+    def compress(self, rotation: Tensor) -> None:
+        """Goes over to fewer vectors, combinations of those there are with weights [m, k]."""
+        m = self.count
+        upper = torch.triu(self.numbers[:m, :m])
+        whole = upper + torch.triu(upper, 1).T
+        squared = (torch.tril(self.numbers[:m, :m], -1) @ rotation).square_().sum(0)
+        if len(self.rounded):
+            squared += self.rounded.square() @ rotation[: len(self.rounded)].square()
+        self.numbers = torch.triu(rotation.T @ whole @ rotation)
+        self.rounded = squared.sqrt_()
+        self.count = rotation.shape[1]
+        self.off_diagonal = None
+
     def _grow(self, size: int) -> None:
         old, self.numbers = self.numbers, torch.zeros(size, size, dtype=torch.float64)
         self.numbers[: len(old), : len(old)] = old

@@ -92,6 +92,7 @@ class ThickRestart:
         self.num_products = 0
         self.next_check = wanted + 2
         self.found: RitzPairs | None = None  # what a search for more is under way to confirm
+        self.search_until = 0  # products
         self.between_steps = True
         self.on_check: Callable[[int], None] | None = None  # told how many have converged
 
@@ -147,7 +148,11 @@ class ThickRestart:
             self.on_check(self._num_converged(ritz))
         if self.found is not None:
             if not self._has_more(ritz, self.found):
-                return dataclasses.replace(self.found, num_products=self.num_products)
+                if last or self.num_products >= self.search_until:
+                    return dataclasses.replace(self.found, num_products=self.num_products)
+                self._restart_search()
+                self._plan_search()
+                return None
             self.found = None
         stopped = self._verdict(ritz)
         if stopped is None and full and not last and not self.storage.restarts:
@@ -160,7 +165,8 @@ class ThickRestart:
             self._restart(ritz, self.wanted)  # so that what comes next is new
             self.found = self._result(ritz, stopped)
             self.pending.insert(0, self._random())
-            self.next_check = min(self.count + room, self.basis.capacity)
+            self.search_until = self.num_products + room
+            self._plan_search()
             return None
         if stopped is not None:
             self.basis.rotate(ritz.rotation[:, -self.wanted :].flip(1))
@@ -169,6 +175,11 @@ class ThickRestart:
             self._restart(ritz, self._restart_size())
         self.next_check = self.count + max(5, self.count // 10)
         return None
+
+    def _plan_search(self) -> None:
+        """Sets the next check to the end of the search, or to where the basis is full."""
+        left = self.search_until - self.num_products
+        self.next_check = min(self.count + left, self.basis.capacity)
 
     def _step(self) -> None:
         """Takes a pending vector into the basis; the rest of its product becomes pending."""
@@ -290,6 +301,24 @@ class ThickRestart:
         self.projected.restart(ritz.values[keep], rounding)
         for pending in self.pending:
             pending.coupling = pending.coupling @ ritz.rotation[:, keep]
+
+    def _restart_search(self) -> None:
+        """Makes room for a search to go on in a full basis; what was found stays as it is.
+
+        The first rows are the wanted vectors and the lowest; of the space that the search has
+        built beside them, the best third is kept.
+        """
+        fixed, m = self.wanted + 1, self.count
+        _, rotation = torch.linalg.eigh(self.projected.numbers[fixed:m, fixed:m], UPLO="U")
+        rotation = self.shard.ranks.agreed(rotation)
+        kept = max(1, (m - fixed) // 3)
+        whole = torch.zeros(m, fixed + kept, dtype=torch.float64)
+        whole[range(fixed), range(fixed)] = 1
+        whole[fixed:, fixed:] = rotation[:, -kept:].flip(1)
+        self.basis.rotate(whole)
+        self.projected.compress(whole)
+        for pending in self.pending:
+            pending.coupling = pending.coupling @ whole
 
     def _result(self, ritz: Ritz, stopped: str) -> RitzPairs:
         """Makes the record; the wanted vectors are the first rows of the basis."""

@@ -124,6 +124,19 @@ def test_every_copy_of_a_repeated_eigenvalue_is_found(name, tol):
         assert (np.abs(found.values - exact) <= slack).all(), f"seed {seed}: {found.values}"
 
 
+@pytest.mark.parametrize("name", REPEATED)
+def test_copies_are_found_with_a_basis_that_holds_hardly_more_than_they(name):
+    """The search has to go on through restarts: four vectors are no search."""
+    matrix = matrix_of(REPEATED[name])
+    exact = eigenvalues_of(matrix)[:10]
+    for seed in range(2):
+        options = {"tol": 1e-7, "max_basis": 15, "max_products": 9000, "seed": seed}
+        found = lanczos(MatrixOperator(matrix), 10, **options)
+        slack = np.maximum(found.residuals, 1e-5) + allowance(matrix)
+        assert (np.abs(found.values - exact) <= slack).all(), f"seed {seed}: {found.values}"
+        assert (true_residuals(matrix, found) <= 1.05 * found.residuals + allowance(matrix)).all()
+
+
 @pytest.mark.parametrize("name", ["indefinite", "low rank, indefinite", "order two"])
 def test_the_lowest_eigenvalue_is_found_beside_the_largest(name):
     matrix = matrix_of((SPECTRA | REPEATED)[name])
@@ -173,6 +186,20 @@ def test_a_bounded_basis_gives_the_same_eigenvalues(name, max_basis, dtype):
     assert (true_residuals(matrix, bounded) <= 1.05 * bounded.residuals + allowance(matrix)).all()
     gram = bounded.vectors.double() @ bounded.vectors.double().T
     assert float((gram - torch.eye(10)).abs().max()) < 500 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ["power law", "indefinite", "every one ten times", "clustered"])
+@pytest.mark.parametrize("max_basis", [15, 40])
+def test_a_bounded_basis_gives_them_to_a_millionth(name, max_basis):
+    matrix = matrix_of((SPECTRA | REPEATED)[name])
+    bounded, unbounded = (
+        lanczos(MatrixOperator(matrix), 10, tol=1e-7, max_basis=size, max_products=9000)
+        for size in (max_basis, N)
+    )
+    assert bounded.num_products > max_basis  # there were restarts
+    assert bounded.stopped == unbounded.stopped == "converged"
+    np.testing.assert_allclose(bounded.values, unbounded.values, rtol=1e-6)
+    np.testing.assert_allclose(bounded.values, eigenvalues_of(matrix)[:10], rtol=1e-6)
 
 
 class Watched(MatrixOperator):
