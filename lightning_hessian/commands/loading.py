@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pytorch_lightning as pl
 import torch
 
 from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
 
-MODULES = (L.LightningModule, pl.LightningModule)
-DATA_MODULES = (L.LightningDataModule, pl.LightningDataModule)
+LIBRARIES: list[Any] = [L]
+"""Lightning under either of its names, where they are installed."""
+
+if importlib.util.find_spec("pytorch_lightning") is not None:
+    LIBRARIES.append(importlib.import_module("pytorch_lightning"))
+
+MODULES = tuple(library.LightningModule for library in LIBRARIES)
+DATA_MODULES = tuple(library.LightningDataModule for library in LIBRARIES)
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,12 @@ def module_of(cls: Any, saved: Saved, options: argparse.Namespace) -> Any:
     """
     if not (isinstance(cls, type) and issubclass(cls, MODULES)):
         raise ValueError(f"{options.module} is no LightningModule; give --module PKG:CLASS.")
+    known = inspect.signature(cls).parameters  # Lightning passes over what is not among them
+    unknown = [name for name in options.module_arg if name not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        raise ValueError(
+            f"--module-arg {unknown[0]}: {options.module} takes {', '.join(known) or 'nothing'}."
+        )
     try:
         return _load(cls, saved, options.module_arg)
     except TypeError as error:
@@ -267,7 +278,7 @@ def validation_metrics(module: Any, data: Any) -> dict[str, float]:
     """
     if data is not None and not isinstance(data, DATA_MODULES):
         raise ValueError("--validate needs a datamodule, or a module with loaders of its own.")
-    library = L if isinstance(module, L.LightningModule) else pl
+    library = next(each for each in LIBRARIES if isinstance(module, each.LightningModule))
     accelerator = "cpu" if next(module.parameters()).device.type == "cpu" else "auto"
     trainer = library.Trainer(
         accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False,

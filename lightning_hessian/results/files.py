@@ -46,11 +46,11 @@ def save_spectrum(
             "size": density.size, "num_products": density.num_products, "exact": density.exact,
         }  # fmt: skip
     text = json.dumps({"spectrum": about, "extra": dict(extra or {})})
-    arrays[_ABOUT] = np.array(text)
+    contents: dict[str, Any] = {**arrays, _ABOUT: np.array(text)}
     handle, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **contents)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
