@@ -148,7 +148,8 @@ class ThickRestart:
             self.on_check(self._num_converged(ritz))
         if self.found is not None:
             if not self._has_more(ritz, self.found):
-                if last or self.num_products >= self.search_until:
+                over = last or self.num_products >= self.search_until
+                if over or self.count == self.operator.size:
                     return dataclasses.replace(self.found, num_products=self.num_products)
                 self._restart_search()
                 self._plan_search()

@@ -124,6 +124,16 @@ def test_every_copy_of_a_repeated_eigenvalue_is_found(name, tol):
         assert (np.abs(found.values - exact) <= slack).all(), f"seed {seed}: {found.values}"
 
 
+@pytest.mark.parametrize("n", [4, 5, 6, 13])
+@pytest.mark.parametrize("wanted", [1, 3])
+def test_a_search_that_reaches_the_whole_space_is_over(n, wanted):
+    for spectrum in (np.zeros(n), np.r_[2.0, np.zeros(n - 1)], np.arange(n) - 2.0):
+        matrix = matrix_of(spectrum)
+        found = lanczos(MatrixOperator(matrix), wanted)
+        assert found.num_products <= n
+        np.testing.assert_allclose(found.values, eigenvalues_of(matrix)[:wanted], atol=1e-12)
+
+
 @pytest.mark.parametrize("name", REPEATED)
 def test_copies_are_found_with_a_basis_that_holds_hardly_more_than_they(name):
     """The search has to go on through restarts: four vectors are no search."""
