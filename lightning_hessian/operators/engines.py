@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -184,17 +183,6 @@ def retained_bytes(objective: Objective) -> int:
         product = autograd(objective, largest)
     del product
     return sum(size for address, size in saved.items() if address not in parameters)
-
-
-def seconds_of(product: Product, objective: Objective) -> float:
-    """Returns the time of one product, the better of two."""
-    tangents = tuple(torch.ones_like(value) for value in objective.point())
-    best = float("inf")
-    for _ in range(2):
-        start = time.perf_counter()
-        float(product(tangents)[0].sum())  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def check_dependence(objective: Objective) -> list[str]:

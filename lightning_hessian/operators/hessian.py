@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from lightning_hessian.operators.engines import (
     linearize,
     recompute,
     retained_bytes,
-    seconds_of,
 )
 from lightning_hessian.operators.memory import free_bytes
 from lightning_hessian.probe.objective import Objective
@@ -63,9 +63,9 @@ class HessianOperator:
         size: Order n.
         shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
         engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept.
-        self_check_error: Relative difference between a product of this engine and of
-            ``recompute`` on the first batch (for finite differences, and where ``recompute``
-            fails, the difference between two step sizes).
+        self_check_error: Relative difference between a product of this engine and of a retained
+            or recomputed graph on the first batch (for finite differences, the difference between
+            one product and two that add up to it).
         num_products: Products taken so far.
         on_product: Told their number after every product; None for nobody.
 
@@ -166,42 +166,80 @@ class HessianOperator:
                 raise
             raise MeasurementError(explain("autograd", error)) from error
         fitting = min(num_batches, int(budget // kept))
-        self._build(["autograd"] * fitting + ["recompute"] * (num_batches - fitting))
+        graphs = ["autograd"] * fitting + ["recompute"] * (num_batches - fitting)
         finished = (num_batches - 1) * LINEARIZE_TO_GRAPH_MEMORY
         if kept * (finished + LINEARIZING_TO_GRAPH_MEMORY) <= budget:
-            self._linearize_if_it_pays(expected_products)
+            with self._explained("autograd"):
+                first = autograd(self.objective, 0)
+                paid = self._linearize_if_it_pays(first, expected_products)
+            if not paid:
+                self._build(graphs, first=first)
+        else:
+            self._build(graphs)
 
-    def _linearize_if_it_pays(self, expected_products: int) -> None:
-        """Replaces retained graphs by linearisations where a trial says that this is faster."""
-        before = self.engine, self._engines, self._products, self.self_check_error
-        retained = seconds_of(self._products[0], self.objective)
+    def _linearize_if_it_pays(self, graph: Product, expected_products: int) -> bool:
+        """Builds linearisations where a trial says that they are faster than retained graphs."""
+        before, vector = self._check_vectors()
+        retained, reference = self._timed(graph, vector)
         if expected_products * retained < _LEAST_TRIAL_SECONDS:
-            return
+            return False
         try:
             start = time.perf_counter()
             trial = linearize(self.objective, 0)
             building = time.perf_counter() - start
-            saved = retained - seconds_of(trial, self.objective)
-            if expected_products * saved > building:
-                self._build(["linearize"] * len(self.objective.batches), first=trial)
+            first, _ = self._timed(trial, before)
+            second, found = self._timed(trial, vector)
+            if expected_products * (retained - min(first, second)) <= building:
+                return False
+            error = self._compared("linearize", found, reference)
+            self._build(["linearize"] * len(self.objective.batches), first=trial, error=error)
         except (RuntimeError, NotImplementedError, TypeError):
             # An operation without forward-mode derivative, random draws, or too little memory:
             # the retained graphs serve.
-            self.engine, self._engines, self._products, self.self_check_error = before
+            return False
+        return True
 
-    def _build(self, engines: list[str], first: Product | None = None) -> None:
-        """Makes the product of each batch by its engine, and checks the first."""
+    def _timed(self, product: Product, vector: Tensor) -> tuple[float, Tensor]:
+        """Returns the time of a product of the first batch, and the product."""
+        start = time.perf_counter()
+        found = self._first_product(product, vector)
+        float(found[:1].sum())  # waits for the device
+        return time.perf_counter() - start, found
+
+    def _build(
+        self, engines: list[str], first: Product | None = None, error: float | None = None
+    ) -> None:
+        """Makes the product of each batch by its engine, and checks the first.
+
+        Args:
+            engines: Of each batch.
+            first: The product of the first batch, where it has been made.
+            error: Its `self_check_error`, where it has been checked.
+        """
         self.engine, self._engines = "+".join(dict.fromkeys(engines)), engines
-        try:
+        with self._explained(self.engine):
             self._products = [
                 first if first and i == 0 else ENGINES[engine](self.objective, i)
                 for i, engine in enumerate(engines)
             ]
-            self.self_check_error = self._checked(engines[0])
+            self.self_check_error = self._checked(engines[0]) if error is None else error
+
+    @contextmanager
+    def _explained(self, engine: str) -> Iterator[None]:
+        """A block in which errors of differentiating become a MeasurementError with a remedy."""
+        try:
+            yield
         except (RuntimeError, NotImplementedError, TypeError) as error:
             if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
                 raise
-            raise MeasurementError(explain(self.engine, error)) from error
+            raise MeasurementError(explain(engine, error)) from error
+
+    def _check_vectors(self) -> tuple[Tensor, Tensor]:
+        """Returns two vectors: a product with the first must not change that with the second."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = self.shard.take(torch.randn(2, self.size, generator=generator))
+        before, vector = drawn.to(self.device, self.dtype)
+        return before, vector
 
     def _checked(self, engine: str) -> float:
         """Returns the difference from another way to the same product of the first batch.
@@ -209,32 +247,39 @@ class HessianOperator:
         Raises:
             MeasurementError: The difference is larger than rounding explains.
         """
-        generator = torch.Generator().manual_seed(0)
-        drawn = self.shard.take(torch.randn(2, self.size, generator=generator))
-        before, vector = drawn.to(self.device, self.dtype)
-        self._first_product(self._products[0], before)  # which must not change the next
+        before, vector = self._check_vectors()
+        self._first_product(self._products[0], before)
         ours = self._first_product(self._products[0], vector)
-        if self._custom and engine != "finite_difference":
-            self._check_custom_functions(vector, ours)
         if engine == "recompute":
-            return 0.0
+            return self._compared(engine, ours, ours)
         if engine == "finite_difference":
             # Products are linear in v, but the step is not: half the step, for twice the vector,
             # would show nothing, so the vector is turned about its second half.
             half = vector.clone()
             half[len(half) // 2 :] = 0
             rest = vector - half
-            reference = sum(self._first_product(self._products[0], v) for v in (half, rest))
-            tolerance = _DIFFERENCE_TOLERANCE
-        else:
-            reference = self._first_product(recompute(self.objective, 0), vector)
-            tolerance = torch.finfo(self.dtype).eps ** 0.5
-        scale = self._norm(torch.as_tensor(reference))
+            parts = [self._first_product(self._products[0], v) for v in (half, rest)]
+            return self._compared(engine, ours, parts[0] + parts[1])
+        return self._compared(
+            engine, ours, self._first_product(recompute(self.objective, 0), vector)
+        )
+
+    def _compared(self, engine: str, ours: Tensor, reference: Tensor) -> float:
+        """Returns the difference between two ways to the product with the second check vector.
+
+        Raises:
+            MeasurementError: The difference is larger than rounding explains.
+        """
+        differences = engine == "finite_difference"
+        tolerance = _DIFFERENCE_TOLERANCE if differences else torch.finfo(self.dtype).eps ** 0.5
+        if self._custom and not differences:
+            self._check_custom_functions(self._check_vectors()[1], ours)
+        scale = self._norm(reference)
         error = self._norm(ours - reference) / scale if scale > 0 else self._norm(ours)
         if not error <= tolerance:
             remedy = (
                 "The loss is too rough for finite differences."
-                if engine == "finite_difference"
+                if differences
                 else "The loss may draw random numbers (dropout in mode='train'); use "
                 "hvp='autograd'."
             )

@@ -1,0 +1,188 @@
+"""The papers' protocol beside converged eigenvalues, on one LeNet: what is it that is fitted?
+
+    python examples/protocols/lenet_mnist.py --data-dir DATA [--out protocols_output]
+
+DATA holds ``MNIST/raw/*-ubyte.gz``, the four files as LeCun published them. A run that is stopped
+goes on where it was. HPL is "Investigating the Overlooked Hessian Structure" (Tang et al., 2025).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_hessian import PowerLawFit, fit_power_law, hessian_spectrum
+from lightning_hessian.results import FloatArray, HessianSpectrum, load_spectrum, save_spectrum
+from lightning_hessian.statistics.power_law import (
+    critical_value,
+    ks_distance_by_cutoff,
+    optimal_cutoff,
+)
+from lightning_hessian.tracking.style import COLOURS, new_figure, quiet_grid
+
+CUTOFFS = (50, 100, 200, 333, 500, 600, 700, 800, 900, 1000)
+
+
+def lenet() -> nn.Module:
+    """Returns LeNet-5 with ReLU and max pooling, 61,706 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
+def mnist(folder: Path, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the first training images [count, 1, 28, 28], normalised, and their labels."""
+
+    def read(name: str, offset: int, numbers: int) -> np.ndarray:
+        with gzip.open(folder / "MNIST" / "raw" / f"train-{name}-ubyte.gz") as file:
+            return np.frombuffer(file.read(), np.uint8, numbers, offset).copy()
+
+    images = torch.tensor(read("images-idx3", 16, 784 * count)).view(-1, 1, 28, 28) / 255
+    return (images - 0.1307) / 0.3081, torch.tensor(read("labels-idx1", 8, count)).long()
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns the mean cross-entropy."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def train(model: nn.Module, data: tuple[Tensor, Tensor], num_epochs: int) -> float:
+    """Trains by momentum SGD; returns the loss on the whole of the data."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(num_epochs):
+        for chosen in torch.randperm(len(data[1])).split(128):
+            optimizer.zero_grad()
+            loss_fn(model, (data[0][chosen], data[1][chosen])).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return float(loss_fn(model, data))
+
+
+def measure(
+    protocol: str, model: nn.Module, data: tuple[Tensor, Tensor], folder: Path
+) -> HessianSpectrum:
+    """Returns the top 1000 by a protocol: from the folder, where it has been measured before."""
+    file = folder / f"{protocol}.npz"
+    if not file.exists():
+        checkpoint = folder / f"{protocol}.lanczos" if protocol == "converged" else None
+        spectrum = hessian_spectrum(
+            model, loss_fn, [data], num_eigenvalues=1000, protocol=protocol, trace_probes=0,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+        save_spectrum(spectrum, file)
+    return load_spectrum(file)
+
+
+def without_copies(pooled: HessianSpectrum) -> FloatArray:
+    """Returns the pooled values, of those that several runs have found one each.
+
+    Converged values are the same where they differ by no more than their residual bounds.
+    """
+    kept: list[int] = []
+    for i, value in enumerate(pooled.eigenvalues):
+        last = kept[-1] if kept else None
+        same = (
+            last is not None
+            and bool(pooled.converged[i] and pooled.converged[last])
+            and pooled.eigenvalues[last] - value <= pooled.residuals[i] + pooled.residuals[last]
+        )
+        if not same:
+            kept.append(i)
+    return pooled.eigenvalues[kept]
+
+
+def row(title: str, values: FloatArray, count: int) -> str:
+    """Returns a line of the table: the power law of the largest ``count`` values."""
+    fit: PowerLawFit = fit_power_law(values, k=count)
+    verdict = "yes" if fit.is_power_law else "no"
+    return (
+        f"| {title} | {count} | {fit.ks_distance:.4f} | {fit.critical_value:.4f} | {verdict} | "
+        f"{fit.p_value:.3f} | {fit.exponent:.3f} +- {fit.exponent_std_error:.3f} | "
+        f"{fit.slope:.3f} |"
+    )
+
+
+def draw(spectra: dict[str, FloatArray], path: Path) -> None:
+    """Draws the values by rank, and d_ks as a function of K beside its critical value."""
+    figure, (left, right) = new_figure(width=9.6, height=4.2, ncols=2)
+    for (name, values), colour in zip(spectra.items(), COLOURS, strict=False):
+        positive = values[values > 0][:1000]
+        left.loglog(np.arange(1, len(positive) + 1), positive, label=name, color=colour)
+        counts, distances = ks_distance_by_cutoff(positive)
+        shown = counts >= 10
+        right.plot(counts[shown], distances[shown], label=name, color=colour)
+    grid = np.arange(40, 1001)
+    right.plot(grid, [critical_value(k) for k in grid], "k--", label="$d_c$ at 0.05")
+    left.set(xlabel="rank $k$", ylabel=r"value (loss / parameter$^2$)")
+    right.set(xlabel="$K$", ylabel="$d_{ks}$", ylim=(0, 0.2))
+    left.legend(frameon=False)
+    right.legend(frameon=False)
+    for axes in (left, right):
+        quiet_grid(axes)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Trains, measures by both protocols, prints the tables and draws the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds MNIST/raw")
+    parser.add_argument("--out", type=Path, default=Path("protocols_output"), help="(%(default)s)")
+    parser.add_argument("--samples", type=int, default=1000, help="images (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=50, help="(%(default)s)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = mnist(options.data_dir, options.samples)
+    torch.manual_seed(0)
+    model, start = lenet(), time.monotonic()
+    weights = options.out / "lenet.pt"
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    else:
+        loss = train(model, data, options.epochs)
+        torch.save(model.state_dict(), weights)
+        print(f"trained in {time.monotonic() - start:.0f} s, loss {loss:.2e}\n")
+    converged = measure("converged", model, data, options.out)
+    pooled = measure("pooled_slq", model, data, options.out)
+    print("| protocol | products | time | converged | copies | lambda_1 | lambda_1000 |")
+    print("|---|---|---|---|---|---|---|")
+    for name, spectrum in (("converged", converged), ("pooled_slq", pooled)):
+        print(
+            f"| `{name}` | {spectrum.num_hvps} | {spectrum.seconds:.0f} s | "
+            f"{spectrum.num_converged} of {len(spectrum.eigenvalues)} | {spectrum.num_copies} | "
+            f"{spectrum.eigenvalues[0]:.4g} | {spectrum.eigenvalues[-1]:.4g} |"
+        )
+    single = without_copies(pooled)
+    largest = min(1000, len(converged.leading))
+    print("\n| values | K | d_ks | d_c | power law | p | beta | s |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(row("`converged`", converged.leading, largest))
+    print(row("`pooled_slq`", pooled.leading, len(pooled.leading)))
+    print(row("`pooled_slq`, one of each", single, int((single > 0).sum())))
+    print(row("`converged`", converged.leading, int((single > 0).sum())))
+    best = optimal_cutoff(converged.leading)
+    print(row("`converged`, K of least d_ks", converged.leading, best.num_values))
+    print("\n| K | " + " | ".join(map(str, CUTOFFS)) + " |\n|---" + "|---" * len(CUTOFFS) + "|")
+    for name, values in (("converged", converged.leading), ("pooled_slq", pooled.leading)):
+        counts = [k for k in CUTOFFS if k <= len(values)]
+        distances = ks_distance_by_cutoff(values, counts)[1]
+        cells = [f"{d:.4f}" for d in distances] + ["-"] * (len(CUTOFFS) - len(counts))
+        print(f"| `{name}` | " + " | ".join(cells) + " |")
+    print("| d_c | " + " | ".join(f"{critical_value(k):.4f}" for k in CUTOFFS) + " |")
+    spectra = {
+        "converged": converged.leading,
+        "pooled_slq": pooled.leading,
+        "pooled_slq, one of each": single,
+    }
+    draw(spectra, options.out / "protocols.png")
+
+
+if __name__ == "__main__":
+    main()
