@@ -30,7 +30,7 @@ class Picture:
         key: ``figures/<name>``.
         png: The file's bytes.
         step: Of the measurement that it shows.
-        svg: The same as a vector file; only of the last measurement.
+        svg: The same as a vector file, where files are written.
     """
 
     key: str
@@ -73,7 +73,7 @@ def adapter(logger: Any) -> Adapter:
 
 
 def write_picture(folder: Path, picture: Picture) -> None:
-    """Writes a picture into ``<folder>/figures``: a PNG for each step, an SVG of the last."""
+    """Writes a picture into ``<folder>/figures``: a PNG for each step, an SVG of the latest."""
     name = picture.key.partition("/")[2]
     target = folder / "figures" / f"{name}_step_{picture.step:08}.png"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -145,8 +145,7 @@ class Panels:
             pictures = []
             for name, drawing in drawings.items():
                 key = f"figures/{self.prefix}_{name}"
-                vector = last and bool(folders)
-                picture = self._try(f"drawing {name}", _picture, key, drawing, step, vector)
+                picture = self._try(f"drawing {name}", _picture, key, drawing, step, bool(folders))
                 pictures += [] if picture is None else [picture]
             if pictures:
                 self._show(pictures, log_step, takers, folders)

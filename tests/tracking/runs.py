@@ -26,6 +26,23 @@ def measuring(**arguments: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(**{**defaults, **arguments})
 
 
+class RankOnly(HessianSpectrumCallback):
+    """Draws one figure, where which one does not matter."""
+
+    def drawings(self) -> Any:
+        found = super().drawings()
+        return {"rank": found["rank"]} if found else {}
+
+
+def measuring_rank_only(**arguments: Any) -> RankOnly:
+    """The quick measurement with one figure, of fewer eigenvalues."""
+    defaults: dict[str, Any] = {
+        "num_eigenvalues": 4, "num_batches": 1, "trace_probes": 2, "time_budget": 600,
+        "blocks": None, "figures": 2, "on_error": "raise", "monitor": (),
+    }  # fmt: skip
+    return RankOnly(**{**defaults, **arguments})
+
+
 def train(folder: Path, callbacks: list[Any], logger: Any, epochs: int = 3, **more: Any) -> Any:
     """Trains, validating twice an epoch, and returns the Trainer."""
     torch.manual_seed(0)
