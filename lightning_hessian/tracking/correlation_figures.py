@@ -67,8 +67,8 @@ def correlation_text(correlation: Correlation) -> str:
 
     Example:
         >>> print(correlation_text(pearson([1, 2, 3, 4, 6], [2, 1, 4, 3, 9])))
-        r = 0.92 [0.20, 0.99], n = 5
-        r of differences 0.82
+        r = 0.88 [0.01, 0.99], n = 5
+        r of differences 0.83
     """
     if math.isnan(correlation.r):
         return f"n = {correlation.num_points}\n(r from 4 points on)"

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parallel.job import Network, measured
+from parallel.job import LARGEST_LAYER, Network, measured
 from parallel.launching import launch, run
-
-LARGEST_LAYER = 63  # of the network's 91 parameters
 
 
 @pytest.fixture(scope="module")

@@ -46,13 +46,17 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(folder: Path, **arguments: Any) -> Iterator[Any]:
-    """A run that wandb writes into ``folder``, finished whatever happens."""
+    """A run that wandb writes into ``folder``, finished and on disk whatever happens."""
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
     run = wandb.init(mode="offline", dir=str(folder), settings=settings, **arguments)
     try:
         yield run
     finally:
         run.finish()
+        # The service may still have the file in its buffer, on a busy machine.
+        end = time.monotonic() + 10
+        while time.monotonic() < end and read_offline_run(only_file(folder)).exit_code is None:
+            time.sleep(0.05)
 
 
 def scalars(step: int) -> dict[str, float]:
