@@ -24,6 +24,7 @@ from lightning_hessian.operators.engines import (
     recompute,
     retained_bytes,
 )
+from lightning_hessian.operators.linear import check_finite
 from lightning_hessian.operators.memory import free_bytes
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError
@@ -274,6 +275,7 @@ class HessianOperator:
         tolerance = _DIFFERENCE_TOLERANCE if differences else torch.finfo(self.dtype).eps ** 0.5
         if self._custom and not differences:
             self._check_custom_functions(self._check_vectors()[1], ours)
+        check_finite(ours, self._norm(ours), "A product with the Hessian")
         scale = self._norm(reference)
         error = self._norm(ours - reference) / scale if scale > 0 else self._norm(ours)
         if not error <= tolerance:

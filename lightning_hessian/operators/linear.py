@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_hessian.distributed import Shard
+from lightning_hessian.results import MeasurementError
 
 
 class SymmetricOperator(Protocol):
@@ -34,6 +36,26 @@ class SymmetricOperator(Protocol):
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns the products with the rows of [b, n_local], a new tensor [b, n_local]."""
+
+
+def check_finite(
+    found: Tensor, norm: float = 0.0, what: str = "A product with the operator"
+) -> None:
+    """Checks what came of a product.
+
+    Args:
+        found: The product, or what was computed from it.
+        norm: Its norm, where it has been computed.
+        what: How the message begins.
+
+    Raises:
+        MeasurementError: It is NaN or infinite.
+    """
+    if not (found.isfinite().all() and np.isfinite(norm)):
+        raise MeasurementError(
+            f"{what} is NaN or infinite. The gradient may overflow in this precision, or an "
+            "operation has no finite second derivative."
+        )
 
 
 class MatrixOperator:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.operators.linear import SymmetricOperator, check_finite
 from lightning_hessian.results import FloatArray, MeasurementError
 from lightning_hessian.solvers.jackknife import BlockEstimate
 
@@ -294,9 +294,5 @@ class _Columns:
         norms = [torch.linalg.vector_norm(part, dim=1, dtype=precise) for part in parts]
         squares = self.held.ranks.sum(torch.stack(norms, dim=1).square_())
         squares = squares.to("cpu", torch.float64)
-        if not squares.isfinite().all():
-            raise MeasurementError(
-                f"One of the first {self.num_products} products is NaN or infinite. The gradient "
-                "may overflow in this precision, or have no finite derivative here."
-            )
+        check_finite(squares, what=f"One of the first {self.num_products} products")
         return squares.numpy()

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.operators.linear import SymmetricOperator, check_finite
 from lightning_hessian.results import SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
-from lightning_hessian.solvers.quadrature import check_finite, gauss_rule, random_signs
+from lightning_hessian.solvers.quadrature import gauss_rule, random_signs
 
 
 class RestrictedOperator:

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.operators.linear import SymmetricOperator, check_finite
 from lightning_hessian.results import FloatArray
-from lightning_hessian.solvers.quadrature import check_finite
 
 
 @dataclass(frozen=True, eq=False)

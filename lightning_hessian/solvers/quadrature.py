@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator
-from lightning_hessian.results import FloatArray, MeasurementError
+from lightning_hessian.operators.linear import SymmetricOperator, check_finite
+from lightning_hessian.results import FloatArray
 from lightning_hessian.solvers.basis import KrylovBasis
 from lightning_hessian.solvers.projected import Projected
 
@@ -86,16 +85,3 @@ def random_signs(operator: SymmetricOperator, generator: torch.Generator) -> Ten
     """Returns this rank's part [n_local] of a vector of independent signs."""
     signs = torch.randint(0, 2, (operator.size,), generator=generator)
     return (2 * operator.shard.take(signs) - 1).to(operator.device, operator.dtype)
-
-
-def check_finite(found: Tensor, norm: float = 0.0) -> None:
-    """Checks what came of a product.
-
-    Raises:
-        MeasurementError: It is NaN or infinite.
-    """
-    if not (found.isfinite().all() and np.isfinite(norm)):
-        raise MeasurementError(
-            "A product with the operator is NaN or infinite. The gradient may overflow in this "
-            "precision, or an operation has no finite second derivative."
-        )

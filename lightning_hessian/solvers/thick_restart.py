@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator
-from lightning_hessian.results import FloatArray, MeasurementError
+from lightning_hessian.operators.linear import SymmetricOperator, check_finite
+from lightning_hessian.results import FloatArray
 from lightning_hessian.solvers.basis import KrylovBasis
 from lightning_hessian.solvers.projected import ROUNDING_MARGIN, Projected, Ritz
 from lightning_hessian.solvers.storage import BasisStorage
@@ -194,11 +194,7 @@ class ThickRestart:
         self.num_products += 1
         expected = self._join(self.pending.pop(0))
         column, beta = self.basis.orthogonalize(product, j + 1)
-        if not (column.isfinite().all() and np.isfinite(beta)):
-            raise MeasurementError(
-                f"Product {self.num_products} with the operator is NaN or infinite. The gradient "
-                "may overflow in this precision, or an operation has no finite second derivative."
-            )
+        check_finite(column, beta, f"Product {self.num_products} with the operator")
         self.projected.add(column, expected)
         self.scale = max(self.scale, beta, float(column.abs().max()))
         if self.count == self.operator.size:
