@@ -5,8 +5,12 @@ PYTHON ?= python3.11
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Holds MNIST/raw and tinyshakespeare/input.txt; without it benchmarks take synthetic stand-ins.
+DATA_DIR ?=
+
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
+BENCH := .venv-bench/bin
 
 .PHONY: demo gallery sweep test test-slow lint bench clean
 
@@ -37,8 +41,19 @@ lint: .venv-test/.done  ## ruff and mypy
 	.venv-$*/bin/pip install --quiet --editable ".[$*]"
 	touch $@
 
-bench: .venv-test/.done  ## what a measurement costs, in gradients
-	OMP_NUM_THREADS=1 $(TEST)/python benchmarks/cost.py
+bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios (30 minutes)
+	$(BENCH)/python benchmarks/run.py $(if $(DATA_DIR),--data-dir $(DATA_DIR),--synthetic)
+	$(BENCH)/python benchmarks/parallel.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
+		--out bench_output/parallel.json
+	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/cost.py
+	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/reports.py
+
+.venv-bench/.done: pyproject.toml constraints.txt benchmarks/peers.txt
+	$(PYTHON) -m venv --clear .venv-bench
+	.venv-bench/bin/pip install --quiet --editable ".[all]"
+	.venv-bench/bin/pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	touch $@
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv-demo .venv-test build dist *.egg-info demo_output sweep_output
+	rm -rf .venv-demo .venv-test .venv-bench build dist *.egg-info demo_output sweep_output \
+		bench_output protocols_output

@@ -28,7 +28,15 @@ _SCATTER = (
 
 
 class RankError(MeasurementError):
-    """A measurement failed on one rank or more; all ranks raise it, with the same message."""
+    """A measurement failed on one rank or more; all ranks raise it, with the same message.
+
+    Attributes:
+        everywhere: Whether it failed on all of them.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +173,9 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block without collectives; if it fails on one rank, it fails on all.
+        """A block that fails on all ranks if it fails on one.
+
+        The only collectives in it are those that `stay_together` stands before.
 
         Raises:
             RankError: The block failed on some rank. A process by itself sees its own exception.
@@ -173,12 +183,23 @@ class Ranks:
         failure: Exception | None = None
         try:
             yield
+        except RankError:
+            raise  # all know already
         except Exception as error:
             if self.world == 1:
                 raise
             failure = error
         if self.any(failure is not None):
             self.fail(failure)
+
+    def stay_together(self) -> None:
+        """Stands before a collective in a block of `together`: nobody waits for who has left it.
+
+        Raises:
+            RankError: The block has failed on some rank.
+        """
+        if self.any(False):
+            self.fail(None)
 
     def fail(self, failure: Exception | None) -> NoReturn:
         """Raises the same error on all ranks, once all know that one has failed.
@@ -191,7 +212,8 @@ class Ranks:
         first = next((i for i, said in enumerate(texts) if said is not None), 0)
         failed = sum(said is not None for said in texts)
         others = f" (and {failed - 1} more)" if failed > 1 else ""
-        raise RankError(f"Rank {first}{others} failed: {texts[first]}") from failure
+        message = f"Rank {first}{others} failed: {texts[first]}"
+        raise RankError(message, everywhere=failed == self.world) from failure
 
 
 ALONE = Ranks()

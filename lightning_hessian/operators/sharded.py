@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_hessian.distributed import RankError
 from lightning_hessian.operators.engines import autograd, explain
 from lightning_hessian.operators.hessian import HessianOperator
 from lightning_hessian.operators.memory import free_bytes
@@ -43,16 +44,44 @@ class ShardedHessian(HessianOperator):
                 f"{['auto', *ENGINES]}."
             )
         budget = free_bytes(objective.space.device) / 2 / objective.ranks.neighbours
-        super().__init__(
-            objective, engine, memory_budget=budget, expected_products=expected_products
-        )
+        with objective.ranks.together():
+            super().__init__(
+                objective, engine, memory_budget=budget, expected_products=expected_products
+            )
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Returns H v for this rank's part of a vector [n_local], a new tensor [n_local].
+
+        Raises:
+            RankError: The product failed on some rank; names it.
+        """
+        with self.objective.ranks.together():
+            return super().matvec(vector)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns H v for each row v of [b, n_local], one after the other: collectives in order."""
         return torch.stack([self.matvec(vector) for vector in vectors])
 
+    def _norm(self, vector: Tensor) -> float:
+        self.objective.ranks.stay_together()
+        return super()._norm(vector)
+
     def _build_within(self, budget: float, expected_products: int) -> None:
-        """Keeps as many graphs as fit on every rank."""
+        """Keeps as many graphs as fit on every rank.
+
+        Raises:
+            MeasurementError: With a cause where no rank can differentiate twice; without one where
+                some rank failed, on which the others must not go on alone.
+        """
+        try:
+            with self.objective.ranks.together():
+                self._keep_graphs(budget)
+        except RankError as error:
+            if error.everywhere and isinstance(error.__cause__, MeasurementError):
+                raise error.__cause__ from error.__cause__.__cause__
+            raise error from None
+
+    def _keep_graphs(self, budget: float) -> None:
         num_batches = len(self.objective.batches)
         try:
             with self.objective.counting() as kept:
@@ -62,6 +91,7 @@ class ShardedHessian(HessianOperator):
                 raise
             raise MeasurementError(explain("autograd", error)) from error
         del product
+        self.objective.ranks.stay_together()
         fitting = int(self.objective.ranks.least(budget // max(1, sum(kept.values()))))
         fitting = min(num_batches, fitting)
         self._build(["autograd"] * fitting + ["recompute"] * (num_batches - fitting))

@@ -125,6 +125,10 @@ class Objective:
         """Returns the norm of a whole vector, from tensors in the shapes of the parameters."""
         return math.sqrt(sum(float(part.square().sum()) for part in parts))
 
+    def anywhere(self, flag: bool) -> bool:
+        """Returns whether a flag is set where this gradient is computed: here alone."""
+        return flag
+
     def _prepared(self, batch: Any, index: int) -> tuple[Any, int]:
         """Seeds random layers, and returns the arguments of the loss: a copy of the batch."""
         seed_everything(self._seed + index)

@@ -89,6 +89,9 @@ class ShardedObjective(Objective):
 
     The hooks of FSDP itself have no double backward; they rest while the loss is evaluated.
 
+    Every collective, in forward and backward passes alike, is preceded by a flag: a rank that fails
+    in between leaves (`Ranks.together`), and the others learn of it instead of waiting for it.
+
     Args:
         module: A module under ``fully_shard``.
         loss_fn: As in `Objective`.
@@ -179,7 +182,13 @@ class ShardedObjective(Objective):
 
     def norm(self, parts: Sequence[Tensor]) -> float:
         """Returns the norm of all shards of all ranks together."""
+        self.ranks.stay_together()
         return math.sqrt(self.ranks.total(super().norm(parts) ** 2))
+
+    def anywhere(self, flag: bool) -> bool:
+        """Returns whether the flag is set on some rank."""
+        self.ranks.stay_together()
+        return self.ranks.any(flag)
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
         """Returns the weighted loss of this rank's batch at the given shards."""
@@ -234,8 +243,9 @@ class ShardedObjective(Objective):
 
     def _gathered(self, leaf: Tensor, i: int) -> Tensor:
         """Returns a whole parameter; its derivative is summed over ranks and scattered."""
-        whole = self._distributed(leaf, i).redistribute(placements=[Replicate()])
-        return whole.to_local(grad_placements=[Partial()])
+        shard = self._distributed(_Asking.apply(leaf, self.ranks), i)
+        whole = shard.redistribute(placements=[Replicate()])
+        return _Passing.apply(whole.to_local(grad_placements=[Partial()]), self.ranks)
 
     def _note(self, tensor: Tensor, shard: Tensor, i: int) -> None:
         """Remembers that the memory of a tensor holds a whole parameter, while it lives."""
@@ -265,6 +275,37 @@ class ShardedObjective(Objective):
             whole = self._gathered(kept.shard, kept.parameter)
         self._note(whole, kept.shard, kept.parameter)
         return whole.as_strided(*kept.view)
+
+
+class _Asking(torch.autograd.Function):
+    """Stands before a collective: asks whether all ranks are still there."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        """Returns the tensor."""
+        ctx.ranks = ranks
+        ranks.stay_together()
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Comes after the collective of a backward pass, and so before that of the next."""
+        return _Passing.apply(gradient, ctx.ranks), None
+
+
+class _Passing(torch.autograd.Function):
+    """Stands behind a collective: asks in the backward pass, where the order is reversed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        """Returns the tensor."""
+        ctx.ranks = ranks
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Comes before the collective of a backward pass."""
+        return _Asking.apply(gradient, ctx.ranks), None
 
 
 @dataclass(frozen=True, eq=False)

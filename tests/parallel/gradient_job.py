@@ -274,6 +274,9 @@ def main(folder: Path, job: dict[str, Any]) -> None:
         seen["plain"] = fit(folder, devices, 0.1, [])
         seen["watched"] = fit(folder, devices, 0.1, [watching()])
     (folder / f"rank{seen['rank']}.json").write_text(json.dumps(seen))
+    if dist.is_initialized():  # gloo's threads, left running, can abort a process as it ends
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

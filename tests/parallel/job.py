@@ -6,6 +6,7 @@ Run as ``python job.py FOLDER '{"strategy": "ddp", "devices": 2, ...}'``.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
@@ -195,16 +196,41 @@ def _counted(calls: Counter[str], name: str, original: Any) -> Any:
     return call
 
 
-def failing_loss(rank: int, after: int) -> Any:
-    """A loss that raises on one rank once it has been evaluated so many times."""
+class _Exhausted(torch.autograd.Function):
+    """A value whose backward pass fails."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        """Returns the value."""
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Fails."""
+        raise RuntimeError("this rank's memory has run out")
+
+
+def failing_loss(rank: int, after: int, where: str = "forward") -> Any:
+    """A loss that fails on one rank once it has been evaluated so many times.
+
+    It raises (``"forward"``), between two layers (``"within"``), in the backward pass
+    (``"backward"``), or it becomes NaN (``"nan"``).
+    """
     seen = 0
 
     def loss(module: Network, batch: tuple[Tensor, Tensor]) -> Tensor:
         nonlocal seen
         seen += 1
-        if dist.get_rank() == rank and seen > after:
-            raise RuntimeError("this rank's memory has run out")
-        return module.loss(batch)
+        if dist.get_rank() != rank or seen <= after:
+            return module.loss(batch)
+        if where == "nan":
+            return module.loss(batch) * math.nan
+        if where == "backward":
+            hidden = _Exhausted.apply(module.layers(batch[0]))
+            return nn.functional.cross_entropy(module.head(hidden), batch[1])
+        if where == "within":
+            module.layers(batch[0])
+        raise RuntimeError("this rank's memory has run out")
 
     return loss
 
@@ -265,6 +291,9 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     }
     if trainer.is_global_zero:
         torch.save(weights, folder / "weights.pt")
+    if dist.is_initialized():  # gloo's threads, left running, can abort a process as it ends
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -64,6 +64,31 @@ def test_the_callback_measures_and_training_is_bit_identical(jobs):
         assert torch.equal(weight, after[name]), name
 
 
+@pytest.mark.parametrize(
+    ("where", "after", "word"),
+    [
+        ("forward", 0, "memory has run out"),  # in the first loss of all
+        ("within", 11, "memory has run out"),  # the others wait for its part of the next layer
+        ("backward", 11, "memory has run out"),
+        ("nan", 2, "The loss of probe batch 5 is nan"),
+        ("nan", 11, "NaN or infinite"),
+    ],
+)
+def test_a_rank_that_fails_takes_none_along(tmp_path, where, after, word):
+    """All leave within seconds, the message names the rank, and training goes on."""
+    seen = run(
+        tmp_path, strategy="fsdp2", devices=2, epochs=1, fail=[1, after, where],
+        callback={"hvp": "recompute", "blocks": None},
+    )  # fmt: skip
+    for rank in seen:
+        assert rank["seconds"] < 30
+        assert rank["history"] == []
+    (told,) = [text for text in seen[0]["warnings"] if "training goes on" in text]
+    assert word in told
+    assert "Rank 1 failed" in told or (after == 11 and where == "nan")  # which is in the sum of all
+    assert (tmp_path / "weights.pt").exists()
+
+
 def test_tensor_parallelism_is_refused_before_training(tmp_path):
     done = launch(tmp_path, strategy="tensor", devices=2, callback={})
     assert done.returncode != 0
