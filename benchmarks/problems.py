@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,6 +43,11 @@ class Problem:
     def __post_init__(self) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not self.selected or name in self.selected)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Returns the same with parameters and inputs in another precision."""
+        batches = [(x.to(dtype) if x.is_floating_point() else x, y) for x, y in self.batches]
+        return replace(self, model=copy.deepcopy(self.model).to(dtype), batches=batches)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
