@@ -34,7 +34,7 @@ from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.probe.sharded import objective_over
 
 TURNS = 3
-SAMPLES, NUM_BATCHES, PRODUCTS = 2000, 4, 200
+SAMPLES, NUM_BATCHES, PRODUCTS = 2000, 4, 100
 
 
 class Sent(TorchDispatchMode):
