@@ -222,8 +222,9 @@ def check_space(space: ParameterSpace, tests: bool) -> None:
     """
     if space.held is not None:
         raise ValueError(
-            "The structure of gradients cannot be measured on parameters under `fully_shard` "
-            "(FSDP2) yet. Use strategy='ddp' or FSDP1, or measure a checkpoint on one device."
+            "The structure of gradients cannot be measured on parameters in shards yet "
+            "(`fully_shard`, or FSDP1 with too little memory to gather them). Use strategy='ddp', "
+            "or measure a checkpoint on one device."
         )
     if tests and space.size < MIN_POINTS:
         raise ValueError(

@@ -31,7 +31,7 @@ class ParameterSpace:
 
     Parameters stand in the order of ``module.named_parameters()``, each flattened row by row. A
     tied parameter stands once, under its first name. Of parameters that are sharded over ranks
-    (DTensor), this rank's vectors hold what lies here, n_local numbers.
+    (DTensor, or pieces of flat ones), this rank's vectors hold what lies here, n_local numbers.
 
     Attributes:
         names: Names in the module, n_p of them.
@@ -86,7 +86,7 @@ class ParameterSpace:
         )
         return cls(
             names=tuple(aliases[parameter][0] for parameter in chosen),
-            shapes=tuple(parameter.shape for parameter in chosen),
+            shapes=tuple(_whole_shape(parameter) for parameter in chosen),
             dtypes=dtypes,
             dtype=functools.reduce(torch.promote_types, dtypes),
             device=chosen[0].device,
@@ -149,17 +149,24 @@ def local(tensor: Tensor) -> Tensor:
 
 def _held(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...] | None:
     """Returns the positions of the entries of each parameter that this rank holds."""
-    if not any(hasattr(parameter, "device_mesh") for parameter in parameters):
+    sharded = ("device_mesh", "positions")
+    if not any(hasattr(parameter, name) for parameter in parameters for name in sharded):
         return None
     return tuple(_positions(parameter) for parameter in parameters)
 
 
-def _positions(parameter: nn.Parameter) -> Tensor:
+def _whole_shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "whole_shape", parameter.shape)
+
+
+def _positions(parameter: Any) -> Tensor:
+    if hasattr(parameter, "positions"):  # a piece
+        return parameter.positions
     positions = torch.arange(parameter.numel()).view(parameter.shape)
     mesh: Any = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return positions
-    (placement,) = parameter.placements  # type: ignore[attr-defined] # `_check_supported`
+    (placement,) = parameter.placements  # `_check_supported`
     parts = torch.chunk(positions, mesh.size(), dim=placement.dim)
     rank = mesh.get_local_rank()
     empty = positions.narrow(placement.dim, 0, 0)

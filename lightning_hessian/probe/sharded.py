@@ -1,4 +1,4 @@
-"""Parameters sharded by ``fully_shard`` (FSDP2): the loss as a function of this rank's shards."""
+"""Parameters in shards (FSDP2, FSDP1): the loss as a function of this rank's shards."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hessian.distributed import Ranks
+from lightning_hessian.probe.bundles import Piece, bundles_of
 from lightning_hessian.probe.objective import LossFunction, Mode, Objective, checked_loss
-from lightning_hessian.probe.parameters import ParameterSpace
+from lightning_hessian.probe.parameters import ParameterSpace, local, upcast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_Place = tuple[nn.Module, str]
-"""Where a parameter is registered: a module and an attribute of it."""
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def objective_over(
@@ -62,20 +61,29 @@ def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
         ValueError: Parameters are distributed otherwise than by ``fully_shard``, or over several
             meshes.
     """
-    found = [(n, p) for n, p in module.named_parameters() if isinstance(p, DTensor)]
+    found = [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if isinstance(parameter, (DTensor, Piece))
+    ]
     if not found:
         return None
     units = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
-    mesh = found[0][1].device_mesh
+    mesh = _mesh_of(found[0][1])
     for name, parameter in found:
         in_unit = any(name.startswith(f"{unit}." if unit else "") for unit in units)
-        if not in_unit or parameter.device_mesh != mesh:
+        in_unit = in_unit or isinstance(parameter, Piece)
+        if not in_unit or _mesh_of(parameter) != mesh:
             raise ValueError(
-                f"Parameter {name!r} is distributed over {parameter.device_mesh} without "
+                f"Parameter {name!r} is distributed over {_mesh_of(parameter)} without "
                 "`fully_shard` (tensor parallelism), or over another mesh than the first. Such "
                 "parameters cannot be measured; use `fully_shard` over one mesh, or one device."
             )
     return Ranks.of(mesh.get_group(), device)
+
+
+def _mesh_of(parameter: DTensor | Piece) -> DeviceMesh:
+    return parameter.flat.mesh if isinstance(parameter, Piece) else parameter.device_mesh
 
 
 class ShardedObjective(Objective):
@@ -83,9 +91,10 @@ class ShardedObjective(Objective):
 
     Every rank evaluates the same number of batches, and its losses carry their weights, so that
     the derivative by a shard is that of the mean: differentiating through the all-gather sums over
-    ranks. The shards of one unit of ``fully_shard`` are gathered when its forward begins and let
-    go when it ends. What autograd would save of them for the backward passes is gathered again
-    when it is needed, so that no more than a unit is ever whole.
+    ranks. The shards of one unit (what ``fully_shard`` or a wrapper of FSDP1 was put around) are
+    gathered when its forward begins and let go when it ends. What autograd would save of them for
+    the backward passes is gathered again when it is needed, so that no more than a unit is ever
+    whole, and what belongs to the root module itself.
 
     The hooks of FSDP itself have no double backward; they rest while the loss is evaluated.
 
@@ -93,7 +102,7 @@ class ShardedObjective(Objective):
     in between leaves (`Ranks.together`), and the others learn of it instead of waiting for it.
 
     Args:
-        module: A module under ``fully_shard``.
+        module: A module under ``fully_shard``, or one whose parameters are pieces (`fsdp1.whole`).
         loss_fn: As in `Objective`.
         batches: All batches, the same on every rank.
         space: The parameters to differentiate by.
@@ -136,30 +145,20 @@ class ShardedObjective(Objective):
         self._plan()
 
     def _plan(self) -> None:
-        """Notes which parameters belong to which unit, and where each is registered."""
-        places: dict[DTensor, list[_Place]] = {}
+        """Notes what is gathered in the forward of which unit."""
+        self._bundles = bundles_of(self._module)
         self._units: dict[nn.Module, list[int]] = {}
-        self._parameters: list[DTensor] = []
-        for part, unit in _units_of(self._module):
-            for attribute, parameter in part._parameters.items():
-                if not isinstance(parameter, DTensor):
-                    continue
-                if parameter not in places:
-                    self._units.setdefault(unit, []).append(len(self._parameters))
-                    self._parameters.append(parameter)
-                places.setdefault(parameter, []).append((part, attribute))
-        self._places = [places[parameter] for parameter in self._parameters]
-        number = {parameter: i for i, parameter in enumerate(self._parameters)}
-        named = self._module.named_parameters()
-        index = {n: number[p] for n, p in named if isinstance(p, DTensor)}
-        unsharded = [name for name in self.space.names if name not in index]
-        if unsharded:
-            raise ValueError(
-                f"Parameter {unsharded[0]!r} is not sharded while others are, so ranks do not "
-                "agree on its gradient. Apply `fully_shard` to the root module too, or leave it "
-                "out (`parameters=`)."
-            )
-        self._selected = [index[name] for name in self.space.names]
+        for i, bundle in enumerate(self._bundles):
+            self._units.setdefault(bundle.unit, []).append(i)
+        sharded = {member for bundle in self._bundles for member in bundle.members}
+        named = dict(self._module.named_parameters(remove_duplicate=False))
+        self._selected = [named[name] for name in self.space.names]
+        for name, parameter in zip(self.space.names, self._selected, strict=True):
+            if parameter not in sharded:
+                raise ValueError(
+                    f"Parameter {name!r} is not sharded while others are, so ranks do not agree "
+                    "on its gradient. Shard the root module too, or leave it out (`parameters=`)."
+                )
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -192,63 +191,60 @@ class ShardedObjective(Objective):
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
         """Returns the weighted loss of this rank's batch at the given shards."""
-        leaves = [parameter.to_local().detach() for parameter in self._parameters]
-        for i, given in zip(self._selected, parameters, strict=True):
-            leaves[i] = given
-        buffers = {f"module.{n}": b for n, b in self._buffers().items()}
+        given = dict(zip(self._selected, parameters, strict=True))
+
+        def leaf(member: nn.Parameter) -> Tensor:
+            return given[member] if member in given else upcast(local(member.detach()))
+
+        leaves = [[leaf(member) for member in bundle.members] for bundle in self._bundles]
+        buffers = {f"module.{name}": upcast(b) for name, b in self._buffers().items()}
         call = self._prepared(batch, index)
         with ExitStack() as stack:
-            for unit, members in self._units.items():
-                stack.enter_context(self._gathering(unit, members, leaves))
+            for unit, bundles in self._units.items():
+                stack.enter_context(self._gathering(unit, bundles, leaves))
             loss = functional_call(self._call, buffers, call)
             return checked_loss(loss, index) * self._shares[index // self.ranks.world]
 
     @contextmanager
     def _gathering(
-        self, unit: nn.Module, members: Sequence[int], leaves: Sequence[Tensor]
+        self, unit: nn.Module, numbers: Sequence[int], leaves: Sequence[Sequence[Tensor]]
     ) -> Iterator[None]:
         """A block in which a unit's forward finds its parameters whole, and others find shards."""
+        bundles = {i: self._bundles[i] for i in numbers}
+        outside = {i: bundle.outside(leaves[i]) for i, bundle in bundles.items()}
 
-        def register(value: Callable[[int], Tensor]) -> None:
-            for i in members:
-                tensor = value(i)
-                for part, attribute in self._places[i]:
-                    part._parameters[attribute] = tensor  # type: ignore[assignment]
+        def gather(*_: Any) -> None:
+            for i, bundle in bundles.items():
+                shard = bundle.joined(leaves[i])
+                whole = self._gathered(shard, i)
+                self._note(whole, shard.detach(), i)
+                bundle.place(bundle.parts(whole))
 
-        def gather(i: int) -> Tensor:
-            tensor = self._gathered(leaves[i], i)
-            self._note(tensor, leaves[i].detach(), i)
-            return tensor
+        def let_go(*_: Any) -> None:
+            for i, bundle in bundles.items():
+                bundle.place(outside[i])
 
-        outside = {i: self._distributed(leaves[i], i) for i in members}
-        before = unit.register_forward_pre_hook(lambda *_: register(gather), prepend=True)
-        after = unit.register_forward_hook(
-            lambda *_: register(outside.__getitem__), always_call=True
-        )
-        register(outside.__getitem__)
+        # The loss need not call the module itself: a `training_step` does not.
+        hooked = self._call if unit is self._module else unit
+        before = hooked.register_forward_pre_hook(gather, prepend=True)
+        after = hooked.register_forward_hook(let_go, always_call=True)
+        let_go()
         try:
             yield
         finally:
             before.remove()
             after.remove()
-            register(self._parameters.__getitem__)
+            for bundle in bundles.values():
+                bundle.place(bundle.members)
 
-    def _distributed(self, leaf: Tensor, i: int) -> DTensor:
-        """Returns a parameter as the distributed tensor that it is, with its shard for a leaf."""
-        parameter = self._parameters[i]
-        return DTensor.from_local(
-            leaf, parameter.device_mesh, parameter.placements, run_check=False,
-            shape=parameter.shape, stride=parameter.stride(),
-        )  # fmt: skip
-
-    def _gathered(self, leaf: Tensor, i: int) -> Tensor:
-        """Returns a whole parameter; its derivative is summed over ranks and scattered."""
-        shard = self._distributed(_Asking.apply(leaf, self.ranks), i)
-        whole = shard.redistribute(placements=[Replicate()])
+    def _gathered(self, shard: Tensor, i: int) -> Tensor:
+        """Returns a whole bundle; its derivative is summed over ranks and scattered."""
+        distributed = self._bundles[i].distributed(_Asking.apply(shard, self.ranks))
+        whole = distributed.redistribute(placements=[Replicate()])
         return _Passing.apply(whole.to_local(grad_placements=[Partial()]), self.ranks)
 
     def _note(self, tensor: Tensor, shard: Tensor, i: int) -> None:
-        """Remembers that the memory of a tensor holds a whole parameter, while it lives."""
+        """Remembers that the memory of a tensor holds a whole bundle, while it lives."""
         for address in [a for a, (alive, _) in self._whole.items() if alive.expired()]:
             del self._whole[address]
         storage = StorageWeakRef(tensor.untyped_storage())
@@ -272,8 +268,8 @@ class ShardedObjective(Objective):
         if not isinstance(kept, _View):
             return kept
         with torch.no_grad():
-            whole = self._gathered(kept.shard, kept.parameter)
-        self._note(whole, kept.shard, kept.parameter)
+            whole = self._gathered(kept.shard, kept.bundle)
+        self._note(whole, kept.shard, kept.bundle)
         return whole.as_strided(*kept.view)
 
 
@@ -310,21 +306,11 @@ class _Passing(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """A view (shape, stride, offset) of a whole parameter that is not at hand, by its shard."""
+    """A view (shape, stride, offset) of a whole bundle that is not at hand, by its shard."""
 
-    parameter: int
+    bundle: int
     shard: Tensor
     view: tuple[tuple[int, ...], tuple[int, ...], int] = ((), (), 0)
-
-
-def _units_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yields every submodule with the innermost unit of ``fully_shard`` that it belongs to."""
-    parts = dict(module.named_modules())
-    units = {name: part for name, part in parts.items() if isinstance(part, FSDPModule)}
-    for name, part in parts.items():
-        above = [u for u in units if u in ("", name) or name.startswith(f"{u}.")]
-        if above:
-            yield part, parts[max(above, key=len)]
 
 
 @contextmanager

@@ -181,8 +181,8 @@ def _fewest_whole(objective: ShardedObjective, seconds: float = 1.0) -> int:
     end = time.monotonic() + seconds
     fewest = sys.maxsize
     while True:
-        held = [view.parameter for ref, view in objective._whole.values() if not ref.expired()]
-        fewest = min(fewest, sum(objective._parameters[i].numel() for i in held))
+        held = [view.bundle for ref, view in objective._whole.values() if not ref.expired()]
+        fewest = min(fewest, sum(objective._bundles[i].numel for i in held))
         if fewest <= LARGEST_LAYER or time.monotonic() > end:
             return fewest
         time.sleep(0.01)
