@@ -2,19 +2,24 @@
 
 The rules change no result beyond rounding. Sums with a zero fall away; products that are added up
 are accumulated where they lie; results are written over operands that nobody else reads; and
-convolutions of constant images (first layers) become matrix products with their patches, where a
-trial says that this is faster.
+convolutions take the form that is the fastest here (`convolutions`).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from lightning_hessian.operators.convolutions import (
+    choose_form,
+    mask_what_is_selected,
+    scattered,
+    scattered_anew,
+    write_where_maxima_stood,
+)
 from lightning_hessian.operators.linear_graph import LinearGraph
 
 aten = torch.ops.aten
@@ -59,16 +64,13 @@ _VIEWS = {
     aten.unsqueeze.default,
     aten.view.default,
 }
-_ELSEWHERE = {
+_ELSEWHERE: dict[Any, Any] = {
     aten.addmm_.default: aten.addmm.default,
     aten.baddbmm_.default: aten.baddbmm.default,
     aten.addcmul_.default: aten.addcmul.default,
+    scattered: scattered_anew,
 }
-_TRIALS = 2
-
-_PATCHES_BYTES = 2**24
-_PATCHES_TO_MEMORY = 2
-"""Patches may take so many bytes, or so many times what all other constants hold."""
+"""What writes to memory, and what does the same in memory of its own."""
 
 
 def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -80,7 +82,10 @@ def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """
     with torch.no_grad():
         graph = LinearGraph(traced, inputs)
-        for rule in (_drop_zero, _accumulate, _overwrite, _use_patches):
+        for rule in (
+            _drop_zero, write_where_maxima_stood, mask_what_is_selected, _accumulate, _overwrite,
+            choose_form,
+        ):  # fmt: skip
             for node in graph.operations:
                 rule(graph, node)
             graph.sweep()
@@ -154,70 +159,3 @@ def _overwrite(graph: LinearGraph, node: fx.Node) -> None:
         graph.replace(node, _POINTWISE[node.target], first, *rest, **node.kwargs)
     elif commutes and _is_spare(rest[0]) and graph.alike(node, rest[0]):
         graph.replace(node, _POINTWISE[node.target], rest[0], first)
-
-
-def _use_patches(graph: LinearGraph, node: fx.Node) -> None:
-    """Makes a convolution of constant images a product with their patches, if a trial favours it.
-
-    The images of a first layer have few channels, with which convolution kernels do badly.
-    """
-    given: list[Any] = list(node.args)
-    target: Any
-    if node.target is aten.convolution.default:
-        images, weight, bias, *geometry, transposed, _, groups = given
-        arguments: tuple[Any, ...] = (weight, bias)
-        target, reader = _convolved, node
-    elif node.target is aten.convolution_backward.default:
-        gradient, images, weight, _, *geometry, transposed, _, groups, wanted = given
-        readers = list(node.users)
-        if list(wanted) != [False, True, False] or len(readers) != 1:
-            return
-        arguments, target, reader = (gradient,), _weight_gradient, readers[0]
-    else:
-        return
-    value = graph.constants.get(images)
-    if value is None or value.ndim != 4 or value.device.type != "cpu" or transposed or groups != 1:
-        return
-    shape = graph.kinds[weight].shape
-    allowed = max(_PATCHES_BYTES, _PATCHES_TO_MEMORY * graph.constant_bytes)
-    if value.nbytes * shape[2] * shape[3] > allowed:
-        return
-    patches, result = _patches(graph, images, shape, *geometry), graph.kinds[reader].shape
-    old: Any = node.target
-    old_given, new_given = fx.node.map_arg((given, (patches, *arguments)), graph.example)
-    if _seconds(lambda: target(*new_given, result)) < _seconds(lambda: old(*old_given)):
-        graph.replace(reader, target, patches, *arguments, result)
-
-
-def _patches(graph: LinearGraph, images: fx.Node, weight: Sequence[int], *geometry: Any) -> Any:
-    """Returns the constant [N, C k k, L] of the patches that a convolution sees."""
-    stride, padding, dilation = geometry
-    key = (images, tuple(weight[2:]), *map(tuple, geometry))
-    if key not in graph.derived:
-        value = nn.functional.unfold(
-            graph.constants[images], tuple(weight[2:]), dilation, padding, stride
-        )
-        graph.derived[key] = graph.constant(value)
-    return graph.derived[key]
-
-
-def _convolved(patches: Tensor, weight: Tensor, bias: Tensor | None, shape: Any) -> Tensor:
-    """Returns the convolution [N, O, ...] of images whose patches are [N, C k k, L]."""
-    rows = weight.reshape(1, weight.shape[0], -1).expand(len(patches), -1, -1)
-    if bias is None:
-        return torch.bmm(rows, patches).view(shape)
-    return torch.baddbmm(bias[None, :, None], rows, patches).view(shape)
-
-
-def _weight_gradient(patches: Tensor, gradient: Tensor, shape: Any) -> Tensor:
-    """Returns the derivative [O, C, k, k] by the weights, from that by the outputs."""
-    return torch.bmm(gradient.flatten(2), patches.mT).sum(0).view(shape)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    best = float("inf")
-    for _ in range(_TRIALS):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best

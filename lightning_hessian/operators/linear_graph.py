@@ -6,8 +6,9 @@ the larger part, the gradient itself, is the same in every product.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ _PASSING = {operator.getitem, aten._unsafe_view.default}
 
 _SHAPE_ONLY = {aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
 """Operations that ask for no more than the shape of their operand."""
+
+
+_LEAST_ROOM = 2**24
+_ROOM_TO_CONSTANTS = 4
+"""Constants made of others may take so many bytes, or so many times what was there before."""
 
 
 class _Kind(NamedTuple):
@@ -41,14 +47,17 @@ class LinearGraph:
         graph: The graph; constants are its ``get_attr`` nodes.
         constants: Their values, by node.
         kinds: Shape, strides and precision of every tensor, by node.
-        derived: Constants that rules have made of others, by what they were made from.
+        device: Where it all happens.
     """
 
     def __init__(self, traced: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         self.graph = fx.Graph()
         self.constants: dict[fx.Node, Tensor] = {}
         self.kinds: dict[fx.Node, _Kind] = {}
-        self.derived: dict[tuple[Any, ...], fx.Node] = {}
+        self.device = inputs[0].device
+        self._numbers = itertools.count()
+        self._room: int | None = None
+        self._derived: dict[Any, fx.Node] = {}
         self._nodes: dict[tuple[Any, ...], fx.Node] = {}
         self._owners: dict[fx.Node, fx.Node] = {}
         self._written: set[fx.Node] = set()
@@ -114,17 +123,23 @@ class LinearGraph:
         if key not in self._nodes:
             first = next(iter(self.graph.nodes), None)
             with self.graph.inserting_before(first):
-                node = self.graph.create_node("get_attr", f"constant_{len(self.constants)}")
+                node = self.graph.create_node("get_attr", f"constant_{next(self._numbers)}")
             self._nodes[key] = node
             self.constants[node] = value
             self.kinds[node] = kind
         return self._nodes[key]
 
+    def put(self, node: fx.Node, target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
+        """Puts an operation before a node; its result is of the same kind as another."""
+        with self.graph.inserting_before(node):
+            new = self.graph.call_function(target, arguments)
+        self.kinds[new] = self.kinds[like]
+        return new
+
     def replace(self, node: fx.Node, target: Any, *arguments: Any, **keywords: Any) -> fx.Node:
         """Puts another operation, with the same kind of result, in the place of a node."""
-        with self.graph.inserting_before(node):
-            new = self.graph.call_function(target, arguments, keywords)
-        self.kinds[new] = self.kinds[node]
+        new = self.put(node, target, *arguments, like=node)
+        new.kwargs = keywords
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         return new
@@ -144,6 +159,39 @@ class LinearGraph:
             return self.constants[node]
         return torch.ones(self.kinds[node].shape, dtype=self.kinds[node].dtype)
 
+    def derived(self, key: Any, num_bytes: int, make: Callable[[], Tensor]) -> fx.Node | None:
+        """Returns a constant that is made of others; None where it would take too much memory.
+
+        Args:
+            key: What it is made of, and how: it is made once.
+            num_bytes: How much memory it takes.
+            make: Makes it.
+        """
+        if self._room is None:
+            self._room = max(_LEAST_ROOM, _ROOM_TO_CONSTANTS * self.constant_bytes)
+        if key not in self._derived:
+            taken = sum(self.constants[node].nbytes for node in self._derived.values())
+            if taken + num_bytes > self._room:
+                return None
+            self._derived[key] = self.constant(make())
+        return self._derived[key]
+
+    def has_derived(self, key: Any) -> bool:
+        """Whether a constant is there that has been made of others."""
+        return key in self._derived
+
+    def forget_unused(self) -> None:
+        """Lets go of the derived constants that nothing reads."""
+        for key, node in list(self._derived.items()):
+            if not node.users:
+                del self._derived[key]
+                self._forget(node)
+
+    def _forget(self, node: fx.Node) -> None:
+        value = self.constants.pop(node)
+        del self._nodes[value.data_ptr(), self.kinds.pop(node)]
+        self.graph.erase_node(node)
+
     @property
     def constant_bytes(self) -> int:
         """The memory that the constants hold."""
@@ -157,9 +205,12 @@ class LinearGraph:
 
     def sweep(self) -> None:
         """Removes what nothing reads."""
+        self.forget_unused()
         for node in reversed(list(self.graph.nodes)):
-            if node.op in ("call_function", "get_attr") and not node.users and not _writes(node):
+            if node.op == "call_function" and not node.users and not _writes(node):
                 self.graph.erase_node(node)
+        for node in [node for node in self.constants if not node.users]:
+            self._forget(node)
 
     def module(self) -> fx.GraphModule:
         """Returns the graph with its constants, ready to be called."""

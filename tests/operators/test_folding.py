@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from lightning_hessian.operators import folding
-from lightning_hessian.operators.folding import fold
+from lightning_hessian.operators import convolutions, linear_graph
+from lightning_hessian.operators.folding import batchable, fold
+from lightning_hessian.operators.tracing import trace
 
 
 def folded(function: Callable[..., Sequence[Tensor]], *shapes: tuple[int, ...]):
     """Returns the folded function, with the names of its operations."""
     inputs = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    product = fold(make_fx(function)(*inputs), inputs)
+    product = fold(trace(function, inputs), inputs)
     operations = [
         getattr(node.target, "__name__", str(node.target))
         for node in product.graph.nodes
@@ -36,6 +36,7 @@ def assert_same(function: Callable[..., Sequence[Tensor]], product, *shapes) -> 
         assert all(torch.equal(value, old) for value, old in zip(inputs, kept, strict=True))
 
 
+aten = torch.ops.aten
 A, B, C = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(0)).double()
 
 
@@ -85,7 +86,7 @@ def test_the_batchable_form_needs_no_loop():
     vectors = torch.randn(3, 5, 5, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of a batching rule that is missing
-        found = torch.vmap(lambda vector: folding.batchable(product)(vector))(vectors)
+        found = torch.vmap(lambda vector: batchable(product)(vector))(vectors)
     for i, vector in enumerate(vectors):
         for part, expected in zip(found, function(vector), strict=True):
             torch.testing.assert_close(part[i], expected, rtol=1e-12, atol=1e-12)
@@ -141,9 +142,19 @@ def test_a_constant_that_is_written_over_is_made_anew():
     assert_same(function, product, (5, 5))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_convolutions_of_constant_images_use_patches(monkeypatch, bias, stride):
+def with_favourite(monkeypatch, favourite: str) -> None:
+    """Whatever the clock says, this form is the fastest, and what stands there the second."""
+
+    def seconds(work: Callable[[], Tensor]) -> float:
+        work()
+        name = getattr(getattr(work, "func", None), "__name__", "old")
+        return {favourite: 1.0, "old": 2.0}.get(name, 3.0)
+
+    monkeypatch.setattr(convolutions, "_seconds", seconds)
+
+
+def convolved(bias: bool, stride: int):
+    """A convolution of constant images and its gradient by the weights, and shapes of inputs."""
     images = torch.randn(6, 2, 9, 8, dtype=torch.float64)
     settings = {"stride": stride, "padding": (1, 2), "dilation": (1, 2)}
     weight_shape, out = (4, 2, 3, 3), nn.functional.conv2d(
@@ -152,24 +163,87 @@ def test_convolutions_of_constant_images_use_patches(monkeypatch, bias, stride):
 
     def function(weight: Tensor, b: Tensor, gradient: Tensor) -> list[Tensor]:
         forward = nn.functional.conv2d(images, weight, b if bias else None, **settings)
-        backward = torch.ops.aten.convolution_backward(
+        backward = aten.convolution_backward(
             gradient, images, weight, [4], [stride] * 2, [1, 2], [1, 2], False, [0, 0], 1,
             [False, True, False],
         )[1]  # fmt: skip
         return [forward, backward]
 
-    shapes = (weight_shape, (4,), tuple(out))
-    times = iter([1.0, 2.0, 3.0, 4.0])  # whatever the clock says, the patches are faster
-    monkeypatch.setattr(folding, "_seconds", lambda work: (work(), next(times))[1])
+    return function, (weight_shape, (4,), tuple(out))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("favourite", ["_convolved", "_by_patches", "_with_channels_last"])
+def test_convolutions_take_the_fastest_form(monkeypatch, bias, stride, favourite):
+    function, shapes = convolved(bias, stride)
+    with_favourite(monkeypatch, favourite)
     product, operations = folded(function, *shapes)
-    assert operations == ["_convolved", "_weight_gradient"]
-    assert len(list(product.buffers())) == 1  # both use the same
+    assert favourite in operations
+    assert len(list(product.buffers())) == 2  # the images, and what one of both sees of them
     assert_same(function, product, *shapes)
 
 
-def test_slower_patches_are_not_used(monkeypatch):
-    images = torch.randn(6, 2, 9, 8, dtype=torch.float64)
-    times = iter([2.0, 1.0])
-    monkeypatch.setattr(folding, "_seconds", lambda work: next(times))
-    _, operations = folded(lambda w: [nn.functional.conv2d(images, w)], (4, 2, 3, 3))
-    assert operations == ["convolution.default"]
+def test_what_is_fast_stays(monkeypatch):
+    function, shapes = convolved(bias=True, stride=1)
+    with_favourite(monkeypatch, "none")
+    product, operations = folded(function, *shapes)
+    assert operations == ["convolution.default", "convolution_backward.default", "getitem"]
+    assert len(list(product.buffers())) == 1  # nothing is left of what was tried
+
+
+def pooled(stride: int):
+    """Convolution, rectifier and pooling, as they stand in a linearised gradient; both ways."""
+    torch.manual_seed(2)
+    images = torch.randn(5, 2, 9, 8, dtype=torch.float64)
+    before = nn.functional.conv2d(images, torch.randn(3, 2, 3, 3, dtype=torch.float64))
+    values, at = nn.functional.max_pool2d(before.relu(), 2, stride, return_indices=True)
+
+    def function(weight: Tensor, bias: Tensor, gradient: Tensor) -> list[Tensor]:
+        masked = aten.threshold_backward(nn.functional.conv2d(images, weight, bias), before, 0)
+        chosen = masked.view(5, 3, -1).gather(-1, at.view(5, 3, -1)).view(values.shape)
+        back = aten.max_pool2d_with_indices_backward(
+            gradient * 2, before, [2, 2], [stride] * 2, [0, 0], [1, 1], False, at
+        )
+        back = aten.threshold_backward(back, before, 0)
+        by_weight = aten.convolution_backward(
+            back, images, weight, [3], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+            [False, True, False],
+        )[1]  # fmt: skip
+        return [chosen, by_weight, back.sum([0, 2, 3])]
+
+    return function, ((3, 2, 3, 3), (3,), tuple(values.shape))
+
+
+@pytest.mark.parametrize("favourite", ["_convolved_selected", "_by_selected", "none"])
+def test_pooling_by_maxima_touches_what_was_selected(monkeypatch, favourite):
+    function, shapes = pooled(stride=2)
+    with_favourite(monkeypatch, favourite)
+    product, operations = folded(function, *shapes)
+    assert (favourite in operations) == (favourite != "none")
+    assert "max_pool2d_with_indices_backward.default" not in operations
+    assert ("scattered" in operations) == (favourite != "_by_selected")
+    assert_same(function, product, *shapes)  # what is kept from one call does no harm in the next
+    several = [torch.randn(4, *shape, dtype=torch.float64) for shape in shapes]
+    for found, expected in zip(
+        torch.vmap(batchable(product))(*several), torch.vmap(function)(*several), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_windows_that_overlap_are_added_up(monkeypatch):
+    function, shapes = pooled(stride=1)
+    with_favourite(monkeypatch, "none")
+    product, operations = folded(function, *shapes)
+    assert "max_pool2d_with_indices_backward.default" in operations
+    assert_same(function, product, *shapes)
+
+
+def test_constants_made_of_others_have_a_limit(monkeypatch):
+    function, shapes = pooled(stride=2)
+    with_favourite(monkeypatch, "_by_selected")
+    monkeypatch.setattr(linear_graph, "_LEAST_ROOM", 0)
+    monkeypatch.setattr(linear_graph, "_ROOM_TO_CONSTANTS", 0)
+    product, operations = folded(function, *shapes)
+    assert "_by_selected" not in operations
+    assert_same(function, product, *shapes)

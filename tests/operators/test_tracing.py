@@ -1,0 +1,67 @@
+"""Traced graphs against the functions, and against torch's own tracer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lightning_hessian.operators.tracing import trace
+
+A = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+def plain(x: Tensor) -> list[Tensor]:
+    """Products, several results of one operation, numbers, and a constant."""
+    first, second = (A @ x).split(2)
+    values, at = first.max(dim=1)
+    return [values * 2, second - A[2:], at, x.new_ones(3)]
+
+
+def writing(x: Tensor) -> list[Tensor]:
+    """Writes to memory through views, to what it made itself."""
+    kept = torch.zeros(4, 4, dtype=x.dtype)
+    kept[0].copy_(x[1])
+    kept.t().add_(x).mul_(2)
+    return [kept, kept[0] + 1]
+
+
+def differentiating(x: Tensor) -> list[Tensor]:
+    """A gradient inside."""
+    return [torch.func.grad(lambda y: nn.functional.log_softmax(y @ A, dim=1).square().sum())(x)]
+
+
+def composed(x: Tensor) -> list[Tensor]:
+    """Modules and operations that consist of others."""
+    layer = nn.functional.linear(x, A, A[0])
+    return [nn.functional.layer_norm(layer, (4,)), torch.einsum("ij,kj->ik", x, layer)]
+
+
+@pytest.mark.parametrize("function", [plain, writing, differentiating, composed])
+def test_the_graph_does_what_the_function_does(function):
+    generator = torch.Generator().manual_seed(1)
+    given, other = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
+    kept = A.clone()
+    traced, reference = trace(function, [given]), make_fx(function)(given)
+    for value in (given, other, other):  # nothing may be left over from one call to the next
+        for found, expected in zip(traced(value), function(value), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(A, kept)
+    names = [
+        {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+        for graph in (traced, reference)
+    ]
+    assert names[0] >= names[1] - {"aten.detach.default"}
+
+
+def test_a_number_that_depends_on_a_tensor_is_refused():
+    with pytest.raises(RuntimeError, match="turns a tensor into a number"):
+        trace(lambda x: [x * float(x.sum())], [A])
+    with pytest.raises(RuntimeError, match="turns a tensor into a number"):
+        trace(lambda x: [x if torch.equal(x, A) else A], [A])
+
+
+def test_tensors_from_outside_are_held_not_copied():
+    (held,) = trace(lambda x: [A @ x], [A.clone()]).buffers()
+    assert held.data_ptr() == A.data_ptr()
