@@ -223,8 +223,8 @@ def check_space(space: ParameterSpace, tests: bool) -> None:
     if space.held is not None:
         raise ValueError(
             "The structure of gradients cannot be measured on parameters in shards yet "
-            "(`fully_shard`, or FSDP1 with too little memory to gather them). Use strategy='ddp', "
-            "or measure a checkpoint on one device."
+            "(`fully_shard`, tensor parallelism, or FSDP1 with too little memory to gather them). "
+            "Use strategy='ddp', or measure a checkpoint on one device."
         )
     if tests and space.size < MIN_POINTS:
         raise ValueError(

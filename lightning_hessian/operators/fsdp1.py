@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_hessian.distributed import Ranks
 from lightning_hessian.operators.memory import free_bytes
 from lightning_hessian.probe.bundles import FlatShards, Piece
+from lightning_hessian.probe.tensor_parallel import untied_from_tensors
 
 _Rest = ParamSpec("_Rest")
 _Result = TypeVar("_Result")
@@ -41,7 +42,8 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
     all parameters are gathered, where that takes no more than half of the memory that is free on
     every rank. Elsewhere each parameter is the `Piece` of it that this rank holds, which
     `ShardedObjective` makes whole unit by unit. Afterwards all is as before; what was gathered is
-    dropped, not written back. Other modules pass through untouched.
+    dropped, not written back. Modules under tensor parallelism: see `untied_from_tensors`. Others
+    pass through untouched.
 
     Args:
         module: The root: all ranks enter the block together.
@@ -54,7 +56,8 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
     """
     wrappers = [part for part in module.modules() if isinstance(part, FullyShardedDataParallel)]
     if not wrappers:
-        yield module
+        with untied_from_tensors(module):
+            yield module
         return
     with ExitStack() as stack:
         if _fits(wrappers):

@@ -169,9 +169,8 @@ def bundles_of(module: nn.Module) -> list[Bundle]:
                 flat = parameter.flat
                 bundle = bundles.setdefault(flat, FlatBundle(flat.unit, flat.mesh))
             elif isinstance(parameter, DTensor):
-                bundle = bundles.setdefault(
-                    parameter, SingleBundle(units[part], parameter.device_mesh)
-                )
+                unit = units.get(part, part)
+                bundle = bundles.setdefault(parameter, SingleBundle(unit, parameter.device_mesh))
             else:
                 continue
             if parameter not in numbers:
@@ -179,6 +178,10 @@ def bundles_of(module: nn.Module) -> list[Bundle]:
                 bundle.members.append(parameter)
                 bundle.places.append([])
             bundle.places[numbers[parameter]].append((part, attribute))
+    for bundle in bundles.values():
+        users = {part for places in bundle.places for part, _ in places}
+        if bundle.unit in users and len(users) > 1:  # tied, and each user a unit by itself
+            bundle.unit = module
     return list(bundles.values())
 
 

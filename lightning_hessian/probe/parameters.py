@@ -254,9 +254,10 @@ def _check_supported(name: str, parameter: nn.Parameter) -> None:
     if placements is not None and (len(placements) != 1 or not placements[0].is_shard()):
         raise ValueError(
             f"Parameter {name!r} is distributed as {placements}, which cannot be "
-            "measured: only `fully_shard` (FSDP2) over one mesh dimension can, not tensor "
-            "parallelism nor replicas of shards. Give data_parallel_size the number of devices and "
-            "tensor_parallel_size=1, or measure a checkpoint on one device."
+            "measured: only shards over one mesh dimension can (`fully_shard`, or tensor "
+            "parallelism), not both together nor replicas of shards. Give data_parallel_size or "
+            "tensor_parallel_size the number of devices and the other 1, or measure a checkpoint "
+            "on one device."
         )
     if not parameter.dtype.is_floating_point:
         raise ValueError(

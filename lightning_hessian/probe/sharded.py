@@ -58,8 +58,7 @@ def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
     """Returns the ranks that a module's parameters are sharded over; None where they are not.
 
     Raises:
-        ValueError: Parameters are distributed otherwise than by ``fully_shard``, or over several
-            meshes.
+        ValueError: Parameters are distributed in several ways, or over several meshes.
     """
     found = [
         (name, parameter)
@@ -72,12 +71,13 @@ def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
     mesh = _mesh_of(found[0][1])
     for name, parameter in found:
         in_unit = any(name.startswith(f"{unit}." if unit else "") for unit in units)
-        in_unit = in_unit or isinstance(parameter, Piece)
-        if not in_unit or _mesh_of(parameter) != mesh:
+        alike = in_unit or not units or isinstance(parameter, Piece)
+        if not alike or _mesh_of(parameter) != mesh:
             raise ValueError(
-                f"Parameter {name!r} is distributed over {_mesh_of(parameter)} without "
-                "`fully_shard` (tensor parallelism), or over another mesh than the first. Such "
-                "parameters cannot be measured; use `fully_shard` over one mesh, or one device."
+                f"Parameter {name!r} is distributed over {_mesh_of(parameter)} and others in "
+                "another way (tensor parallelism beside `fully_shard`, or several meshes). Such "
+                "parameters cannot be measured; use one of both, or measure a checkpoint on one "
+                "device."
             )
     return Ranks.of(mesh.get_group(), device)
 

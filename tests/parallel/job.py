@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,9 +67,13 @@ class Network(L.LightningModule):
         if not isinstance(strategy, ModelParallelStrategy) or hasattr(self.head, "reshard"):
             return
         if strategy.device_mesh["tensor_parallel"].size() > 1:
-            plan = {"head": ColwiseParallel()}
+            plan = {
+                "layers.3": ColwiseParallel(output_layouts=Replicate()),
+                "head": ColwiseParallel(output_layouts=Replicate()),
+            }
             parallelize_module(self, strategy.device_mesh["tensor_parallel"], plan)
-            return
+            if strategy.device_mesh["data_parallel"].size() == 1:
+                return
         mesh = strategy.device_mesh["data_parallel"]
         for part in (self.layers[0], self.layers[3], self.head):
             fully_shard(part, mesh=mesh)
@@ -236,7 +241,9 @@ def failing_loss(rank: int, after: int, where: str = "forward") -> Any:
 
 
 def strategy_of(name: str, devices: int) -> Any:
-    """The strategy by its name; ``"fsdp2"`` and ``"tensor"`` for two kinds of model parallelism."""
+    """The strategy by its name; three of them are kinds of model parallelism."""
+    if name == "both":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=devices // 2)
     if name == "tensor":
         return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=devices)
     if name == "fsdp2":

@@ -89,8 +89,29 @@ def test_a_rank_that_fails_takes_none_along(tmp_path, where, after, word):
     assert (tmp_path / "weights.pt").exists()
 
 
-def test_tensor_parallelism_is_refused_before_training(tmp_path):
-    done = launch(tmp_path, strategy="tensor", devices=2, callback={})
+def test_tensor_parallelism_is_measured_and_training_is_bit_identical(tmp_path):
+    """Two layers in shards, one that every rank holds: both in pieces while it is measured."""
+    common = {"strategy": "tensor", "devices": 2, "epochs": 2, "blocks": "layer"}
+    callback = {"num_eigenvalues": 3, "num_batches": 2, "blocks": None}
+    plain = run(tmp_path / "plain", **common)
+    seen = run(tmp_path / "measured", probe=6, callback=callback, **common)
+    alone = measured(Network(), 6, blocks="layer")
+    for rank in seen:
+        found = rank["probe"]
+        for key in ("eigenvalues", "frobenius", "trace", "trace_std_error", "loss", "ratio"):
+            np.testing.assert_allclose(found[key], alone[key], rtol=1e-5, err_msg=key)
+        assert [row["num_converged"] for row in rank["history"]] == [3, 3]
+        assert 0 < found["largest_whole"] <= LARGEST_LAYER + 1  # nine numbers in two equal parts
+    held = [rank["probe"]["bytes_of_a_vector"] for rank in seen]
+    assert sum(held) == 8 * sum(p.numel() for p in Network().parameters())
+    assert [rank["draw"] for rank in plain] == [rank["draw"] for rank in seen]
+    before, after = (torch.load(tmp_path / name / "weights.pt") for name in ("plain", "measured"))
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]), name
+
+
+def test_tensor_parallelism_beside_fully_shard_is_refused_before_training(tmp_path):
+    done = launch(tmp_path, strategy="both", devices=4, callback={})
     assert done.returncode != 0
-    assert "tensor parallelism" in done.stderr
-    assert "head.weight" in done.stderr
+    assert "measure a checkpoint on one device" in done.stderr
+    assert "Parameter '" in done.stderr
