@@ -85,12 +85,11 @@ def autograd(objective: Objective, index: int) -> Product:
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         if not curved:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        return torch.autograd.grad(
+        return derivatives(
             [gradient[i] for i in curved],
             leaves,
             [tangents[i] for i in curved],
             retain_graph=True,
-            materialize_grads=True,
         )
 
     return product
@@ -241,4 +240,19 @@ def _gradient(
     loss = objective.batch_loss(leaves, index)
     if not loss.requires_grad:  # this batch uses none of the parameters
         return [torch.zeros_like(leaf) for leaf in leaves]
-    return torch.autograd.grad(loss, leaves, create_graph=create_graph, materialize_grads=True)
+    return derivatives([loss], leaves, create_graph=create_graph)
+
+
+def derivatives(
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None = None,
+    **options: bool,
+) -> list[Tensor]:
+    """Returns what ``torch.autograd.grad`` does, with zeros for leaves that nothing depends on.
+
+    Its own ``materialize_grads`` makes zeros that require grad in torch 2.6.
+    """
+    parts = torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, **options)
+    pairs = zip(parts, leaves, strict=True)
+    return [torch.zeros_like(leaf) if part is None else part for part, leaf in pairs]

@@ -16,6 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_hessian.distributed import Ranks, Shard
+from lightning_hessian.operators.engines import derivatives
 from lightning_hessian.probe.minibatches import MiniBatches
 from lightning_hessian.probe.objective import LossFunction, Mode, Objective
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -159,7 +160,7 @@ class MiniBatchGradients:
                 "Return the loss as a tensor with its graph, not detached, and select parameters "
                 "it uses."
             )
-        parts = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        parts = derivatives([loss], leaves)
         torch.cat([part.reshape(-1).to(row) for part in parts], out=row)
         self.losses[index] = float(loss.detach())
 
