@@ -79,7 +79,8 @@ def autograd(objective: Objective, index: int) -> Product:
     gradient = _gradient(objective, leaves, index, create_graph=True)
     curved = [i for i, part in enumerate(gradient) if part.requires_grad]
     flat = [i for i, part in enumerate(gradient) if not part.requires_grad]
-    if flat and objective.anywhere(any(bool(gradient[i].any()) for i in flat)):
+    # All ranks ask, and all check: which parts carry no graph may differ between shards.
+    if objective.anywhere(any(bool(gradient[i].any()) for i in flat)):
         _check_flat(objective, index, gradient, flat)
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
