@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_hessian.reports.offline_run import OfflineRun, read_offline_run
+from lightning_hessian.reports.offline_run import EmptyRunError, OfflineRun, read_offline_run
 from lightning_hessian.reports.spectra import spectra_of
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.dashboard import Lines, sections
@@ -42,7 +42,7 @@ def follow(
     """Writes the page of an offline run, again and again until the run has ended; returns its path.
 
     wandb writes to the disk when 32 KiB have come together and every 15 seconds, so that a shorter
-    interval shows nothing sooner.
+    interval shows nothing sooner. A file that is still empty is waited for.
 
     Args:
         folder: The run folder, or one with a single run below it.
@@ -60,7 +60,13 @@ def follow(
     page = out if out.suffix == ".html" else out / "live.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        run = read_offline_run(folder)
+        try:
+            run = read_offline_run(folder)
+        except EmptyRunError:  # it has just begun
+            if once:
+                raise
+            time.sleep(interval)
+            continue
         ended = run.exit_code is not None
         text = live_page(
             run, monitor, media=_media_folder(folder), refresh=None if ended or once else interval

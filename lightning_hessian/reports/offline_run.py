@@ -31,6 +31,10 @@ _NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float
 _PLACES = ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb")
 
 
+class EmptyRunError(ValueError):
+    """There is nothing in the file of a run yet."""
+
+
 @dataclass(frozen=True, eq=False)
 class OfflineRun:
     """One run as its `.wandb` file tells it.
@@ -161,7 +165,7 @@ def _check_file_header(file: BinaryIO, path: Path) -> None:
     """Read past the header of the file, or say why it cannot be a W&B run."""
     header = file.read(_FILE_HEADER.size)
     if not header:
-        raise ValueError(f"{path} is empty: the run wrote nothing, or the copy of it failed")
+        raise EmptyRunError(f"{path} is empty: the run wrote nothing, or the copy of it failed")
     expected = _FILE_HEADER.pack(_IDENT, _MAGIC, _VERSION)
     if header != expected:
         raise ValueError(

@@ -168,7 +168,7 @@ def test_it_follows_a_run_to_its_end(trained: Any, tmp_path: Path) -> None:
     whole = source.read_bytes()
     target = tmp_path / "offline-run-1-x" / source.name
     target.parent.mkdir()
-    target.write_bytes(whole[: len(whole) // 3])
+    target.touch()  # the run has just begun
     out = tmp_path / "page.html"
     following = threading.Thread(
         target=follow, args=(tmp_path, out), kwargs={"monitor": ["val_loss"], "interval": 0.05}
@@ -176,7 +176,8 @@ def test_it_follows_a_run_to_its_end(trained: Any, tmp_path: Path) -> None:
     following.start()
     seen = []
     for cut in (len(whole) // 3, len(whole) // 2, len(whole) - 3):
-        target.write_bytes(whole[:cut])
+        with target.open("ab") as file:
+            file.write(whole[target.stat().st_size : cut])
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             time.sleep(0.1)
@@ -186,7 +187,8 @@ def test_it_follows_a_run_to_its_end(trained: Any, tmp_path: Path) -> None:
         assert data["refresh"] == 0.05
         seen.append(data["measurements"])
         assert following.is_alive()
-    target.write_bytes(whole)
+    with target.open("ab") as file:
+        file.write(whole[target.stat().st_size :])
     following.join(timeout=30)
     assert not following.is_alive()
     data = data_of(out.read_text())
@@ -198,6 +200,10 @@ def test_it_follows_a_run_to_its_end(trained: Any, tmp_path: Path) -> None:
 def test_once_and_errors(trained: Any, tmp_path: Path) -> None:
     page = follow(trained[0], tmp_path / "new" / "page.html", monitor=["val_loss"], once=True)
     assert page == tmp_path / "new" / "page.html"
+    (tmp_path / "run-1.wandb").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        follow(tmp_path / "run-1.wandb", tmp_path, monitor=["val_loss"], once=True)
+    (tmp_path / "run-1.wandb").unlink()
     with pytest.raises(FileNotFoundError, match=r"no \.wandb file"):
         follow(tmp_path, tmp_path, monitor=["val_loss"])
     with pytest.raises(ValueError, match="interval=0"):
