@@ -58,6 +58,8 @@ def choose_form(graph: LinearGraph, node: fx.Node) -> None:
     examples = _examples(graph, given)
     best, fewest = None, _seconds(lambda: old(*examples))
     for form in forms(graph, node):
+        if not graph.is_contiguous(form.replaced):  # what all forms return
+            continue
         tried = (*_examples(graph, form.arguments), graph.kinds[form.replaced].shape)
         seconds = _seconds(partial(form.function, *tried))
         if seconds < fewest:
@@ -76,7 +78,7 @@ def _forward_forms(graph: LinearGraph, node: fx.Node) -> Iterator[_Form]:
     if seen is None or patches is None:
         return
     yield _Form(node, _convolved, (patches, weight, bias))
-    viewed = next(iter(node.users))
+    viewed = next(iter(node.users), node)
     chosen = next(iter(viewed.users), viewed)
     if (viewed.target, chosen.target) != (aten.view.default, aten.gather.default):
         return
@@ -173,7 +175,7 @@ def mask_what_is_selected(graph: LinearGraph, node: fx.Node) -> None:
     values, mask, threshold = masked.args
     if mask not in graph.constants or not graph.is_settled(values, masked):
         return
-    selected = graph.constants[mask].view(shape).gather(dim, graph.constants[positions])
+    selected = graph.constants[mask].reshape(shape).gather(dim, graph.constants[positions])
     before = graph.put(node, seen.target, values, shape, like=seen)
     chosen = graph.put(node, node.target, before, dim, positions, like=node)
     graph.replace(node, masked.target, chosen, graph.constant(selected), threshold)
@@ -190,13 +192,16 @@ def write_where_maxima_stood(graph: LinearGraph, node: fx.Node) -> None:
     gradient, _, kernel, stride, _, _, _, positions = cast("tuple[Any, ...]", node.args)
     if positions not in graph.constants or graph.device.type != "cpu":
         return
+    # What is written to later must not be kept: it would not be zero in the next product.
+    if not graph.is_settled(node, gradient, *node.users) or not graph.is_contiguous(node):
+        return
     if any(s < k for s, k in zip(stride or kernel, kernel, strict=True)):
         return
     kind = graph.kinds[node]
     where = graph.constants[positions].flatten(-2)
     reader = next(iter(node.users))
     masks = reader.target is aten.threshold_backward.default and len(node.users) == 1
-    if masks and reader.args[1] in graph.constants and graph.is_settled(gradient, node):
+    if masks and reader.args[1] in graph.constants and graph.is_contiguous(gradient):
         _, mask, threshold = cast("tuple[Any, ...]", reader.args)
         selected = graph.constants[mask].flatten(-2).gather(-1, where)
         selected = selected.view(graph.kinds[gradient].shape)

@@ -153,6 +153,11 @@ class LinearGraph:
         kinds = [self.kinds.get(node) if isinstance(node, fx.Node) else None for node in nodes]
         return None not in kinds and all(kind == kinds[0] for kind in kinds)
 
+    def is_contiguous(self, node: fx.Node) -> bool:
+        """Whether a tensor lies row by row."""
+        kind = self.kinds[node]
+        return torch.empty(kind.shape, device="meta").stride() == kind.strides
+
     def example(self, node: fx.Node) -> Tensor:
         """Returns a constant, or a tensor of the kind that a node makes, to try a rule on."""
         if node in self.constants:

@@ -239,6 +239,22 @@ def test_windows_that_overlap_are_added_up(monkeypatch):
     assert_same(function, product, *shapes)
 
 
+def test_a_pooled_gradient_that_is_written_to_is_not_kept():
+    values = torch.randn(5, 3, 7, 6, dtype=torch.float64).relu()
+    at = nn.functional.max_pool2d(values, 2, return_indices=True)[1]
+
+    def writing(gradient: Tensor) -> list[Tensor]:
+        back = aten.max_pool2d_with_indices_backward(
+            gradient, values, [2, 2], [2, 2], [0, 0], [1, 1], False, at
+        )
+        back.view(5, 3, -1).add_(1.0)
+        return [back * 2]
+
+    product, operations = folded(writing, tuple(at.shape))
+    assert "scattered" not in operations
+    assert_same(writing, product, tuple(at.shape))
+
+
 def test_constants_made_of_others_have_a_limit(monkeypatch):
     function, shapes = pooled(stride=2)
     with_favourite(monkeypatch, "_by_selected")
