@@ -196,7 +196,8 @@ class MeasurementCallback(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks the same where there is no fit."""
         if self._enabled and trainer.state.fn == "validate":
-            self.check(pl_module)
+            with whole(trainer.strategy.model):
+                self.check(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock of the time budget."""

@@ -101,24 +101,27 @@ def _fits(wrappers: list[FullyShardedDataParallel]) -> bool:
 @contextmanager
 def _in_pieces(wrappers: list[FullyShardedDataParallel]) -> Iterator[None]:
     """A block in which the parameters of the wrapped modules are the pieces held here."""
-    saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+    saved: list[tuple[nn.Module, dict[str, Any]]] = []
+    hidden: list[tuple[nn.Module, str, Any]] = []
     try:
         for wrapper in wrappers:
             if wrapper._handle is None:  # it wraps no parameter of its own
                 continue
             pieces = _pieces(wrapper.module, wrapper._handle)
             for part in {wrapper.module, *(part for part, _ in pieces)}:
-                saved.append((part, dict(part._parameters), dict(vars(part))))
+                saved.append((part, dict(part._parameters)))
             wrapper.module._parameters.pop("_flat_param", None)
             for (part, name), piece in pieces.items():
-                vars(part).pop(name, None)  # a view of what was whole in the last forward
+                if name in vars(part):  # a view of what was whole in the last forward
+                    hidden.append((part, name, vars(part).pop(name)))
                 part._parameters[name] = piece
         yield
     finally:
-        for part, parameters, attributes in reversed(saved):
+        for part, parameters in reversed(saved):
             part._parameters.clear()
             part._parameters.update(parameters)
-            vars(part).update(attributes)
+        for part, name, value in hidden:
+            vars(part)[name] = value
 
 
 def _pieces(unit: nn.Module, handle: Any) -> dict[tuple[nn.Module, str], Piece]:

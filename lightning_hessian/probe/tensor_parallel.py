@@ -59,21 +59,23 @@ def untied_from_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def _mesh_of(module: nn.Module) -> DeviceMesh | None:
-    """Returns the mesh of a module's shards, where they are of tensor parallelism alone."""
+    """Returns the mesh of a module's parameters, where it is a line for tensor parallelism alone.
+
+    What lies in another way is left as it is, to be refused.
+    """
     if any(isinstance(part, FSDPModule) for part in module.modules()):
         return None
     if any(isinstance(parameter, Piece) for parameter in module.parameters()):
         return None  # it stands in such a block already
-    shards = [parameter for parameter in module.parameters() if _is_in_shards(parameter)]
-    meshes = {parameter.device_mesh for parameter in shards}  # type: ignore[attr-defined]
-    return meshes.pop() if len(meshes) == 1 else None
+    distributed = [part for part in module.parameters() if isinstance(part, DTensor)]
+    meshes = {part.device_mesh for part in distributed}
+    alone = all(len(p.placements) == 1 and not p.placements[0].is_partial() for p in distributed)
+    return meshes.pop() if alone and len(meshes) == 1 else None
 
 
 def _is_in_shards(parameter: Tensor) -> bool:
-    """Whether a parameter is distributed along one of its dimensions over a line of devices."""
-    if not isinstance(parameter, DTensor):
-        return False
-    return len(parameter.placements) == 1 and parameter.placements[0].is_shard()
+    """Whether a parameter is distributed along one of its dimensions."""
+    return isinstance(parameter, DTensor) and parameter.placements[0].is_shard()
 
 
 def _piece(part: nn.Module, parameter: nn.Parameter, mesh: DeviceMesh) -> Piece:

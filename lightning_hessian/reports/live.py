@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,10 @@ def follow(
     while True:
         try:
             run = read_offline_run(folder)
-        except EmptyRunError:  # it has just begun
+        except EmptyRunError as error:  # it has just begun
             if once:
                 raise
+            warnings.warn(f"{error}. Waiting for its first rows.", stacklevel=2)
             time.sleep(interval)
             continue
         ended = run.exit_code is not None
