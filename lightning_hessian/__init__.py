@@ -11,6 +11,7 @@ from lightning_hessian.probe.partition_rules import BlockRule, partition_rules
 from lightning_hessian.reports.load import load_runs
 from lightning_hessian.reports.report import correlation_report
 from lightning_hessian.results import (
+    ArgumentError,
     BlockStructure,
     Eigengaps,
     GradientStructure,
@@ -24,6 +25,7 @@ from lightning_hessian.statistics.power_law import fit_power_law
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "ArgumentError",
     "AtSteps",
     "BlockRule",
     "BlockStructure",

@@ -1,6 +1,6 @@
 """The frozen records that travel from room to room, and the errors that a measurement raises."""
 
-from lightning_hessian.results.base import FloatArray, MeasurementError
+from lightning_hessian.results.base import ArgumentError, FloatArray, MeasurementError
 from lightning_hessian.results.blocks import BlockStructure
 from lightning_hessian.results.files import load_spectrum, save_spectrum
 from lightning_hessian.results.gradients import GradientStructure, RowTests
@@ -12,6 +12,7 @@ from lightning_hessian.results.spectrum import (
 )
 
 __all__ = [
+    "ArgumentError",
     "BlockStructure",
     "Eigengaps",
     "FloatArray",

@@ -1,6 +1,8 @@
-"""What all records are made of, and the error that a measurement raises."""
+"""What all records are made of, and the errors that a user of the package meets."""
 
 from __future__ import annotations
+
+import reprlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,3 +12,26 @@ FloatArray = NDArray[np.float64]
 
 class MeasurementError(RuntimeError):
     """A measurement could not be made; the message names the cause and the remedy."""
+
+
+class ArgumentError(ValueError, TypeError):
+    """An argument that cannot be used; raised where it is given, before any work.
+
+    It is a ValueError and a TypeError at once, because to the caller it makes no difference
+    whether ``"5"`` is a bad value or a bad type.
+
+    Args:
+        argument: Name of the argument, as the user typed it.
+        value: What was given; shown shortened.
+        remedy: One sentence that says what to give instead.
+
+    Example:
+        >>> raise ArgumentError("num_eigenvalues", "5", "Give a whole number from 1 on.")
+        Traceback (most recent call last):
+            ...
+        lightning_hessian.results.base.ArgumentError: num_eigenvalues='5' cannot be used. Give a...
+    """
+
+    def __init__(self, argument: str, value: object, remedy: str) -> None:
+        super().__init__(f"{argument}={reprlib.repr(value)} cannot be used. {remedy}")
+        self.argument = argument
