@@ -161,14 +161,16 @@ ENGINES: dict[str, Callable[[Objective, int], Product]] = {
 
 
 def retained_bytes(objective: Objective) -> int:
-    """Returns the memory that a retained graph of the largest batch holds."""
+    """Return the memory that a retained graph of the largest batch holds."""
     parameters = {value.untyped_storage().data_ptr() for value in objective.point()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An operation that saves its own output (tanh, softmax) would own itself through C++,
+        # where gc does not look, if the output itself came back: torch keeps it with its graph.
+        return tensor.detach()
 
     largest = max(range(len(objective.weights)), key=objective.weights.__getitem__)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -25,7 +25,7 @@ from lightning_hessian.operators.engines import (
     retained_bytes,
 )
 from lightning_hessian.operators.linear import check_finite
-from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.operators.memory import free_bytes, is_out_of_memory
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError
 
@@ -163,7 +163,7 @@ class HessianOperator:
         try:
             kept = max(1, self._product_bytes())
         except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
+            if isinstance(error, MeasurementError) or is_out_of_memory(error):
                 raise
             raise MeasurementError(explain("autograd", error)) from error
         fitting = min(num_batches, int(budget // kept))
@@ -231,7 +231,7 @@ class HessianOperator:
         try:
             yield
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
+            if isinstance(error, MeasurementError) or is_out_of_memory(error):
                 raise
             raise MeasurementError(explain(engine, error)) from error
 
