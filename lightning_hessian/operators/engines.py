@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from lightning_hessian.operators.folding import batchable, fold
 from lightning_hessian.operators.tracing import trace
 from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.recomputation import REENTRANT, is_reentrant
 from lightning_hessian.results import MeasurementError
 
 Product: TypeAlias = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
@@ -194,7 +195,7 @@ def check_dependence(objective: Objective) -> list[str]:
         if not loss.requires_grad:
             continue
         custom = _custom_functions(loss)
-        parts = torch.autograd.grad(loss, leaves, allow_unused=True)
+        parts = _parts([loss], leaves)
         if any(part is not None for part in parts):
             return custom
     raise MeasurementError(
@@ -252,10 +253,31 @@ def derivatives(
     vectors: Sequence[Tensor] | None = None,
     **options: bool,
 ) -> list[Tensor]:
-    """Returns what ``torch.autograd.grad`` does, with zeros for leaves that nothing depends on.
+    """Return what ``torch.autograd.grad`` does, dense, with zeros where nothing depends on a leaf.
 
     Its own ``materialize_grads`` makes zeros that require grad in torch 2.6.
+
+    Raises:
+        MeasurementError: A part of the loss is under reentrant activation checkpointing.
     """
-    parts = torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, **options)
-    pairs = zip(parts, leaves, strict=True)
-    return [torch.zeros_like(leaf) if part is None else part for part, leaf in pairs]
+    pairs = zip(_parts(outputs, leaves, vectors, **options), leaves, strict=True)
+    return [torch.zeros_like(leaf) if part is None else _dense(part) for part, leaf in pairs]
+
+
+def _parts(
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None = None,
+    **options: bool,
+) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, **options)
+    except RuntimeError as error:
+        if is_reentrant(error):
+            raise MeasurementError(REENTRANT) from None
+        raise
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a gradient that has a number for each entry: ``F.embedding(sparse=True)`` has not."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()

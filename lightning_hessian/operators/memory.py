@@ -6,7 +6,6 @@ import os
 
 import torch
 
-
 _SIGNS_OF_SHORT_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 """How the allocators of torch say that there is too little memory, in lower case."""
 
