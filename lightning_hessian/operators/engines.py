@@ -49,6 +49,7 @@ def linearize(objective: Objective, index: int) -> Product:
 
     zeros = tuple(torch.zeros_like(value) for value in point)
     traced = trace(derivative, zeros)
+    objective.is_written()  # puts back what the pass has written to: the trace refers to it
     return _Linearised(fold(traced, zeros))
 
 
@@ -87,12 +88,14 @@ def autograd(objective: Objective, index: int) -> Product:
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         if not curved:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        return derivatives(
+        found = derivatives(
             [gradient[i] for i in curved],
             leaves,
             [tangents[i] for i in curved],
             retain_graph=True,
         )
+        objective.is_written()  # puts back what hooks have written to
+        return found
 
     return product
 
@@ -132,19 +135,18 @@ def finite_difference(objective: Objective, index: int, *, shrink: float = 1.0) 
     derivative step^2, so about eps^(2/3) (2e-5 in float32) of the product is lost where the loss
     is smooth on that scale. ``shrink`` divides the step.
     """
-    point = objective.point()
-    size = objective.norm(point) or 1.0
+    size = objective.norm(objective.point()) or 1.0
     relative = torch.finfo(objective.space.dtype).eps ** (1 / 3) / shrink
 
     def gradient(tangents: tuple[Tensor, ...], step: float) -> Sequence[Tensor]:
-        moved = zip(point, tangents, strict=True)
+        moved = zip(objective.point(), tangents, strict=True)
         leaves = tuple((value + step * t).requires_grad_() for value, t in moved)
         return _gradient(objective, leaves, index)
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         length = objective.norm(tangents)
         if length == 0.0:
-            return [torch.zeros_like(value) for value in point]
+            return [torch.zeros_like(value) for value in tangents]
         step = relative * size / length
         pairs = zip(gradient(tangents, step), gradient(tangents, -step), strict=True)
         return [(above - below) / (2 * step) for above, below in pairs]
@@ -196,6 +198,7 @@ def check_dependence(objective: Objective) -> list[str]:
             continue
         custom = _custom_functions(loss)
         parts = _parts([loss], leaves)
+        objective.is_written()
         if any(part is not None for part in parts):
             return custom
     raise MeasurementError(
@@ -244,7 +247,10 @@ def _gradient(
     loss = objective.batch_loss(leaves, index)
     if not loss.requires_grad:  # this batch uses none of the parameters
         return [torch.zeros_like(leaf) for leaf in leaves]
-    return derivatives([loss], leaves, create_graph=create_graph)
+    gradient = derivatives([loss], leaves, create_graph=create_graph)
+    if objective.is_written():  # by a hook: once more, on copies that it does not reach
+        return _gradient(objective, leaves, index, create_graph=create_graph)
+    return gradient
 
 
 def derivatives(

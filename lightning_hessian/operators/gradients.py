@@ -166,6 +166,9 @@ class MiniBatchGradients:
                 "it uses."
             )
         parts = derivatives([loss], leaves)
+        if self._objective.is_written():  # by a hook: once more, on copies that it does not reach
+            self._fill(row, index)
+            return
         torch.cat([part.reshape(-1).to(row) for part in parts], out=row)
         self.losses[index] = float(loss.detach())
 

@@ -350,8 +350,10 @@ class Snapshot:
             self._undo.append(lambda: _put_array(value, content))
         elif isinstance(value, nn.Module):
             del self._seen[id(value)]
-            self.hidden.append(value)
-            self._module(value)
+            for part in value.modules():
+                if id(part) not in self._seen:
+                    self.hidden.append(part)
+                    self._module(part)
         elif isinstance(value, _GENERATORS):
             self._undo.append(_generator_undo(value))
         elif isinstance(value, (list, dict, set, deque)):

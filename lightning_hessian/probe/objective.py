@@ -108,9 +108,25 @@ class Objective:
     def point(self) -> tuple[Tensor, ...]:
         """Return the present parameter values, detached, in the precision of the space.
 
-        They share the memory of the parameters, but not the counter of its versions.
+        They share the memory of the parameters, but not the counter of its versions; where
+        something writes to parameters, they are copies.
         """
+        if self._writes and self._snapshot is not None:
+            self.is_written()
+            return tuple(value.clone() for value in self.space.values(self._module))
         return tuple(value.data for value in self.space.values(self._module))
+
+    def is_written(self) -> bool:
+        """Return whether a pass has written to parameters, for the first time.
+
+        They are put back then, and all passes from now on are given copies: what has been computed
+        should be computed again. To be asked after backward passes, as hooks may write too.
+        """
+        if self._snapshot is None or not self._snapshot.is_written():
+            return False
+        self._snapshot.put_back()
+        first, self._writes = not self._writes, True
+        return first
 
     def batch_loss(self, parameters: Sequence[Tensor], index: int) -> Tensor:
         """Returns the mean loss of one batch, a scalar, at the given parameter values.
@@ -127,18 +143,23 @@ class Objective:
         # Some losses clamp weights, renormalise rows or move a teacher along, perhaps for this
         # batch only. Comparing costs less than copies, which every retained graph would keep. From
         # the first that writes, all write to copies, and this one is evaluated again.
-        if self._snapshot is not None and not self._writes and self._snapshot.is_written():
-            self._snapshot.put_back()
-            self._writes = True
+        if self.is_written():
             loss = self._evaluated(parameters, batch, index)
         return checked_loss(loss, index)
 
     def _evaluated(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Any:
         call = self._prepared(batch, index)
+        if self._writes:
+            self.is_written()
         state = self._state(parameters)
         if self._writes or self._snapshot is None:
             state = {name: tensor.clone() for name, tensor in state.items()}
-        return self._called(state, parameters, call)
+        wanted = [tensor for tensor in parameters if tensor.requires_grad]
+        loss = self._called(state, parameters, call)
+        for tensor in wanted:  # a module may have frozen it for a while, as GANs do
+            if not tensor.requires_grad:
+                tensor.requires_grad_()
+        return loss
 
     def _called(
         self, state: Mapping[str, Tensor], parameters: Sequence[Tensor], call: tuple[Any, int]
