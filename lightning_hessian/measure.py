@@ -19,6 +19,7 @@ from lightning_hessian.measure_protocols import (
 )
 from lightning_hessian.operators.data_parallel import hessian_operator
 from lightning_hessian.operators.fsdp1 import on_whole_modules
+from lightning_hessian.operators.memory import memory_explained
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharded import objective_over, ranks_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@memory_explained
 @on_whole_modules
 def hessian_spectrum(
     model: nn.Module,

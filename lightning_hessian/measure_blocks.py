@@ -13,6 +13,7 @@ from lightning_hessian.measure import deadline
 from lightning_hessian.operators.data_parallel import hessian_operator
 from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.linear import MatrixOperator, SymmetricOperator
+from lightning_hessian.operators.memory import memory_explained
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
@@ -34,6 +35,7 @@ _LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
 
+@memory_explained
 @on_whole_modules
 def block_structure(
     model: nn.Module,

@@ -27,7 +27,7 @@ from lightning_hessian.operators.gradients import (
     adam_preconditioner,
 )
 from lightning_hessian.operators.gram import combinations, gram_matrix, spectra
-from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.operators.memory import free_bytes, memory_explained
 from lightning_hessian.probe.isolation import isolated
 from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
 from lightning_hessian.probe.objective import LossFunction, Mode
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@memory_explained
 @on_whole_modules
 def gradient_structure(
     model: nn.Module,

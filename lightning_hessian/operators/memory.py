@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+
+from lightning_hessian.results import MeasurementError
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 _SIGNS_OF_SHORT_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 """How the allocators of torch say that there is too little memory, in lower case."""
@@ -25,6 +33,31 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def short_of_memory(error: BaseException) -> MeasurementError:
+    """Return what to raise where nothing cheaper is left: it says memory, and what to do."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return MeasurementError(
+        f"The measurement ran out of memory ({text[:200]}). Give the same samples as more and "
+        "smaller batches (each is worked on as a whole), use hvp='recompute', select fewer "
+        "`parameters`, or let the basis lie elsewhere (`basis_storage='disk'`)."
+    )
+
+
+def memory_explained(measure: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Return a measurement that says so where it runs out of memory, whatever the device."""
+
+    @functools.wraps(measure)
+    def measured(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        try:
+            return measure(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MeasurementError) or not is_out_of_memory(error):
+                raise
+            raise short_of_memory(error) from error
+
+    return measured
 
 
 def free_bytes(device: torch.device) -> float:
