@@ -34,6 +34,11 @@ _TRACING_PRODUCTS = 5
 Measured on LeNet, an MLP, CNNs with GroupNorm and BatchNorm and two transformers: the two together
 are within a factor of two of the time that a linearisation takes to be made."""
 
+_FASTER = 100
+"""How many times faster than a core a GPU computes; it starts operations no faster."""
+
+_CHUNKS = (16, 4)
+
 _SAME_MEMORY = {aten.detach, aten._unsafe_view}
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -66,9 +71,15 @@ class Cost:
         )
 
     @property
-    def overhead(self) -> float:
-        """The share of that time in which operations are only started."""
-        return _SECONDS_PER_OPERATION * self.operations / self.seconds if self.operations else 0.0
+    def vectors_at_once(self) -> int:
+        """How many vectors a GPU can take through this in the time that it takes to start it.
+
+        A product whose operations are done before the next one is started leaves the device idle:
+        more vectors cost no more time, until their work fills it.
+        """
+        starting = _SECONDS_PER_OPERATION * self.operations
+        working = (self.seconds - starting) / _FASTER
+        return next((size for size in _CHUNKS if size * working <= starting), 1)
 
     @property
     def seconds_to_linearize(self) -> float:
