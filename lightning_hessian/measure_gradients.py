@@ -147,7 +147,7 @@ def gradient_structure(
         gradients = DealtGradients(source, minibatches.total, space, ranks)
     budget = _left_by_gram(memory_budget, gradients, tests)
     should_stop = ranks.stopping(deadline(start, max_seconds))
-    with isolated(model, training=mode == "train"):
+    with isolated(model, training=mode == "train") if source is None else source.isolated():
         if tests:
             gradients = GradientHistory.collect(
                 gradients, memory_budget=budget, directory=directory, should_stop=should_stop

@@ -246,10 +246,10 @@ class Checks:
             return
         graph = self._graphs[index]
         suspects = _known(graph) or ", ".join(graph.custom_functions)
-        what = f"{suspects}'s double backward" if suspects else "The double backward of some operation"
+        what = f"{suspects}'s double" if suspects else "Some operation's double"
         raise NoSecondDerivativeError(
-            f"{what} is wrong (products with the Hessian are not symmetric, by {asymmetry:.1e}, "
-            f"relative). {_INSTEAD}"
+            f"{what} backward is wrong (products with the Hessian are not symmetric, by "
+            f"{asymmetry:.1e}, relative). {_INSTEAD}"
         )
 
     def _asymmetry(self, with_first: Tensor, with_second: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from lightning_hessian.operators.folding import batchable, fold
 from lightning_hessian.operators.tracing import trace
 from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.recomputation import REENTRANT, is_reentrant
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
 Product: TypeAlias = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
@@ -73,9 +74,7 @@ def compiled(objective: Objective, index: int) -> Product:
     return product
 
 
-def autograd(
-    objective: Objective, index: int, *, at: tuple[Tensor, ...] | None = None
-) -> Product:
+def autograd(objective: Objective, index: int, *, at: tuple[Tensor, ...] | None = None) -> Product:
     """Returns a product that keeps the graph of the gradient: reverse over reverse.
 
     ``at`` are values of the parameters, instead of the present ones.
@@ -155,9 +154,7 @@ def finite_difference(
         if length == 0.0:
             return [torch.zeros_like(value) for value in point]
         step = relative * size / length
-        above, below = (
-            _gradient_at(objective, index, point, tangents, s) for s in (step, -step)
-        )
+        above, below = (_gradient_at(objective, index, point, tangents, s) for s in (step, -step))
         return [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
 
     return product
@@ -203,6 +200,7 @@ class Restricted:
         self._product, self._live = product, live
 
     def __call__(self, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        """Return the product on these entries."""
         return self._within(self._product, tangents)
 
     @property
@@ -226,14 +224,16 @@ ENGINES: dict[str, Callable[[Objective, int], Product]] = {
 
 
 def retained_bytes(objective: Objective) -> int:
-    """Returns the memory that a retained graph of the largest batch holds."""
+    """Return the memory that a retained graph of the largest batch holds."""
     parameters = {value.untyped_storage().data_ptr() for value in objective.point()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An operation that saves its own output (tanh, softmax) would own itself through C++,
+        # where gc does not look, if the output itself came back: torch keeps it with its graph.
+        return tensor.detach()
 
     largest = max(range(len(objective.weights)), key=objective.weights.__getitem__)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -295,10 +295,36 @@ def derivatives(
     vectors: Sequence[Tensor] | None = None,
     **options: bool,
 ) -> list[Tensor]:
-    """Returns what ``torch.autograd.grad`` does, with zeros for leaves that nothing depends on.
+    """Return what ``torch.autograd.grad`` does, dense, with zeros where nothing depends on a leaf.
 
     Its own ``materialize_grads`` makes zeros that require grad in torch 2.6.
+
+    Raises:
+        MeasurementError: A part of the loss is under reentrant activation checkpointing.
     """
-    parts = torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, **options)
-    pairs = zip(parts, leaves, strict=True)
-    return [torch.zeros_like(leaf) if part is None else part for part, leaf in pairs]
+    pairs = zip(gradients_by(outputs, leaves, vectors, **options), leaves, strict=True)
+    return [torch.zeros_like(leaf) if part is None else _dense(part) for part, leaf in pairs]
+
+
+def gradients_by(
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None = None,
+    **options: bool,
+) -> Sequence[Tensor | None]:
+    """Return what ``torch.autograd.grad`` does, with None for leaves that nothing depends on.
+
+    Raises:
+        MeasurementError: A part of the loss is under reentrant activation checkpointing.
+    """
+    try:
+        return torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, **options)
+    except RuntimeError as error:
+        if is_reentrant(error):
+            raise MeasurementError(REENTRANT) from None
+        raise
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a gradient that has a number for each entry: ``F.embedding(sparse=True)`` has not."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()

@@ -25,7 +25,7 @@ from lightning_hessian.operators.engines import (
     retained_bytes,
 )
 from lightning_hessian.operators.loss_graph import read_graphs
-from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.operators.memory import free_bytes, is_out_of_memory
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
@@ -236,6 +236,6 @@ class HessianOperator:
         try:
             yield
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
+            if isinstance(error, MeasurementError) or is_out_of_memory(error):
                 raise
             raise explained(engine, error) from error

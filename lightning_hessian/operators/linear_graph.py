@@ -240,8 +240,10 @@ def _varying(graph: fx.Graph, roots: dict[fx.Node, fx.Node]) -> set[fx.Node]:
     while True:
         before = len(varying)
         for node in graph.nodes:
-            depends = node.target not in _SHAPE_ONLY and not varying.isdisjoint(node.all_input_nodes)
-            if node.op == "placeholder" or depends or _is_impure(node) or roots[node] in varying:
+            depends = not varying.isdisjoint(node.all_input_nodes)
+            depends &= node.target not in _SHAPE_ONLY
+            drawn = node.op == "placeholder" or _is_impure(node)
+            if depends or drawn or roots[node] in varying:
                 varying.add(node)
                 varying.update(roots[target] for target in _targets(node))
         if len(varying) == before:

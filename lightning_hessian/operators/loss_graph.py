@@ -1,4 +1,4 @@
-"""What the autograd graph of a loss tells before it is differentiated: read from one forward pass."""
+"""What the autograd graph of a loss tells before it is differentiated, by one forward pass."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from lightning_hessian.operators.engines import gradients_by
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError
 
@@ -19,11 +20,11 @@ _OUR_OWN = ("lightning_hessian.", "torch.distributed.")
 
 _KINKS = (
     "Abs", "AdaptiveMax", "Amax", "Amin", "Aminmax", "Ceil", "Clamp", "Cummax", "Cummin", "Elu",
-    "FakeQuantize", "Floor", "Fmax", "Fmin", "Fmod", "FractionalMax", "Hardshrink", "Hardsigmoid",
-    "Hardswish", "Hardtanh", "HuberLoss", "L1Loss", "LeakyRelu", "Max", "Median", "Min", "MkldnnMax",
-    "Mode", "MultiMargin", "MultilabelMargin", "NanMedian", "PreluKernel", "Relu", "Remainder", "Round",
-    "Rrelu", "Sgn", "Sign", "SmoothL1", "Softshrink", "Sort", "Kthvalue", "Threshold", "Topk",
-    "Trunc", "Where",
+    "FakeQuantize", "Floor", "Fmax", "Fmin", "Fmod", "FractionalMax", "Hardshrink",
+    "Hardsigmoid", "Hardswish", "Hardtanh", "HuberLoss", "Kthvalue", "L1Loss", "LeakyRelu",
+    "Max", "Median", "Min", "MkldnnMax", "Mode", "MultiMargin", "MultilabelMargin", "NanMedian",
+    "PreluKernel", "Relu", "Remainder", "Round", "Rrelu", "Sgn", "Sign", "SmoothL1",
+    "Softshrink", "Sort", "Threshold", "Topk", "Trunc", "Where",
 )  # fmt: skip
 """How the names of operations begin whose derivative jumps somewhere, or may."""
 
@@ -35,8 +36,8 @@ class LossGraph:
     """What is known of the loss of one batch.
 
     Attributes:
-        structure: A digest, equal for batches whose tensors are of the same shapes and whose losses ran
-            through the same operations.
+        structure: A digest, equal for batches whose tensors are of the same shapes and whose
+            losses ran through the same operations.
         operations: Names of the operations.
         custom_functions: Names of the custom autograd functions among them.
         coarsest: The floating-point precision of the coarsest tensor in it.
@@ -66,7 +67,7 @@ def read_graphs(objective: Objective) -> list[LossGraph]:
         loss = objective.batch_loss(leaves, index)
         graphs.append(_read(loss, batch, objective.space.dtype))
         if loss.requires_grad and not depends:
-            parts = torch.autograd.grad(loss, leaves, allow_unused=True)
+            parts = gradients_by([loss], leaves)
             depends = objective.anywhere(any(part is not None for part in parts))
     if not depends:
         raise MeasurementError(

@@ -6,6 +6,26 @@ import os
 
 import torch
 
+_SIGNS_OF_SHORT_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+"""How the allocators of torch say that there is too little memory, in lower case."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error says that there was too little memory, on whatever device.
+
+    The CPU allocator of torch raises a plain RuntimeError ("DefaultCPUAllocator: can't allocate
+    memory" on Linux, "not enough memory" on Windows), and not `torch.OutOfMemoryError` as that of
+    CUDA does. NumPy and Python raise MemoryError. The errors that led to this one are asked too.
+    """
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(s in text for s in _SIGNS_OF_SHORT_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
 
 def free_bytes(device: torch.device) -> float:
     """Returns the memory that is free on a device, in bytes; 4e9 where it cannot be told."""

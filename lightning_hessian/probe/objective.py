@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_hessian.distributed import ALONE, Ranks
-from lightning_hessian.probe.isolation import isolated, muted, seed_everything, untouched
+from lightning_hessian.probe.held import ModuleState, Snapshot, kept, untouched
+from lightning_hessian.probe.isolation import isolated, muted, seed_everything
 from lightning_hessian.probe.parameters import ParameterSpace, is_half, upcast
+from lightning_hessian.probe.recomputation import recomputing
 from lightning_hessian.results import MeasurementError
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -86,17 +88,29 @@ class Objective:
         if ranks.world > 1:  # running statistics may differ: all evaluate with the first rank's
             for name, buffer in module.named_buffers():
                 self._agreed_buffers[name] = ranks.agreed(buffer.detach().clone())
-        self._writes: bool | None = None  # whether the loss changes parameters in place
+        self._snapshot: Snapshot | None = None
+        self._writes = False  # whether some evaluation has written to parameters
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """The block in which all evaluations take place; see `isolation.isolated`."""
+        """The block in which all evaluations take place; see `isolation.isolated`.
+
+        Afterwards all that the module holds is as before, whoever wrote to it.
+        """
         with isolated(self._module, training=self._training):
-            yield
+            before, self._snapshot = self._snapshot, Snapshot(self._module)
+            try:
+                yield
+            finally:
+                self._snapshot.restore()
+                self._snapshot = before
 
     def point(self) -> tuple[Tensor, ...]:
-        """Returns the present parameter values, detached, in the precision of the space."""
-        return self.space.values(self._module)
+        """Return the present parameter values, detached, in the precision of the space.
+
+        They share the memory of the parameters, but not the counter of its versions.
+        """
+        return tuple(value.data for value in self.space.values(self._module))
 
     def batch_loss(self, parameters: Sequence[Tensor], index: int) -> Tensor:
         """Returns the mean loss of one batch, a scalar, at the given parameter values.
@@ -108,18 +122,71 @@ class Objective:
         return self.loss(parameters, self.batches[index], number)
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
-        """Returns the same for any batch, which need not be held; ``index`` seeds random layers."""
+        """Return the same for any batch, which need not be held; ``index`` seeds random layers."""
+        loss = self._evaluated(parameters, batch, index)
+        # Some losses clamp weights, renormalise rows or move a teacher along, perhaps for this
+        # batch only. Comparing costs less than copies, which every retained graph would keep. From
+        # the first that writes, all write to copies, and this one is evaluated again.
+        if self._snapshot is not None and not self._writes and self._snapshot.is_written():
+            self._snapshot.put_back()
+            self._writes = True
+            loss = self._evaluated(parameters, batch, index)
+        return checked_loss(loss, index)
+
+    def _evaluated(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Any:
         call = self._prepared(batch, index)
         state = self._state(parameters)
-        given = state
-        if self._writes is not False:
-            # Some losses clamp weights or move a teacher along: let them do it to copies.
-            state = {name: tensor.clone() for name, tensor in given.items()}
-        loss = functional_call(self._call, {f"module.{n}": t for n, t in state.items()}, call)
-        if self._writes is None:
-            parts = dict(self._module.named_parameters())
-            self._writes = any(not torch.equal(state[n], given[n]) for n in parts)
-        return checked_loss(loss, index)
+        if self._writes or self._snapshot is None:
+            state = {name: tensor.clone() for name, tensor in state.items()}
+        return self._called(state, parameters, call)
+
+    def _called(
+        self, state: Mapping[str, Tensor], parameters: Sequence[Tensor], call: tuple[Any, int]
+    ) -> Any:
+        """Return the loss, with tensors in the places of the module's own.
+
+        Args:
+            state: The tensors, by the name of what they stand for.
+            parameters: Those that the loss is a function of.
+            call: What the loss function is given beside the module.
+        """
+        own = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        given = {id(own[name]): tensor for name, tensor in state.items() if name in own}
+        block = self._surroundings(given, parameters)
+        named = {f"module.{name}": tensor for name, tensor in state.items()}
+        return functional_call(self._call, named, (*call, block))
+
+    @contextmanager
+    def _surroundings(
+        self, given: dict[int, Tensor], parameters: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """The block in which the loss function is called; what it does to the module is undone."""
+        hidden = [] if self._snapshot is None else self._snapshot.hidden
+        parts = [*self._module.modules(), *hidden]
+        writes = self._writes or self._snapshot is None
+        constant = {id(t): t for t in parameters}
+        last: ModuleState | None = None
+
+        def note() -> Callable[[], AbstractContextManager[None]]:
+            nonlocal last
+            last = state = ModuleState(parts, given=constant, parameters=writes, earlier=last)
+            return lambda: self._again(state, parts, parameters)
+
+        own = untouched(self._module, hidden=hidden, given=given, parameters=writes)
+        with own, muted(self._module), recomputing(note):
+            yield
+
+    @contextmanager
+    def _again(
+        self, state: ModuleState, parts: Sequence[nn.Module], parameters: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """The block in which a segment under activation checkpointing is computed again."""
+        with kept(parts), self._whole_units(parameters), state.in_place(), muted(self._module):
+            yield
+
+    def _whole_units(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """A block in which units find their parameters whole; here all parameters are."""
+        return nullcontext()
 
     def norm(self, parts: Sequence[Tensor]) -> float:
         """Returns the norm of a whole vector, from tensors in the shapes of the parameters."""
@@ -166,7 +233,7 @@ class Objective:
         """Returns what to evaluate the module with: parameters given, all others constant."""
         state = {n: upcast(b) for n, b in self._buffers().items()}
         for name, parameter in self._module.named_parameters():
-            constant = parameter.detach()
+            constant = parameter.data
             state[name] = upcast(constant) if self._upcast else constant
         state.update(zip(self.space.names, parameters, strict=True))
         return state
@@ -195,8 +262,8 @@ class _LossModule(nn.Module):
         self.module = module
         self._loss_fn = loss_fn
 
-    def forward(self, batch: Any, index: int) -> Tensor:
-        with untouched(self.module), muted(self.module):
+    def forward(self, batch: Any, index: int, block: AbstractContextManager[None]) -> Tensor:
+        with block:
             return self._loss_fn(self.module, batch, index)
 
 

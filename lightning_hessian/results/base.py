@@ -15,7 +15,7 @@ class MeasurementError(RuntimeError):
 
 
 class NoSecondDerivativeError(MeasurementError):
-    """The loss cannot be differentiated twice: an operation has no second derivative, or a wrong one.
+    """The loss has no second derivative: an operation of it has none, or a wrong one.
 
     Finite differences of gradients may serve; ``hvp="auto"`` falls back to them.
     """
