@@ -18,6 +18,10 @@ _SIGNS_OF_SHORT_MEMORY = ("can't allocate memory", "not enough memory", "out of 
 """How the allocators of torch say that there is too little memory, in lower case."""
 
 
+class OutOfMemoryError(MeasurementError):
+    """There is too little memory for the measurement; says what to do."""
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether an error says that there was too little memory, on whatever device.
 
@@ -26,7 +30,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     CUDA does. NumPy and Python raise MemoryError. The errors that led to this one are asked too.
     """
     while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, (MemoryError, OutOfMemoryError, torch.OutOfMemoryError)):
             return True
         text = str(error).lower()
         if isinstance(error, RuntimeError) and any(s in text for s in _SIGNS_OF_SHORT_MEMORY):
@@ -35,10 +39,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def short_of_memory(error: BaseException) -> MeasurementError:
+def short_of_memory(error: BaseException) -> OutOfMemoryError:
     """Return what to raise where nothing cheaper is left: it says memory, and what to do."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return MeasurementError(
+    return OutOfMemoryError(
         f"The measurement ran out of memory ({text[:200]}). Give the same samples as more and "
         "smaller batches (each is worked on as a whole), use hvp='recompute', select fewer "
         "`parameters`, or let the basis lie elsewhere (`basis_storage='disk'`)."

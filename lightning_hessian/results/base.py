@@ -14,6 +14,13 @@ class MeasurementError(RuntimeError):
     """A measurement could not be made; the message names the cause and the remedy."""
 
 
+class NoSecondDerivativeError(MeasurementError):
+    """The loss has no second derivative: an operation of it has none, or a wrong one.
+
+    Finite differences of gradients may serve; ``hvp="auto"`` falls back to them.
+    """
+
+
 class ArgumentError(ValueError, TypeError):
     """An argument that cannot be used; raised where it is given, before any work.
 

@@ -43,7 +43,14 @@ def identity(run: ThickRestart) -> dict[str, Any]:
         "tol": run.tol,
         "seed": run.seed,
         "basis_dtype": run.storage.dtype,
+        "engine": _digits_of(getattr(run.operator, "engine", "exact")),
     }
+
+
+def _digits_of(engine: str) -> str:
+    """Return an engine without what changes no digit: whether a graph is kept or recomputed."""
+    parts = {"autograd" if part == "recompute" else part for part in engine.split("+")}
+    return "+".join(sorted(parts))
 
 
 def save(run: ThickRestart, path: Path) -> None:
@@ -131,7 +138,7 @@ def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> Non
         ValueError: It does not; says what differs.
     """
     ours = identity(run)
-    theirs = header["identity"]
+    theirs = {"engine": ours["engine"]} | header["identity"]  # which older files do not name
     different = [
         f"{name} {theirs.get(name)!r} there, {value!r} here"
         for name, value in ours.items()
@@ -140,9 +147,12 @@ def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> Non
     if not different and header["shape"][1] != run.shard.length:
         different = [f"{header['shape'][1]} entries on this rank there, {run.shard.length} here"]
     if different:
+        # Where memory has changed what "auto" chose, the engine must be named.
+        known = theirs["engine"] != ours["engine"] and "+" not in theirs["engine"]
+        engine = f" (hvp={theirs['engine']!r})" if known else ""
         raise ValueError(
             f"The checkpoint {path} is of another run ({'; '.join(different)}). Give another "
-            "path, the same arguments, or delete it."
+            f"path, the same arguments{engine}, or delete it."
         )
 
 
