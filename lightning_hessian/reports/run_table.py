@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lightning_hessian.reports.offline_run import finite_or_float
+from lightning_hessian.reports.outside import csv_cell
 from lightning_hessian.results import FloatArray
 
 STEP_KEYS = ("trainer/global_step", "step", "_step")
@@ -123,9 +124,11 @@ class RunTable:
         """Writes the tidy rows to a CSV file; absent values are empty."""
         columns = ["run", "name", *(f"config.{key}" for key in self.config_keys()), "step"]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*columns, *self.keys()])
-            writer.writeheader()
-            writer.writerows(self.rows())
+            writer = csv.writer(file)
+            named = [*columns, *self.keys()]
+            writer.writerow(map(csv_cell, named))
+            for row in self.rows():
+                writer.writerow([csv_cell(row.get(key, "")) for key in named])
 
 
 def nearest(key: str, known: Sequence[str], count: int = 4) -> list[str]:
