@@ -85,6 +85,8 @@ def _lead(report: CorrelationReport) -> str:
     rows = sum(pair.num_points for pair in report.within if pair.statistic == report.statistics[0])
     rows //= max(1, len(report.monitors))
     text = f"{_count(len(report.table), 'run')}, {_count(rows, 'measurement')}. "
+    if report.table.copies:
+        text += "Some were logged twice or copied; they are named at the end. "
     return text + (
         _answer_across(report)
         if report.across
@@ -351,12 +353,19 @@ def _runs(report: CorrelationReport) -> Iterator[Block]:
     yield Table(header, rows, words=1)
     if len(report.table) > _SHOWN_RUNS:
         yield Text(f"{len(report.table) - _SHOWN_RUNS} more are in correlations.json.", muted=True)
+    if report.table.copies:
+        yield Text(bold("The same run, or not independent:"))
+        yield Bullets(_first(report.table.copies))
     left_out = [*report.table.problems, *(report.points.left_out if report.points else ())]
     if left_out:
         yield Text(bold("Left out:"))
-        more = len(left_out) - _SHOWN_RUNS
-        tail = (f"and {more} more, in correlations.json",) if more > 0 else ()
-        yield Bullets((*left_out[:_SHOWN_RUNS], *tail))
+        yield Bullets(_first(left_out))
+
+
+def _first(items: Sequence[str]) -> tuple[str, ...]:
+    more = len(items) - _SHOWN_RUNS
+    tail = (f"and {more} more, in correlations.json",) if more > 0 else ()
+    return (*items[:_SHOWN_RUNS], *tail)
 
 
 def _count(number_of: int, what: str) -> str:

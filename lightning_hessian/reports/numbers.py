@@ -115,6 +115,7 @@ def write_json(report: CorrelationReport, path: Path) -> None:
             for run in report.table
         ],
         "skipped": list(report.table.skipped),
+        "copies": list(report.table.copies),
         "points": None
         if points is None
         else {

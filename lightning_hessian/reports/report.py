@@ -20,6 +20,7 @@ from lightning_hessian.reports.across import (
 from lightning_hessian.reports.load import Source, load_runs
 from lightning_hessian.reports.parallel import Progress
 from lightning_hessian.reports.run_table import RunTable
+from lightning_hessian.reports.same_run import each_run_once
 from lightning_hessian.reports.verdicts import GAP
 from lightning_hessian.reports.within import OverRuns, WithinRun, over_runs, within_runs
 from lightning_hessian.tracking.gradient_scalars import CORRELATED as OF_GRADIENTS
@@ -110,6 +111,8 @@ def correlation_report(
 ) -> CorrelationReport:
     r"""Returns which statistics go with the monitored metrics, within runs and across them.
 
+    A run that was logged twice, or copied, counts once; a warning names it.
+
     Args:
         runs: What `load_runs` returned, or what it takes.
         monitor: The metric, or metrics; the first decides which row is best. ``"gap"`` is the
@@ -144,6 +147,7 @@ def correlation_report(
     for key in monitors:
         table.require(key)
     chosen = _statistics(table, statistics, monitors)
+    table = each_run_once(table, chosen, monitors)
     shown = Progress(progress)
     points, across, scaling = None, [], []
     if len(table) >= MIN_RUNS or group or size:

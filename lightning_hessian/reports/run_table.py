@@ -37,6 +37,7 @@ class RunRecord:
         steps: Steps of the rows [n], ascending, each once.
         columns: Values by key, each [n], NaN where a row has none.
         problems: What was left out of a damaged or live run, and why.
+        identities: Which fits wrote it, as the callbacks log it; records of one run share them.
     """
 
     run_id: str
@@ -47,6 +48,7 @@ class RunRecord:
     steps: FloatArray
     columns: dict[str, FloatArray]
     problems: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -64,10 +66,12 @@ class RunTable:
     Attributes:
         runs: One record a run; names are unique.
         skipped: What was found but could not be read at all, and why.
+        copies: Which records were taken for one run, in sentences.
     """
 
     runs: tuple[RunRecord, ...]
     skipped: tuple[str, ...] = field(default=())
+    copies: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.runs)
