@@ -94,10 +94,9 @@ def each_run_once(table: RunTable, statistics: Sequence[str], monitors: Sequence
         return table
     if told:
         more = f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
-        warnings.warn(
-            f"{len(runs)} records are {len(members)} run{'s'[: len(members) > 1]}: {'; '.join(told[:_NAMED])}{more}.",
-            stacklevel=3,
-        )
+        count = "1 run" if len(members) == 1 else f"{len(members)} runs"
+        named = "; ".join(told[:_NAMED])
+        warnings.warn(f"{len(runs)} records are {count}: {named}{more}.", stacklevel=3)
     kept = tuple(_together(group, *keys) for group in members.values())
     return replace(table, runs=kept, copies=(*table.copies, *told, *apart))
 
