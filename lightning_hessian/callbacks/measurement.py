@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -92,6 +93,7 @@ class MeasurementCallback(Callback):
         self._time_budget = time_budget
         self._budget = TimeBudget(time_budget)
         self._history = History()
+        self._identity = uuid.uuid4().hex  # drawn by the system: no seed of training moves
         self._num_validations = 0
         self._batches: Sequence[Any] | None = None
         self._ranks = ALONE
@@ -152,6 +154,7 @@ class MeasurementCallback(Callback):
         return {
             "history": self.history,
             "num_validations": self._num_validations,
+            "identity": self._identity,
             **self._panels.state_dict(),
         }
 
@@ -159,12 +162,14 @@ class MeasurementCallback(Callback):
         """Continues the history of a checkpoint."""
         self._history = History(state_dict["history"])
         self._num_validations = state_dict["num_validations"]
+        self._identity = state_dict.get("identity", self._identity)
         self._panels.load_state_dict(state_dict)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, before anything is trained."""
         self._enabled = stage == "fit" or (stage == "validate" and self.during_validate)
         if stage == "fit":
+            self._identity = uuid.uuid4().hex  # that of a checkpoint is loaded after this
             self._batches = None
             self._metrics = {}
         self._budget = TimeBudget(self._time_budget)
@@ -271,6 +276,9 @@ class MeasurementCallback(Callback):
             self._panels.define(trainer.loggers, scalars)
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=log_step(trainer))
+        self._panels.add_identity(
+            self._identity, log_step(trainer), trainer.loggers, own_folder(trainer)
+        )
         code = self.spectrum_code()
         if code is not None:
             step = int(self._history.rows[-1]["step"])

@@ -9,7 +9,8 @@ SUMMARY = "train on real digits, log offline, draw the spectrum"
 DESCRIPTION = (
     "Trains a small network on scikit-learn's handwritten digits with HessianSpectrumCallback and "
     "an offline W&B run, prints the statistics epoch by epoch and their correlation with the "
-    "validation loss, and draws the spectrum."
+    "validation loss, with the verdict on each, draws the spectrum, and writes the page of the run "
+    "and its report."
 )
 
 

@@ -35,7 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--monitor",
         action="append",
         metavar="KEY",
-        help="logged metric to correlate with; may be repeated (val_loss)",
+        help="logged metric to correlate with; may be repeated; gap is the generalization gap "
+        "(val_loss, and gap where it was logged)",
     )
     add(
         "--statistic",
@@ -80,7 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    monitors = list(dict.fromkeys(options.monitor or ["val_loss"]))
+    monitors = list(dict.fromkeys(options.monitor or ["val_loss", "gap"]))
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers {options.workers}: at least one process is needed.")
     if options.live:
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     for problem in table.problems[:5]:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"left out: {_line(problem)}", file=sys.stderr)
     if len(table.problems) > 5:
         print(f"and {len(table.problems) - 5} more, named in the report", file=sys.stderr)
     report = correlation_report(
@@ -138,7 +139,13 @@ def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
 
 def _summary(report: Any) -> str:
     """Returns the answer in a few lines for the terminal."""
-    from lightning_hessian.reports.verdicts import interval_text, number, ranked
+    from lightning_hessian.reports.verdicts import (
+        answer_within,
+        interval_text,
+        judged,
+        number,
+        ranked,
+    )
 
     across = bool(report.across)
     pairs = ranked(report.across) if across else ranked(report.within)
@@ -151,11 +158,20 @@ def _summary(report: Any) -> str:
         what = f"{pair.statistic} with {pair.monitor}" + (f", {pair.run}" if named else "")
         lines.append(
             f"  {what:<48} {number(r):>6}  {interval_text(ends):<16} {number(pair.holm, 3):>6}"
-            f" {pair.num_points:>5}"
+            f" {pair.num_points:>5}" + ("" if across else f"  {judged(pair).label}")
         )
     if not pairs:
         lines.append("  no run has two rows with a statistic and the monitor")
-    return "\n".join(lines)
+    if not across:
+        lines.append(answer_within(report.within))
+    return "\n".join(map(_line, lines))
+
+
+def _line(text: str) -> str:
+    """Returns one line that moves no cursor, whatever a run is called."""
+    from lightning_hessian.reports.outside import visible
+
+    return visible(text.replace("\n", " ").replace("\r", " "))
 
 
 def _filters(texts: list[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_hessian.reports.run_table import RunRecord
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 2000
 """How many histories stay; the ones unused longest go first."""
 
@@ -49,7 +49,7 @@ class RunCache:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
         columns = dict(zip(meta.pop("keys"), values, strict=True))
-        meta["problems"] = tuple(meta["problems"])
+        meta |= {name: tuple(meta[name]) for name in ("problems", "identities")}
         return RunRecord(**meta, steps=steps, columns=columns)
 
     def put(self, key: tuple[Any, ...], run: RunRecord) -> None:

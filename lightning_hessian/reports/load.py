@@ -21,7 +21,7 @@ from lightning_hessian.reports.wandb_runs import (
 )
 
 Source = str | PathLike[str]
-LONG_RUN_KEYS = ("hessian*/*", "gradient*/*", "*loss*", "*error*", "*acc*", "epoch")
+LONG_RUN_KEYS = ("hessian*/*", "gradient*/*", "*loss*", "*error*", "*acc*", "epoch", "identity/*")
 """What is read of a W&B run that is too long to be read whole, beside the monitors."""
 
 _THREADS = 8

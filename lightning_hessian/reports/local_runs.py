@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_hessian.reports.offline_run import read_offline_run
 from lightning_hessian.reports.run_table import RunRecord, columns_of, flat_config
+from lightning_hessian.reports.same_run import identities_beside, identities_in
 from lightning_hessian.reports.tensorboard_events import read_events
 
 _RUN_FOLDER = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
@@ -103,8 +104,9 @@ def read_local_run(run: LocalRun) -> RunRecord:
     # Not resolved: what the user typed is what he will recognise.
     name = "/".join(run.folder.absolute().parts[-2:])
     return RunRecord(
-        str(run.folder), name, str(run.folder), run.kind, config, steps, columns, tuple(problems)
-    )
+        str(run.folder), name, str(run.folder), run.kind, config, steps, columns, tuple(problems),
+        identities_beside(run.folder),
+    )  # fmt: skip
 
 
 def _kind(file: Path) -> str:
@@ -143,6 +145,7 @@ def _read_offline(run: LocalRun) -> RunRecord:
         steps,
         columns,
         (*unreadable, *problems),
+        identities_in(rows),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lightning_hessian.reports.offline_run import finite_or_float
+from lightning_hessian.reports.outside import csv_cell
 from lightning_hessian.results import FloatArray
 
 STEP_KEYS = ("trainer/global_step", "step", "_step")
@@ -36,6 +37,7 @@ class RunRecord:
         steps: Steps of the rows [n], ascending, each once.
         columns: Values by key, each [n], NaN where a row has none.
         problems: What was left out of a damaged or live run, and why.
+        identities: Which fits wrote it, as the callbacks log it; records of one run share them.
     """
 
     run_id: str
@@ -46,6 +48,7 @@ class RunRecord:
     steps: FloatArray
     columns: dict[str, FloatArray]
     problems: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -63,10 +66,12 @@ class RunTable:
     Attributes:
         runs: One record a run; names are unique.
         skipped: What was found but could not be read at all, and why.
+        copies: Which records were taken for one run, in sentences.
     """
 
     runs: tuple[RunRecord, ...]
     skipped: tuple[str, ...] = field(default=())
+    copies: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -123,9 +128,11 @@ class RunTable:
         """Writes the tidy rows to a CSV file; absent values are empty."""
         columns = ["run", "name", *(f"config.{key}" for key in self.config_keys()), "step"]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*columns, *self.keys()])
-            writer.writeheader()
-            writer.writerows(self.rows())
+            writer = csv.writer(file)
+            named = [*columns, *self.keys()]
+            writer.writerow(map(csv_cell, named))
+            for row in self.rows():
+                writer.writerow([csv_cell(row.get(key, "")) for key in named])
 
 
 def nearest(key: str, known: Sequence[str], count: int = 4) -> list[str]:

@@ -100,7 +100,9 @@ def correlation_drawings(
         monitors: The metrics.
     """
     return {
-        f"scatter_{key_part(monitor)}": partial(scatter_plot, rows, statistics, monitor)
+        f"scatter_{key_part(monitor)}": partial(
+            scatter_plot, rows, statistics, monitor, monitors=monitors
+        )
         for monitor in monitors
         if sum(monitor in row and any(x in row for x in statistics) for row in rows) >= MIN_POINTS
     }

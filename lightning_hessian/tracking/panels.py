@@ -54,6 +54,7 @@ class Panels:
         self.seconds = 0.0
         self._codes: dict[int, str] = {}
         self._defined: set[tuple[int, str]] = set()
+        self._identity = ""  # that the loggers know
         self._undrawn: int | None = None  # step of a measurement that no figure shows yet
         self._warned: set[str] = set()
 
@@ -83,6 +84,40 @@ class Panels:
                 continue
             self._try(f"defining the keys of {type(logger).__name__}", define, logger, new)
             self._defined.update((id(logger), key) for key in new)
+
+    def add_identity(
+        self, identity: str, log_step: int, loggers: Sequence[Any], folder: Path
+    ) -> None:
+        """Tells the loggers, once, which fit this is, so that its records are known for one run.
+
+        Args:
+            identity: Of the fit.
+            log_step: The step to log with.
+            loggers: Those of the Trainer.
+            folder: Where files go that no logger has a folder for.
+        """
+        if self.every is None or identity == self._identity:
+            return
+        self._identity = identity
+        key = f"identity/{self.prefix}"
+        with self._aside():
+            self.define(loggers, [key])
+            readable = [logger for logger in loggers if adapter(logger).readable_texts]
+            for logger in self._takers(readable, "text"):
+                text = adapter(logger).text
+                assert text is not None
+                what = f"logging the identity of the run to {type(logger).__name__}"
+                self._try(what, text, logger, key, identity, log_step)
+            places = self._folders(loggers, "text", folder)
+            places += [
+                Path(adapter(logger).folder(logger) or folder)
+                for logger in loggers
+                if not adapter(logger).readable_texts
+            ]
+            for place in dict.fromkeys(places):
+                self._try(
+                    "writing the identity of the run", write_text, place, key, identity, log_step
+                )
 
     def add_spectrum(
         self, code: str, step: int, log_step: int, loggers: Sequence[Any], folder: Path
