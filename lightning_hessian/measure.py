@@ -25,7 +25,7 @@ from lightning_hessian.probe.sharded import objective_over, ranks_of
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
 from lightning_hessian.solvers.storage import BasisStorage
-from lightning_hessian.solvers.trace import trace
+from lightning_hessian.solvers.trace import TraceEstimate, trace
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -161,7 +161,9 @@ def hessian_spectrum(
             )  # fmt: skip
             top = ritz_top(ritz, count, tol)
         estimate = None
-        if probes:
+        if probes and top.trace is not None:
+            estimate = TraceEstimate(top.trace, std_error=0.0, num_products=0)
+        elif probes:
             estimate = trace(
                 operator, torch.from_numpy(top.values[: top.good]), top.vectors[: top.good],
                 num_probes=probes, seed=seed + 1, should_stop=should_stop,
