@@ -46,20 +46,23 @@ def _given_up(run: ThickRestart, fixed: int, rotation: Tensor) -> list[Pending]:
     without more ado, that part would be missing from the bounds, and from the run.
 
     Args:
+        run: The run, before it gives them up.
         fixed: How many vectors stay as they are.
         rotation: What is given up, in terms of the vectors after these [m - fixed, d].
     """
     m, kept = run.count, run.count - rotation.shape[1]
     leaning = run.projected.numbers[:fixed, fixed:m] @ rotation
     left, sizes, right = torch.linalg.svd(leaning, full_matrices=False)
-    left, right = run.shard.ranks.agreed(left), run.shard.ranks.agreed(right)
+    left, sizes, right = (run.shard.ranks.agreed(part) for part in (left, sizes, right))
     found = []
     for size, along, weights in zip(sizes.tolist(), left.T, right, strict=True):
-        coupling = torch.zeros(kept, dtype=torch.float64)
+        coupling = torch.zeros(m, dtype=torch.float64)
         coupling[:fixed] = size * along
         if size > 10 * run.eps * run.scale:
             weights = torch.cat([torch.zeros(fixed, dtype=torch.float64), rotation @ weights])
-            found.append(Pending(run.basis.combined(weights), coupling))
+            found.append(Pending(run.basis.combined(weights), coupling[:kept]))
+        else:
+            run.projected.lose(coupling)
     return found
 
 
@@ -67,11 +70,11 @@ def _merged(run: ThickRestart, pending: list[Pending]) -> list[Pending]:
     """Returns as few pending vectors as say the same of the products."""
     couplings = torch.stack([p.coupling for p in pending])
     left, sizes, right = torch.linalg.svd(couplings, full_matrices=False)
-    left, right = run.shard.ranks.agreed(left), run.shard.ranks.agreed(right)
-    sizes = run.shard.ranks.agreed(sizes)
+    left, sizes, right = (run.shard.ranks.agreed(part) for part in (left, sizes, right))
     merged = []
     for weights, size, coupling in zip(left.T, sizes.tolist(), right, strict=True):
         if size <= 10 * run.eps * run.scale:
+            run.projected.lose(size * coupling)
             continue
         vector = torch.zeros_like(pending[0].vector)
         for weight, old in zip(weights.tolist(), pending, strict=True):
