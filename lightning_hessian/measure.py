@@ -87,7 +87,8 @@ def hessian_spectrum(
             ``"finite_difference"``; see `HessianOperator`.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over
-            (unmasked tokens, say); by default its number of samples.
+            (unmasked tokens, say); by default its labels that are not -100, where it holds
+            ``labels`` of which some are, else its number of samples (see `probe.batch_weight`).
         trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
         density: Whether to estimate the density of the whole spectrum too, by up to 320 more
             products (stochastic Lanczos quadrature, 4 probes of 80 steps); ``"pooled_slq"`` has it
