@@ -26,7 +26,7 @@ from lightning_hessian.probe.sharded import objective_over, ranks_of
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
 from lightning_hessian.solvers.storage import BasisStorage
-from lightning_hessian.solvers.trace import trace
+from lightning_hessian.solvers.trace import TraceEstimate, trace
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,7 +89,8 @@ def hessian_spectrum(
             ``"finite_difference"``; see `HessianOperator`.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over
-            (unmasked tokens, say); by default its number of samples.
+            (unmasked tokens, say); by default its labels that are not -100, where it holds
+            ``labels`` of which some are, else its number of samples (see `probe.batch_weight`).
         trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
         density: Whether to estimate the density of the whole spectrum too, by up to 320 more
             products (stochastic Lanczos quadrature, 4 probes of 80 steps); ``"pooled_slq"`` has it
@@ -163,7 +164,9 @@ def hessian_spectrum(
             )  # fmt: skip
             top = ritz_top(ritz, count, tol)
         estimate = None
-        if probes:
+        if probes and top.trace is not None:
+            estimate = TraceEstimate(top.trace, std_error=0.0, num_products=0)
+        elif probes:
             estimate = trace(
                 operator, torch.from_numpy(top.values[: top.good]), top.vectors[: top.good],
                 num_probes=probes, seed=seed + 1, should_stop=should_stop,

@@ -36,6 +36,7 @@ class Top:
     warnings: tuple[str, ...]
     num_copies: int = 0
     density: SpectralDensity | None = None
+    trace: float | None = None  # where the whole space was searched, so that it is exact
 
 
 def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
@@ -52,6 +53,7 @@ def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
         lowest=ritz.lowest if lowest_found else None,
         num_products=ritz.num_products,
         warnings=(warning,) if warning else (),
+        trace=ritz.trace,
     )
 
 

@@ -92,7 +92,11 @@ class PowerLawFit(Metric):
         except ValueError as error:
             warnings.warn(f"{self.statistic} is NaN: {error}", stacklevel=2)
             return torch.full((), float("nan"), device=self.device)
-        return torch.tensor(float(getattr(fit, STATISTICS[self.statistic])), device=self.device)
+        value = getattr(fit, STATISTICS[self.statistic])
+        if value is None:
+            warnings.warn(f"{self.statistic} is NaN: {fit.reason}", stacklevel=2)
+            value = float("nan")
+        return torch.tensor(float(value), device=self.device)
 
     def _pooled(self) -> Tensor:
         """Returns the values of all ranks, or of one where all have the same."""

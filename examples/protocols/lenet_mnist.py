@@ -105,7 +105,7 @@ def row(title: str, values: FloatArray, count: int) -> str:
     """Returns a line of the table: the power law of the largest ``count`` values, or of all."""
     count = min(count, int((values > 0).sum()))
     fit: PowerLawFit = fit_power_law(values, k=count)
-    verdict = "yes" if fit.is_power_law else "no"
+    verdict = {True: "yes", False: "no", None: "too few"}[fit.is_power_law]
     return (
         f"| {title} | {count} | {fit.ks_distance:.4f} | {fit.critical_value:.4f} | {verdict} | "
         f"{fit.p_value:.3f} | {fit.exponent:.3f} +- {fit.exponent_std_error:.3f} | "

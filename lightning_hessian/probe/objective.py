@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_hessian.distributed import ALONE, Ranks
+from lightning_hessian.probe.batch_weight import batch_weights
 from lightning_hessian.probe.held import ModuleState, Snapshot, kept, untouched
 from lightning_hessian.probe.isolation import isolated, muted, seed_everything
 from lightning_hessian.probe.parameters import ParameterSpace, is_half, upcast
@@ -30,8 +31,9 @@ Mode: TypeAlias = Literal["eval", "train"]
 class Objective:
     """The mean loss over all probe samples, as a function of the parameters of a space.
 
-    A batch counts by what its loss is a mean over: its number of samples, or ``batch_weight``. So
-    a ragged last batch changes nothing. The module is never modified: parameters and copies of
+    A batch counts by what its loss is a mean over: its labels that are not -100, its number of
+    samples (`batch_weight` has the rule), or what ``batch_weight`` says. So a ragged last batch
+    changes nothing. The module is never modified: parameters and copies of
     the buffers are passed in, the batch is cloned, the generators are seeded alike for every
     evaluation of a batch (random layers see the same draws each time).
 
@@ -74,7 +76,7 @@ class Objective:
         with ranks.together():
             held = _dealt(batches, ranks)
             self.batches = tuple(_cloned(batch, space.device) for batch in held)
-            weights = _weights(self.batches, batch_weight)
+            weights = batch_weights(module, self.batches, batch_weight, ranks)
         self.num_samples = ranks.total(math.fsum(weights))
         if self.num_samples <= 0:
             raise ValueError(f"batch_weight gave {weights}; weights must be >= 0, with a sum > 0.")
@@ -362,29 +364,3 @@ def _dealt(batches: Iterable[Any], ranks: Ranks) -> list[Any]:
             "There is no probe batch: the loader or list of batches is empty. Give one at least."
         )
     return held
-
-
-def _weights(
-    batches: Sequence[Any], batch_weight: Callable[[Any], float] | None
-) -> tuple[float, ...]:
-    if batch_weight is not None:
-        weights = tuple(float(batch_weight(batch)) for batch in batches)
-        if not all(math.isfinite(w) and w >= 0 for w in weights):
-            raise ValueError(f"batch_weight gave {weights}; weights must be >= 0, with a sum > 0.")
-        return weights
-    sizes = [_num_samples(batch) for batch in batches]
-    known = tuple(size for size in sizes if size is not None)
-    if len(known) == len(batches):
-        return tuple(float(size) for size in known)
-    if len(batches) == 1:
-        return (1.0,)
-    raise ValueError(
-        f"The number of samples of probe batch {sizes.index(None)} cannot be told from its tensors "
-        "(their first dimensions differ, or there are none). Give batch_weight(batch) -> float."
-    )
-
-
-def _num_samples(batch: Any) -> int | None:
-    sizes: set[int] = set()
-    apply_to_collection(batch, Tensor, lambda t: sizes.add(t.shape[0]) if t.ndim else None)
-    return sizes.pop() if len(sizes) == 1 else None

@@ -149,14 +149,20 @@ def _cut(rule: BlockRule, block: str, shape: torch.Size) -> tuple[list[_Key], Te
             "Change `dim`, or leave `unit` and `parts` out."
         )
     piece, rest = divmod(shape[rule.dim], len(rule.units))
-    if rest:
+    if rest and not rule.sizes:
         raise ValueError(
             f"{rule} has {len(rule.parts)} parts, which do not divide {shape[rule.dim]}, the size "
             f"of dimension {rule.dim}. Give slices by a mapping instead."
         )
+    if rule.sizes and sum(rule.sizes) != shape[rule.dim]:
+        raise ValueError(
+            f"{rule} has parts of {sum(rule.sizes)} in all, but dimension {rule.dim} has "
+            f"{shape[rule.dim]}. Change `sizes`, or give slices by a mapping instead."
+        )
+    pieces = rule.sizes or (piece,) * len(rule.units)
     keys: list[_Key] = []
     along = []
-    for part, unit in zip(rule.parts or ("",), rule.units, strict=True):
+    for part, unit, piece in zip(rule.parts or ("",), rule.units, pieces, strict=True):
         group = f"{block}.{part}" if part else block
         along.append(torch.arange(piece) // (unit or piece) + len(keys))
         if unit is None:

@@ -61,12 +61,12 @@ def save(run: ThickRestart, path: Path) -> None:
     found = run.found
     header = {
         "identity": identity(run),
-        "capacity": run.basis.capacity,
+        "capacity": run.capacity,
         "generator": run.generator.get_state(),
         "numbers": run.projected.numbers[: run.count, : run.count].clone(),
         "rounded": run.projected.rounded,
         "off_diagonal": run.projected.off_diagonal,
-        "pending": [(p.vector.cpu(), p.coupling) for p in run.pending],
+        "pending": [(p.vector.cpu(), p.coupling, p.is_fresh) for p in run.pending],
         "recent": {i: row.cpu() for i, row in run.basis.recent.items()},
         "scale": run.scale,
         "num_products": run.num_products,
@@ -165,7 +165,7 @@ def load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
     projected.numbers, projected.rounded = header["numbers"], header["rounded"]
     projected.off_diagonal = header["off_diagonal"]
     run.projected = projected
-    run.pending = [Pending(v.to(device), coupling) for v, coupling in header["pending"]]
+    run.pending = [Pending(v.to(device), *rest) for v, *rest in header["pending"]]
     run.scale, run.num_products = header["scale"], header["num_products"]
     run.next_check, run.search_until = header["next_check"], header["search_until"]
     with open(path, "rb") as file:

@@ -102,7 +102,7 @@ def lanczos(
     file = None if checkpoint is None else checkpoints.file_of(checkpoint, operator)
     ranks = operator.shard.ranks
     with ranks.together():
-        run = _begun(operator, num_eigenvalues, tol, seed, *room, file)
+        run = _begun(operator, num_eigenvalues, tol, seed, *room, max_products, file)
     run.on_check = on_check
     if len(set(ranks.gathered(run.num_products))) > 1:
         raise ValueError(
@@ -133,28 +133,32 @@ def _room(
     max_basis: int | None,
     storage: BasisStorage,
 ) -> tuple[BasisStorage, int]:
-    """Returns where the basis goes, and how many vectors it holds.
+    """Returns where the basis goes, and how many vectors it holds at a restart.
+
+    The bound on products has no say in the latter: a run that is taken up with a higher bound has
+    to restart where one without interruption does.
 
     Raises:
         ValueError: ``max_basis`` is too small.
         MeasurementError: What is needed does not fit.
     """
-    least = min(num_eigenvalues + 3, max_products, operator.size)
+    restarting = min(num_eigenvalues + 3, operator.size)
+    least = min(restarting, max_products)
     if max_basis is None:
         wanted = default_basis(num_eigenvalues)
         if not storage.restarts:  # the basis has to hold all steps
             wanted = 3 * wanted
         return placed(
-            storage, min(wanted, max_products, operator.size), least, operator.shard,
+            storage, min(wanted, operator.size), restarting, operator.shard,
             dtype=operator.dtype, device=operator.device,
         )  # fmt: skip
-    max_basis = min(max_basis, max_products, operator.size)
+    max_basis = min(max_basis, operator.size)
     if max_basis < least:
         raise ValueError(
             f"A basis of {max_basis} vectors is too small for {num_eigenvalues} eigenvalues; "
             f"it must hold at least {least}."
         )
-    return storage, max_basis
+    return storage, max(max_basis, restarting)
 
 
 def _begun(
@@ -164,6 +168,7 @@ def _begun(
     seed: int,
     storage: BasisStorage,
     capacity: int,
+    max_products: int,
     file: Path | None,
 ) -> ThickRestart:
     """Returns a run in its first state, or in the one that the file holds.
@@ -172,9 +177,10 @@ def _begun(
         ValueError: The file is of another run, or damaged.
     """
     header = checkpoints.header_of(file) if file is not None and file.exists() else None
+    rows = max_products
     if header is not None:
-        capacity = max(capacity, header["capacity"])  # a bound may have been raised
-    run = ThickRestart(operator, num_eigenvalues, tol, capacity, seed, storage)
+        capacity, rows = header["capacity"], max(rows, header["shape"][0])
+    run = ThickRestart(operator, num_eigenvalues, tol, capacity, seed, storage, rows)
     if header is not None and file is not None:
         checkpoints.check_identity(header, run, file)
         checkpoints.load(run, header, file)

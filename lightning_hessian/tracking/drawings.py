@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from lightning_hessian.results import (
     SpectralDensity,
 )
 from lightning_hessian.statistics.correlation import MIN_POINTS
+from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.tracking.block_figures import block_heatmap, heterogeneity_heatmap
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 from lightning_hessian.tracking.density_figures import spectral_density_plot
@@ -57,8 +59,12 @@ def hessian_drawings(
         found["rank"] = partial(rank_plot, named, significance=significance, title=title)
     if len(leading) > 1 and leading[0] > leading[-1]:
         found["cutoff"] = partial(cutoff_plot, leading, significance=significance, title=title)
-    if sum(leading[:-1] > leading[1:]) >= 3:
-        found["eigengaps"] = partial(eigengap_plot, leading, significance=significance, title=title)
+    residuals = spectrum.leading_residuals
+    with suppress(ValueError):  # too few gaps for a fit: the reason is told beside the scalars
+        eigengaps(leading, residuals, significance=significance)
+        found["eigengaps"] = partial(
+            eigengap_plot, leading, residuals, significance=significance, title=title
+        )
     shown = dict(densities or {})
     if blocks is not None and blocks.densities is not None:
         shown |= zip(blocks.names, blocks.densities, strict=True)

@@ -188,7 +188,7 @@ def test_heads_of_gpt2_are_columns_of_the_transposed_weight():
 
 def test_heads_of_separate_projections():
     cut = partition(nn.ModuleDict({"attn": SeparateAttention()}), "head")
-    assert cut.sizes == (2 * 9,) * 4 + (9,) * 4 + (9,) * 4
+    assert cut.sizes == (2 * 9,) * 4 + (2 * 9,) * 2 + (2 * 9,) * 2
     assert cut.names[:2] == ("attn.query.0", "attn.query.1")
 
 
