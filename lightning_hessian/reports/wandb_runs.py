@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_hessian.reports.run_table import RunRecord, columns_of, flat_config
+from lightning_hessian.reports.run_table import RunRecord, cleaned, columns_of, flat_config
 
 _PATH = re.compile(
     r"(?:https?://[^/]+/)?(?P<entity>[\w.-]+)/(?P<project>[\w.-]+)"
@@ -125,8 +125,10 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
         problems.append(f"the run is {run.state}: more rows may come")
     steps, columns = columns_of(rows)
     path = f"{run.entity}/{run.project}/{run.id}"
-    return RunRecord(
-        run.id, run.name or run.id, path, "wandb", config, steps, columns, tuple(problems)
+    return cleaned(
+        RunRecord(
+            run.id, run.name or run.id, path, "wandb", config, steps, columns, tuple(problems)
+        )
     )
 
 
