@@ -64,13 +64,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("hessian_measure"), help="folder (%(default)s)")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns 1 where some checkpoints could not be measured."""
     from lightning_hessian.commands.checkpoint_spectra import measure_checkpoints
 
     options.module_arg = dict(_pair("--module-arg", text) for text in options.module_arg)
     options.data_arg = dict(_pair("--data-arg", text) for text in options.data_arg)
-    measure_checkpoints(options)
+    return measure_checkpoints(options)
 
 
 def _pair(name: str, text: str) -> tuple[str, Any]:

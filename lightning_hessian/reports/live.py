@@ -101,7 +101,7 @@ def live_page(
     correlations = History(measured).correlations(CORRELATED, monitors)
     notes = [*run.problems, *_missing(rows, monitors)]
     try:
-        spectra = spectra_of(run).get("hessian", [])
+        spectra = spectra_of(run, notes).get("hessian", [])
     except ValueError as error:
         spectra = []
         notes.append(f"the spectra cannot be shown: {error}")

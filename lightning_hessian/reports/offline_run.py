@@ -245,16 +245,19 @@ def _row(history: Any, offset: int, problems: list[str]) -> tuple[dict[str, Any]
     """The row that one `HistoryRecord` holds, and the number of its values, those of lists too."""
     row: dict[str, Any] = {}
     values, count = _parsed_together(history.item)
+    most, intern = bounds.DEPTH, sys.intern  # so few characters are no deep path either
     for place, item in enumerate(history.item):
         key = ".".join(item.nested_key) or item.key
         try:
-            if len(key) > bounds.KEY_LENGTH or len(item.nested_key) > bounds.DEPTH:
+            if len(key) > most:
                 _check_path(tuple(item.nested_key) or (key,))
             value = _item_value(item) if values is None else values[place]
-            if isinstance(value, dict):
+            if type(value) is float:
+                row[intern(key)] = value
+            elif isinstance(value, dict):
                 row.update(_leaves(key, value))
             else:
-                row[sys.intern(key)] = finite_or_float(value)
+                row[intern(key)] = finite_or_float(value)
         except ValueError as error:
             name = printable(key, 200)
             problems.append(f"{name!r} in the record at byte {offset} left out: {error}")
