@@ -24,7 +24,6 @@ from lightning_hessian.commands.loading import (
     named,
     validation_metrics,
 )
-from lightning_hessian.results.output import check_folder
 from lightning_hessian.measure import hessian_spectrum
 from lightning_hessian.results import (
     ArgumentError,
@@ -33,6 +32,7 @@ from lightning_hessian.results import (
     UnreadableFileError,
 )
 from lightning_hessian.results.files import load_extra, load_spectrum, save_spectrum
+from lightning_hessian.results.output import check_folder
 from lightning_hessian.results.outside import reason, unreadable
 from lightning_hessian.tracking.scalars import spectrum_scalars
 from lightning_hessian.tracking.spectra import encode_spectrum

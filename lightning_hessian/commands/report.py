@@ -129,8 +129,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
-    from lightning_hessian.results.output import check_file
     from lightning_hessian.reports.live import follow  # type: ignore[import-not-found, unused-ignore]
+    from lightning_hessian.results.output import check_file
 
     if len(options.runs) != 1 or not Path(options.runs[0]).is_dir():
         raise ValueError("--live takes one folder of a run on this machine.")

@@ -99,7 +99,7 @@ def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         subfolders.append(entry.name)
-                    elif not (entry.is_symlink() and entry.is_dir()):
+                    elif not os.path.isdir(entry.path):  # a link that leads in circles is none
                         names.append(entry.name)
         except OSError as error:
             warnings.warn(f"{printable(str(here))} left out: {reason(error)}", stacklevel=3)

@@ -182,7 +182,7 @@ def parse_json(text: str) -> Any:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {bounds.DEPTH}") from error
-    if may_be_deep and _is_deep(value):
+    if may_be_deep and isinstance(value, (dict, list)) and _is_deep(value):
         raise ValueError(f"it is nested deeper than {bounds.DEPTH}")
     return value
 
@@ -190,12 +190,12 @@ def parse_json(text: str) -> Any:
 def _is_deep(value: Any) -> bool:
     """Whether containers are nested beyond the bound; level by level, without recursion."""
     level = [value]
-    for _ in range(bounds.DEPTH + 1):
+    for _ in range(bounds.DEPTH):
         level = [
             child
             for part in level
-            if isinstance(part, (dict, list))
             for child in (part.values() if isinstance(part, dict) else part)
+            if isinstance(child, (dict, list))
         ]
     return bool(level)
 

@@ -164,7 +164,16 @@ def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> Non
 
 
 def load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
-    """Puts a run into the state of a file."""
+    """Put a run into the state of a file.
+
+    Raises:
+        UnreadableFileError: Its parts do not fit together; a ValueError.
+    """
+    with unreadable(f"The checkpoint {path}", "Delete it to start anew."):
+        _load(run, header, path)
+
+
+def _load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
     device = run.operator.device
     run.generator.set_state(header["generator"])
     projected = Projected(tridiagonal_from=run.projected.tridiagonal_from)
