@@ -17,6 +17,9 @@ reads; and spectra_hessian.jsonl, which the figures read.
 A checkpoint that has been measured is not measured again, and a measurement that was stopped goes
 on where it was: run the same command again.
 
+A checkpoint that cannot be read or measured does not stop the others. It is named at the end, and
+the exit code is then 1, or 2 where not one of them could be measured.
+
 examples:
   lightning-hessian measure logs/version_0/checkpoints/*.ckpt --module project.model:Classifier \\
       --data project.data:MNISTData --out spectra_of_version_0
