@@ -14,16 +14,18 @@ COMMANDS = ("demo", "measure", "report", "workspace")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, or 2 after printing one or two lines on what was wrong.
 
+    1 stands for work that was done in part, which the command has said.
+
     Args:
         arguments: Those of the command line by default.
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        code = options.run(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"lightning-hessian: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,5 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
     from lightning_hessian.demo import run_demo
+    from lightning_hessian.results.output import check_folder
+
+    check_folder(options.out)
 
     run_demo(options.out)

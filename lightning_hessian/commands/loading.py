@@ -7,18 +7,18 @@ import importlib
 import importlib.util
 import inspect
 import os
-import pickle
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
+from lightning_hessian.commands.checkpoints import Saved
 from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
+from lightning_hessian.results.outside import reason as _first_line
 
 LIBRARIES: list[Any] = [L]
 """Lightning under either of its names, where they are installed."""
@@ -28,29 +28,6 @@ if importlib.util.find_spec("pytorch_lightning") is not None:
 
 MODULES = tuple(library.LightningModule for library in LIBRARIES)
 DATA_MODULES = tuple(library.LightningDataModule for library in LIBRARIES)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What is read of a checkpoint beside its weights.
-
-    Attributes:
-        path: The file.
-        step: Optimiser steps taken.
-        epoch: Epoch.
-        metrics: The metrics that ModelCheckpoint monitored, at the time of saving.
-        hparams: Hyperparameters of the module, those that are primitives.
-        has_data_hparams: Whether it holds those of a datamodule.
-        trusted: Whether it may run code when it is loaded.
-    """
-
-    path: Path
-    step: int
-    epoch: int
-    metrics: dict[str, float]
-    hparams: dict[str, Any]
-    has_data_hparams: bool
-    trusted: bool
 
 
 def named(text: str) -> Any:
@@ -76,6 +53,8 @@ def named(text: str) -> Any:
                 f"There is no module {where!r} (looked for in the current folder, too). Run this "
                 "where `import` finds it, or give a file.py:NAME."
             ) from error
+        except Exception as error:
+            raise ValueError(f"{where} cannot be imported: {_told(error)}.") from error
     if not hasattr(module, name):
         own = [
             n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__
@@ -97,90 +76,31 @@ def _module_of_file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
-        raise
+        if not isinstance(error, Exception) or isinstance(error, ModuleNotFoundError):
+            raise
+        raise ValueError(f"{path} cannot be imported: {_told(error)}.") from error
     return module
 
 
-def find_checkpoints(places: Iterable[Path]) -> list[Path]:
-    """Returns the files, and those named ``*.ckpt`` in folders and below, each once.
+def _told(error: BaseException) -> str:
+    """Return what an exception of the user's code says, and in which line it was raised."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = "" if last is None else f" in {Path(last.tb_frame.f_code.co_filename).name}"
+    line = "" if last is None else f", line {last.tb_lineno}"
+    return f"{type(error).__name__}{where}{line}: {_first_line(error)}"
+
+
+def module_class(options: argparse.Namespace) -> Any:
+    """Return the class of the module, its arguments checked.
 
     Raises:
-        FileNotFoundError: There is no such file, or none in a folder.
+        ValueError: It is not a LightningModule, or does not take an argument that was given.
     """
-    found: list[Path] = []
-    for place in places:
-        if not place.exists():
-            raise FileNotFoundError(f"{place}: no such checkpoint or folder.")
-        inside = sorted(place.rglob("*.ckpt")) if place.is_dir() else [place]
-        if not inside:
-            raise FileNotFoundError(f"{place} holds no *.ckpt file, nor do folders below it.")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
-def read_checkpoint(path: Path, *, trust: bool) -> Saved:
-    """Returns what a checkpoint says of itself.
-
-    Raises:
-        ValueError: It is none of Lightning's, damaged, or would run code.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        if not trust and "weights_only" in str(error).lower():
-            raise ValueError(
-                f"{path} holds more than tensors and primitives, so loading it could run code "
-                f"({_first_line(error)}). If you trust it, give --trust."
-            ) from error
-        raise ValueError(f"{path} cannot be read ({_first_line(error)}). Save it again.") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({_first_line(error)}). Save it again.") from error
-    if not isinstance(content, Mapping) or "state_dict" not in content:
-        raise ValueError(
-            f"{path} is no checkpoint of Lightning's: it has no state_dict. Save it with "
-            "trainer.save_checkpoint."
-        )
-    return Saved(
-        path=path,
-        step=int(content.get("global_step", 0)),
-        epoch=int(content.get("epoch", 0)),
-        metrics=_monitored(content.get("callbacks") or {}),
-        hparams=_primitives(content.get("hyper_parameters") or {}),
-        has_data_hparams="datamodule_hyper_parameters" in content,
-        trusted=trust,
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:160]
-
-
-def _monitored(states: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics in the states of ModelCheckpoint callbacks."""
-    found = {}
-    for name, state in states.items():
-        if not str(name).startswith("ModelCheckpoint") or not isinstance(state, Mapping):
-            continue
-        monitor, score = state.get("monitor"), state.get("current_score")
-        if isinstance(monitor, str) and score is not None:
-            found[monitor] = float(score)
-    return found
-
-
-def _primitives(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    allowed = (bool, int, float, str, type(None))
-    return {str(n): v for n, v in hparams.items() if isinstance(v, allowed)}
-
-
-def module_of(cls: Any, saved: Saved, options: argparse.Namespace) -> Any:
-    """Returns the module with the weights of a checkpoint.
-
-    Raises:
-        ValueError: The class is not a LightningModule, or does not fit the checkpoint.
-    """
+    cls = named(options.module)
     if not (isinstance(cls, type) and issubclass(cls, MODULES)):
         raise ValueError(f"{options.module} is no LightningModule; give --module PKG:CLASS.")
     known = inspect.signature(cls).parameters  # Lightning passes over what is not among them
@@ -189,6 +109,20 @@ def module_of(cls: Any, saved: Saved, options: argparse.Namespace) -> Any:
         raise ValueError(
             f"--module-arg {unknown[0]}: {options.module} takes {', '.join(known) or 'nothing'}."
         )
+    return cls
+
+
+def module_of(cls: Any, saved: Saved, options: argparse.Namespace) -> Any:
+    """Return the module with the weights of a checkpoint.
+
+    Args:
+        cls: That of `module_class`.
+        saved: The checkpoint.
+        options: Those of the command.
+
+    Raises:
+        ValueError: The class does not fit the checkpoint.
+    """
     try:
         return _load(cls, saved, options.module_arg)
     except TypeError as error:
@@ -196,9 +130,16 @@ def module_of(cls: Any, saved: Saved, options: argparse.Namespace) -> Any:
             f"{options.module} cannot be made from {saved.path} ({_first_line(error)}). Call "
             "save_hyperparameters() in __init__ before training, or give --module-arg NAME=VALUE."
         ) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except RuntimeError as error:
         lines = " ".join(str(error).split())[:300]
         raise ValueError(f"{options.module} does not fit {saved.path}: {lines}") from error
+    except Exception as error:
+        raise ValueError(
+            f"{options.module} cannot be made from {saved.path} ({_told(error)}). Give the "
+            "checkpoints of this class, or --module-arg NAME=VALUE."
+        ) from error
 
 
 def _load(cls: Any, saved: Saved, arguments: Mapping[str, Any]) -> Any:
@@ -232,9 +173,14 @@ def data_of(text: str | None, saved: Saved, options: argparse.Namespace) -> Any:
         raise ValueError(
             f"{text} cannot be made ({_first_line(error)}). Give --data-arg NAME=VALUE."
         ) from error
+    except Exception as error:
+        raise ValueError(f"{text} cannot be made ({_told(error)}).") from error
     if isinstance(data, DATA_MODULES):
-        data.prepare_data()
-        data.setup("fit")
+        try:
+            data.prepare_data()
+            data.setup("fit")
+        except Exception as error:
+            raise ValueError(f"{text} cannot be set up ({_told(error)}).") from error
     return data
 
 

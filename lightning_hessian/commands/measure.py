@@ -17,6 +17,9 @@ reads; and spectra_hessian.jsonl, which the figures read.
 A checkpoint that has been measured is not measured again, and a measurement that was stopped goes
 on where it was: run the same command again.
 
+A checkpoint that cannot be read or measured does not stop the others. It is named at the end, and
+the exit code is then 1, or 2 where not one of them could be measured.
+
 examples:
   lightning-hessian measure logs/version_0/checkpoints/*.ckpt --module project.model:Classifier \\
       --data project.data:MNISTData --out spectra_of_version_0
@@ -64,13 +67,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("hessian_measure"), help="folder (%(default)s)")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns 1 where some checkpoints could not be measured."""
     from lightning_hessian.commands.checkpoint_spectra import measure_checkpoints
 
     options.module_arg = dict(_pair("--module-arg", text) for text in options.module_arg)
     options.data_arg = dict(_pair("--data-arg", text) for text in options.data_arg)
-    measure_checkpoints(options)
+    return measure_checkpoints(options)
 
 
 def _pair(name: str, text: str) -> tuple[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ examples:
   lightning-hessian report ada/digits --filter config.optimizer=adam --group width
   lightning-hessian report sweep_output --group optimizer --size num_parameters --at best
 """
+
+OUTPUT = ("report.html", "report.md", "correlations.csv", "correlations.json")
+"""The files that the command writes."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -84,19 +88,24 @@ def run(options: argparse.Namespace) -> None:
     monitors = list(dict.fromkeys(options.monitor or ["val_loss", "gap"]))
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers {options.workers}: at least one process is needed.")
+    from lightning_hessian.results.output import check_folder
+
     if options.live:
         _follow(options, monitors)
         return
-    from lightning_hessian.reports.load import load_runs
+    check_folder(options.out, files=OUTPUT)
+    from lightning_hessian.reports.load import RunLeftOutWarning, load_runs
     from lightning_hessian.reports.report import correlation_report
 
-    table = load_runs(
-        options.runs,
-        filters=_filters(options.filter),
-        keys=[*monitors, *(options.statistic or [])],
-        cache=not options.no_cache,
-        workers=options.workers,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunLeftOutWarning)  # told below
+        table = load_runs(
+            options.runs,
+            filters=_filters(options.filter),
+            keys=[*monitors, *(options.statistic or [])],
+            cache=not options.no_cache,
+            workers=options.workers,
+        )
     for problem in table.problems[:5]:
         print(f"left out: {_line(problem)}", file=sys.stderr)
     if len(table.problems) > 5:
@@ -122,11 +131,14 @@ def run(options: argparse.Namespace) -> None:
 
 def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
     from lightning_hessian.reports.live import follow  # type: ignore[import-not-found, unused-ignore]
+    from lightning_hessian.results.output import check_file
 
     if len(options.runs) != 1 or not Path(options.runs[0]).is_dir():
         raise ValueError("--live takes one folder of a run on this machine.")
     if options.interval <= 0:
         raise ValueError(f"--interval {options.interval:g}: give a positive number of seconds.")
+    page_file = options.out if options.out.suffix == ".html" else options.out / "live.html"
+    check_file(page_file, "--out")
     page = follow(
         Path(options.runs[0]),
         options.out,

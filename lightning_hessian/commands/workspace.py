@@ -38,11 +38,14 @@ def run(options: argparse.Namespace) -> None:
         ConnectionError: The server was not reached, knows no key of ours, or refused the view.
         ModuleNotFoundError: wandb-workspaces is not installed.
     """
+    from lightning_hessian.results.output import check_file
     from lightning_hessian.tracking.dashboard import build_workspace, workspace_json
 
     entity, slash, project = options.path.partition("/")
     if not (entity and slash and project) or "/" in project:
         raise ValueError(f"{options.path!r} is not ENTITY/PROJECT; write my-team/my-project.")
+    if options.spec is not None:
+        check_file(options.spec, "--spec")
     monitors = options.monitor or ["val_loss"]
     workspace = build_workspace(entity, project, monitor=monitors, name=options.name)
     if options.spec is not None:

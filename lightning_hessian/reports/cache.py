@@ -7,18 +7,23 @@ import hashlib
 import json
 import os
 import tempfile
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_hessian.reports.run_table import RunRecord
+from lightning_hessian.reports.run_table import RunRecord, flat_config
+from lightning_hessian.results import UnreadableFileError, bounds
+from lightning_hessian.results.npz import read_npz
+from lightning_hessian.results.outside import parse_json, unreadable
 
 _FORMAT = 2
 _KEPT = 2000
 """How many histories stay; the ones unused longest go first."""
+
+_BYTES = 8 * bounds.TABLE_VALUES + 8 * bounds.JSON_BYTES
+"""Of one history: a table as large as any that is read, and its texts."""
 
 
 def default_folder() -> Path:
@@ -42,15 +47,12 @@ class RunCache:
             return None
         path = self._path(key)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                meta = json.loads(str(file["meta"]))
-                steps, values = file["steps"], file["values"]
+            with unreadable(path):
+                run = _run_of(read_npz(path, most=_BYTES))
             os.utime(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, UnreadableFileError):
             return None
-        columns = dict(zip(meta.pop("keys"), values, strict=True))
-        meta |= {name: tuple(meta[name]) for name in ("problems", "identities")}
-        return RunRecord(**meta, steps=steps, columns=columns)
+        return run
 
     def put(self, key: tuple[Any, ...], run: RunRecord) -> None:
         """Keeps a history under a key."""
@@ -83,3 +85,29 @@ class RunCache:
         assert self.folder is not None
         text = repr((_FORMAT, key))
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+
+
+def _run_of(arrays: dict[str, Any]) -> RunRecord:
+    """Return the run in the arrays of a file; whatever is wrong with them raises."""
+    meta = parse_json(str(arrays["meta"]))
+    steps, values = arrays["steps"], arrays["values"]
+    keys = meta.pop("keys")
+    if steps.dtype != np.float64 or values.dtype != np.float64:
+        raise ValueError("not float64")
+    if values.shape != (len(keys), *steps.shape) or steps.ndim != 1:
+        raise ValueError(f"{len(keys)} keys, {steps.shape} steps, {values.shape} values")
+    texts = {name: meta[name] for name in ("run_id", "name", "source", "kind")}
+    problems, identities = tuple(meta["problems"]), tuple(meta["identities"])
+    named = (*texts.values(), *keys, *problems, *identities)
+    if not all(isinstance(text, str) for text in named):
+        raise TypeError("a name that is no text")
+    config = flat_config(meta["config"])
+    columns = dict(zip(keys, values, strict=True))
+    return RunRecord(
+        **texts,
+        config=config,
+        steps=steps,
+        columns=columns,
+        problems=problems,
+        identities=identities,
+    )

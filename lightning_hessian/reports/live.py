@@ -113,7 +113,7 @@ def live_page(
     figures, left_out = figures_of(run.rows, media)
     notes = [*run.problems, *_missing(rows, watched), *left_out]
     try:
-        spectra = spectra_of(run).get("hessian", [])
+        spectra = spectra_of(run, notes).get("hessian", [])
     except ValueError as error:
         spectra = []
         notes.append(f"the spectra cannot be shown: {error}")

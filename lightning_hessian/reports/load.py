@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,12 +20,20 @@ from lightning_hessian.reports.wandb_runs import (
     read_wandb_run,
     wandb_state,
 )
+from lightning_hessian.results import UnreadableFileError, bounds
+from lightning_hessian.results.outside import printable, unreadable
 
 Source = str | PathLike[str]
 LONG_RUN_KEYS = ("hessian*/*", "gradient*/*", "*loss*", "*error*", "*acc*", "epoch", "identity/*")
 """What is read of a W&B run that is too long to be read whole, beside the monitors."""
 
 _THREADS = 8
+_NAMED = 5
+"""Runs left out that the warning names one by one."""
+
+
+class RunLeftOutWarning(UserWarning):
+    """A run could not be read; the message names it and the reason."""
 
 
 def load_runs(
@@ -43,7 +52,8 @@ def load_runs(
     all below it, offline W&B runs, ``metrics.csv`` of Lightning's CSVLogger, and TensorBoard event
     files. What exists on the disk is taken to be meant. Where a step was logged twice, as after a
     resume, the later value wins. Of a live, cut or damaged file everything whole is used, and
-    `RunTable.problems` names the rest.
+    `RunTable.problems` names the rest. A run that cannot be read at all, or not within the bounds
+    of `lightning_hessian.results.bounds`, is left out with a warning, and the others are returned.
 
     Args:
         source: A W&B path, a file or folder, or several of them.
@@ -78,16 +88,30 @@ def load_runs(
     skipped: list[str] = []
     if local:
         read = functools.partial(_read_cached, kept)
-        found = map_runs(read, find_all(local), what="read", progress=shown, workers=workers)
+        found = map_runs(
+            read,
+            find_all(local),
+            what="read",
+            progress=shown,
+            workers=workers,
+            seconds=bounds.RUN_SECONDS,
+            failed=lambda run, why: f"{run.folder}: {why}",
+        )
         runs += [run for run in found if isinstance(run, RunRecord)]
-        skipped += [run for run in found if isinstance(run, str)]
+        skipped += [printable(run) for run in found if isinstance(run, str)]
     for path in remote:
         fetch = functools.partial(_fetch_cached, kept, (*LONG_RUN_KEYS, *keys))
         listed = list_wandb_runs(path, filters)
-        runs += map_runs(fetch, listed, what="fetched", progress=shown, threads=_THREADS)
+        fetched = map_runs(fetch, listed, what="fetched", progress=shown, threads=_THREADS)
+        runs += [run for run in fetched if isinstance(run, RunRecord)]
+        skipped += [printable(run) for run in fetched if isinstance(run, str)]
     kept.prune()
+    named = "; ".join(skipped[:_NAMED]) + ("; ..." if len(skipped) > _NAMED else "")
     if not runs:
-        raise ValueError(f"Not one of {len(skipped)} run(s) can be read: {'; '.join(skipped)}")
+        raise ValueError(f"Not one of {len(skipped)} run(s) can be read: {named}")
+    if skipped:
+        left_out = f"{len(skipped)} of {len(runs) + len(skipped)} runs are left out: {named}"
+        warnings.warn(left_out, RunLeftOutWarning, stacklevel=2)
     return RunTable(with_unique_names(runs), tuple(skipped))
 
 
@@ -103,24 +127,30 @@ def _told_apart(sources: Iterable[Source]) -> tuple[list[WandbPath], list[Path]]
 
 
 def _read_cached(cache: RunCache, run: LocalRun) -> RunRecord | str:
-    """Returns a run on the disk, or why it cannot be read."""
-    key = ("local", run.state())
-    found = cache.get(key)
-    if found is None:
-        try:
-            found = read_local_run(run)
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            return str(error)
-        cache.put(key, found)
-    return found
+    """Return a run on the disk, or why it cannot be read."""
+    try:
+        with unreadable(run.folder):
+            key = ("local", run.state())
+            found = cache.get(key)
+            if found is None:
+                found = read_local_run(run)
+                cache.put(key, found)
+            return found
+    except (UnreadableFileError, OSError, ModuleNotFoundError) as error:
+        return str(error)
 
 
-def _fetch_cached(cache: RunCache, wanted: tuple[str, ...], run: Any) -> RunRecord:
-    state = wandb_state(run)
-    key = None if state is None else (*state, wanted)
-    found = None if key is None else cache.get(key)
-    if found is None:
-        found = read_wandb_run(run, wanted)
-        if key is not None:
-            cache.put(key, found)
-    return found
+def _fetch_cached(cache: RunCache, wanted: tuple[str, ...], run: Any) -> RunRecord | str:
+    """Return a run on a server, or why it cannot be read."""
+    try:
+        with unreadable(run.url):
+            state = wandb_state(run)
+            key = None if state is None else (*state, wanted)
+            found = None if key is None else cache.get(key)
+            if found is None:
+                found = read_wandb_run(run, wanted)
+                if key is not None:
+                    cache.put(key, found)
+            return found
+    except UnreadableFileError as error:
+        return str(error)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_hessian.reports.csv_runs import read_csv
+from lightning_hessian.reports.hparams import read_hparams
 from lightning_hessian.reports.offline_run import read_offline_run
-from lightning_hessian.reports.run_table import RunRecord, columns_of, flat_config
+from lightning_hessian.reports.run_table import RunRecord, cleaned, columns_of, flat_config
 from lightning_hessian.reports.same_run import identities_beside, identities_in
 from lightning_hessian.reports.tensorboard_events import read_events
+from lightning_hessian.results import UnreadableFileError, bounds
+from lightning_hessian.results.outside import inside, printable, reason, unreadable
 
 _RUN_FOLDER = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
 _METRICS, _HPARAMS, _EVENTS = "metrics.csv", "hparams.yaml", "events.out.tfevents."
@@ -37,7 +41,7 @@ class LocalRun:
         """Returns what changes whenever a file of the run does."""
         files = (*self.files, self.folder / _HPARAMS)
         return tuple(
-            (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+            (os.path.realpath(file), file.stat().st_size, file.stat().st_mtime_ns)
             for file in files
             if file.exists()
         )
@@ -52,23 +56,22 @@ def find_local_runs(path: Path) -> list[LocalRun]:
     Raises:
         FileNotFoundError: There is no such path, or no run there.
     """
-    if path.is_file():
-        return [LocalRun(_kind(path), path.parent, (path,))]
+    if path.exists() and not path.is_dir():
+        file = Path(os.path.realpath(path)) if path.is_symlink() else path
+        return [LocalRun(_kind(file), file.parent, (file,))]
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder, and a W&B path is ENTITY/PROJECT[/RUN]."
         )
     found: list[LocalRun] = []
     parts: dict[tuple[Path, str], list[Path]] = {}
-    for folder, subfolders, names in os.walk(path):
-        subfolders.sort()
-        here = Path(folder)
-        for name in sorted(names):
+    for here, names in _folders(path):
+        for name in names:
             if name.endswith(".wandb"):
                 run_id = _RUN_FOLDER.fullmatch(here.name)
                 label = run_id["id"] if run_id else str(here)
                 parts.setdefault((here.parent, label), []).append(here / name)
-        events = tuple(here / name for name in sorted(names) if name.startswith(_EVENTS))
+        events = tuple(here / name for name in names if name.startswith(_EVENTS))
         if _METRICS in names:
             found.append(LocalRun("csv", here, (here / _METRICS,)))
         elif events:
@@ -83,30 +86,78 @@ def find_local_runs(path: Path) -> list[LocalRun]:
     return sorted(found, key=lambda run: str(run.folder))
 
 
+def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the folders below a path, each with the names of what is no folder in it.
+
+    `os.walk` of Python 3.11 calls itself for each level, and ends at a thousand of them.
+    """
+    left = [(path, 0)]
+    while left:
+        here, depth = left.pop()
+        subfolders, names = [], []
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        subfolders.append(entry.name)
+                    elif not os.path.isdir(entry.path):  # a link that leads in circles is none
+                        names.append(entry.name)
+        except OSError as error:
+            warnings.warn(f"{printable(str(here))} left out: {reason(error)}", stacklevel=3)
+            continue
+        yield here, sorted(names)
+        if depth < bounds.FOLDER_DEPTH:
+            left += [(here / name, depth + 1) for name in sorted(subfolders, reverse=True)]
+        elif subfolders:
+            warnings.warn(
+                f"folders more than {bounds.FOLDER_DEPTH} below {printable(str(path))} left out",
+                stacklevel=3,
+            )
+
+
 def read_local_run(run: LocalRun) -> RunRecord:
-    """Returns the history of a run, as far as its files are whole.
+    """Return the history of a run, as far as its files are whole.
 
     Raises:
-        ValueError: Not one file of it can be read.
+        UnreadableFileError: Not one file of it can be read; a ValueError.
+        OSError: A file cannot be opened.
         ModuleNotFoundError: It takes a package that is not installed.
     """
-    if run.kind == "offline":
-        return _read_offline(run)
-    read = _read_csv if run.kind == "csv" else read_events
+    with unreadable(run.folder):
+        return cleaned(_read_offline(run) if run.kind == "offline" else _read_rows(run))
+
+
+def _read_rows(run: LocalRun) -> RunRecord:
+    read = read_csv if run.kind == "csv" else read_events
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
+    broken: list[str] = []
     for file in run.files:
-        more, trouble = read(file)
+        try:
+            inside(file, file.parent)
+            more, trouble = read(file)
+        except (UnreadableFileError, OSError) as error:
+            broken.append(str(error))
+            continue
         rows += more
         problems += [f"{file.name}: {problem}" for problem in trouble]
-    config = _read_hparams(run.folder / _HPARAMS, problems)
+    if len(broken) == len(run.files):
+        raise UnreadableFileError("; ".join(broken))
+    config = read_hparams(run.folder / _HPARAMS, problems)
     steps, columns = columns_of(rows)
     # Not resolved: what the user typed is what he will recognise.
     name = "/".join(run.folder.absolute().parts[-2:])
     return RunRecord(
-        str(run.folder), name, str(run.folder), run.kind, config, steps, columns, tuple(problems),
+        str(run.folder),
+        name,
+        str(run.folder),
+        run.kind,
+        config,
+        steps,
+        columns,
+        (*broken, *problems),
         identities_beside(run.folder),
-    )  # fmt: skip
+    )
 
 
 def _kind(file: Path) -> str:
@@ -120,12 +171,13 @@ def _read_offline(run: LocalRun) -> RunRecord:
     config: dict[str, Any] = {}
     problems: list[str] = []
     run_id = name = ""
-    unreadable: list[str] = []
+    broken: list[str] = []
     for file in run.files:
         try:
+            inside(file, file.parent)
             part = read_offline_run(file, summary=False)
         except (ValueError, OSError) as error:
-            unreadable.append(str(error))
+            broken.append(str(error))
             continue
         rows += part.rows
         config |= part.config
@@ -133,8 +185,8 @@ def _read_offline(run: LocalRun) -> RunRecord:
         problems += [f"{file.parent.name}: {problem}" for problem in part.problems]
         if part.exit_code is None and part.complete:
             problems.append(f"{file.parent.name}: the run has not ended (live, or killed)")
-    if len(unreadable) == len(run.files):
-        raise ValueError("; ".join(unreadable))
+    if len(broken) == len(run.files):
+        raise UnreadableFileError("; ".join(broken))
     steps, columns = columns_of(rows)
     return RunRecord(
         run_id,
@@ -144,76 +196,14 @@ def _read_offline(run: LocalRun) -> RunRecord:
         flat_config(config),
         steps,
         columns,
-        (*unreadable, *problems),
+        (*broken, *problems),
         identities_in(rows),
     )
 
 
-def _read_csv(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the rows of a `metrics.csv`, and what was left out.
-
-    A CSV file has no checksums: a digit that turned into another digit cannot be found.
-    """
-    text = file.read_bytes().decode("utf-8", errors="replace")
-    if not text.strip():
-        raise ValueError(f"{file} is empty: the run wrote nothing, or the copy of it failed")
-    lines = text.splitlines(keepends=True)
-    problems: list[str] = []
-    if not lines[-1].endswith(("\n", "\r")):
-        problems.append(f"line {len(lines)} is not whole (a live or interrupted run), left out")
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{file} is cut off within its first line")
-    reader = csv.reader(line.replace("\0", "\ufffd") for line in lines)
-    header = next(reader)
-    numeric: set[str] = set()
-    doubtful: list[tuple[str, str]] = []
-    rows = []
-    for fields in reader:
-        if len(fields) != len(header):
-            problems.append(
-                f"line {reader.line_num} has {len(fields)} fields, not {len(header)}, left out"
-            )
-            continue
-        row = {}
-        for key, value in zip(header, fields, strict=True):
-            if value == "":
-                continue
-            try:
-                row[key] = float(value)
-                numeric.add(key)
-            except ValueError:
-                doubtful.append((key, f"line {reader.line_num}: {key} = {value!r} is no number"))
-        rows.append(row)
-    # A column without any number is text, which is no problem.
-    problems += [f"{text}, left out" for key, text in doubtful if key in numeric]
-    if "step" in header:
-        lost = [row for row in rows if "step" not in row]
-        if lost:
-            problems.append(f"{len(lost)} line(s) without a step, left out")
-        rows = [row for row in rows if "step" in row]
-    return rows, problems
-
-
-def _read_hparams(file: Path, problems: list[str]) -> dict[str, Any]:
-    """Returns the hyperparameters that Lightning wrote beside the metrics."""
-    if not file.exists():
-        return {}
-    import yaml  # type: ignore[import-untyped,unused-ignore]
-
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
-        problems.append(f"{_HPARAMS} left out: {_first_line(error)}")
-        return {}
-    return flat_config(loaded) if isinstance(loaded, dict) else {}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def find_all(paths: Iterable[Path]) -> list[LocalRun]:
     """Returns the runs below several paths, each once."""
-    found = {run.files[-1].resolve(): run for path in paths for run in find_local_runs(path)}
+    found = {
+        os.path.realpath(run.files[-1]): run for path in paths for run in find_local_runs(path)
+    }
     return list(found.values())

@@ -1,38 +1,39 @@
 """Read an offline W&B run back from the `.wandb` file that it left on the disk.
 
-The file is a LevelDB log (https://github.com/google/leveldb/blob/main/doc/log_format.md): after a
-file header of 7 bytes, blocks of 32 KiB hold chunks, one or several to a record, and each record is
-a `wandb_internal.Record` in protobuf. W&B differs in the checksum of a chunk: it is the plain CRC32
-of zlib over kind and payload, not LevelDB's masked CRC32C (checked on files of wandb 0.31).
+Each record of its log (see `transaction_log`) is a `wandb_internal.Record` in protobuf.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_IDENT, _MAGIC, _VERSION = b":W&B", 0xBEE1, 0
-_FILE_HEADER = struct.Struct("<4sHB")
-_BLOCK = 32 * 1024
-_CHUNK_HEADER = struct.Struct("<IHB")  # checksum, length of the payload, kind
-_KIND = 6  # offset of the kind, where the bytes under the checksum begin
-_DAMAGED, _FULL, _FIRST, _MIDDLE, _LAST = range(5)  # a chunk of kind 0 is never written
+from lightning_hessian.reports.transaction_log import (
+    EmptyRunError,
+    TransactionLog,
+    check_file_header,
+)
+from lightning_hessian.results import UnreadableFileError, bounds
+from lightning_hessian.results.outside import (
+    check_integer,
+    encodable,
+    inside,
+    open_regular,
+    parse_json,
+    printable,
+    unreadable,
+)
+
+__all__ = ["EmptyRunError", "OfflineRun", "finite_or_float", "read_offline_run"]
 
 _NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 # A run folder, the `wandb` folder around it, and the `save_dir` of a logger around that.
 _PLACES = ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb")
-
-
-class EmptyRunError(ValueError):
-    """There is nothing in the file of a run yet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,42 +104,54 @@ def read_offline_run(path: str | PathLike[str], *, summary: bool = True) -> Offl
 
     Raises:
         FileNotFoundError: There is no such path, or no `.wandb` file there.
-        ValueError: There are several runs, or the file is empty or not one of W&B's.
+        UnreadableFileError: The file is empty, not one of W&B's, or beyond the bounds of
+            `lightning_hessian.results.bounds`; a ValueError.
+        ValueError: There are several runs.
     """
     file_path = _find_file(Path(path))
+    with open_regular(file_path, bounds.RUN_FILE_BYTES) as file, unreadable(file_path):
+        return _read(file, file_path, summary)
+
+
+def _read(file: BinaryIO, file_path: Path, summary: bool) -> OfflineRun:
     run_id, project, name = file_path.stem.removeprefix("run-"), "", ""
     rows: list[dict[str, Any]] = []
     config, last_values = _Updates(), _Updates()
-    exit_code = None
-    with file_path.open("rb") as file:
-        _check_file_header(file, file_path)
-        log = _TransactionLog(file)
-        for offset, record in _decoded(log):
-            kind = record.WhichOneof("record_type")
-            if kind == "history":
-                rows.append(_row(record.history, offset, log.problems))
-            elif kind == "summary":
-                if summary:
-                    last_values.apply(record.summary)
-            elif kind == "config":
-                config.apply(record.config)
-            elif kind == "run":
-                run_id = record.run.run_id or run_id
-                project = record.run.project or project
-                name = record.run.display_name or name
-                config.apply(record.run.config)
-                last_values.apply(record.run.summary)
-            elif kind == "exit":
-                exit_code = record.exit.exit_code
+    exit_code, num_values = None, 0
+    check_file_header(file, file_path)
+    log = TransactionLog(file)
+    for offset, record in _decoded(log):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            row, count = _row(record.history, offset, log.problems)
+            rows.append(row)
+            num_values += count
+            if num_values > bounds.NUM_VALUES:
+                raise UnreadableFileError(
+                    f"{file_path} holds more than {bounds.NUM_VALUES} values, which are not read."
+                )
+        elif kind == "summary":
+            if summary:
+                last_values.apply(record.summary)
+        elif kind == "config":
+            config.apply(record.config)
+        elif kind == "run":
+            run_id = record.run.run_id or run_id
+            project = record.run.project or project
+            name = record.run.display_name or name
+            config.apply(record.run.config)
+            last_values.apply(record.run.summary)
+        elif kind == "exit":
+            exit_code = record.exit.exit_code
     return OfflineRun(
-        run_id=run_id,
-        project=project,
-        name=name,
+        run_id=printable(run_id, bounds.NAME_LENGTH),
+        project=printable(project, bounds.NAME_LENGTH),
+        name=printable(name, bounds.NAME_LENGTH),
         config=config.nested("config", log.problems),
         rows=rows,
         summary=last_values.nested("summary", log.problems),
         complete=log.complete,
-        problems=tuple(log.problems),
+        problems=log.problems.told(),
         exit_code=exit_code,
     )
 
@@ -149,9 +162,12 @@ def _find_file(path: Path) -> Path:
         return path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; pass the folder of an offline W&B run")
+    if not path.is_dir():
+        return path  # a pipe or device, which is refused where it would be opened
     for place in _PLACES:
         found = sorted(path.glob(place))
         if len(found) == 1:
+            inside(found[0], path)
             return found[0]
         if found:
             listed = ", ".join(str(file.relative_to(path)) for file in found)
@@ -161,119 +177,7 @@ def _find_file(path: Path) -> Path:
     )
 
 
-def _check_file_header(file: BinaryIO, path: Path) -> None:
-    """Read past the header of the file, or say why it cannot be a W&B run."""
-    header = file.read(_FILE_HEADER.size)
-    if not header:
-        raise EmptyRunError(f"{path} is empty: the run wrote nothing, or the copy of it failed")
-    expected = _FILE_HEADER.pack(_IDENT, _MAGIC, _VERSION)
-    if header != expected:
-        raise ValueError(
-            f"{path} is not a W&B run: it begins with {header!r}, not {expected!r}; "
-            "pass the .wandb file of a run folder"
-        )
-
-
-class _TransactionLog:
-    """The records in an open `.wandb` file, one block in memory at a time.
-
-    Iterating yields ``(offset, payload)`` of every whole record. Afterwards ``problems`` names what
-    was left out, and ``complete`` says whether the file ended where a record ends.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._cut_at: int | None = None
-        self.problems: list[str] = []
-        self.complete = True
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        begin: int | None = None
-        parts: list[bytes] = []
-        damaged = False  # since the last whole record: stray ends of records are explained then
-        for offset, kind, payload in self._chunks():
-            if begin is not None and kind not in (_MIDDLE, _LAST):
-                self.problems.append(f"the record at byte {begin} is not whole, left out")
-                begin = None
-            if kind == _DAMAGED:
-                damaged = True
-                continue
-            if kind in (_FULL, _FIRST):
-                begin, parts = offset, []
-            elif begin is None:
-                if not damaged:
-                    self.problems.append(f"no record begins before the part at byte {offset}")
-                continue
-            parts.append(payload)
-            if kind in (_FULL, _LAST):
-                yield begin, b"".join(parts)
-                begin, damaged = None, False
-        begin = self._cut_at if begin is None else begin
-        if begin is not None:
-            self.complete = False
-            self.problems.append(
-                f"the file ends inside the record at byte {begin} (a live or interrupted run)"
-            )
-
-    def _chunks(self) -> Iterator[tuple[int, int, bytes]]:
-        """Offset, kind and payload of the chunks; kind 0 where damage was stepped over."""
-        start, position = 0, _FILE_HEADER.size
-        self._file.seek(0)
-        while block := self._file.read(_BLOCK):
-            # Fewer bytes than a header at the end of a block are padding.
-            while position < len(block) and position + _CHUNK_HEADER.size <= _BLOCK:
-                offset, end = start + position, _chunk_end(block, position)
-                if end is not None:
-                    yield offset, block[position + _KIND], block[position + _KIND + 1 : end]
-                    position = end
-                    continue
-                end = _next_chunk(block, position)
-                if end == len(block) < _BLOCK:  # nothing whole follows: damaged, or just cut short?
-                    claimed = _claimed_end(block, position)
-                    if len(block) < claimed <= _BLOCK:
-                        self._cut_at = offset
-                        return
-                    self.complete = claimed == len(block)
-                self.problems.append(
-                    f"bytes {offset} to {start + end} do not match their checksum, left out"
-                )
-                yield offset, _DAMAGED, b""
-                position = end
-            if len(block) < _BLOCK:  # more may have been written since, but not into this block
-                return
-            start, position = start + _BLOCK, 0
-
-
-def _claimed_end(block: bytes, position: int) -> int:
-    """Where the chunk at ``position`` says that it ends; past ``block`` if its header is cut."""
-    if position + _CHUNK_HEADER.size > len(block):
-        return position + _CHUNK_HEADER.size
-    _, length, _ = _CHUNK_HEADER.unpack_from(block, position)
-    return position + _CHUNK_HEADER.size + length
-
-
-def _chunk_end(block: bytes, position: int) -> int | None:
-    """Where the chunk at ``position`` ends; ``None`` if it is cut or fails its checksum."""
-    end = _claimed_end(block, position)
-    if end > len(block):
-        return None
-    checksum, _, kind = _CHUNK_HEADER.unpack_from(block, position)
-    if not _FULL <= kind <= _LAST:
-        return None
-    return end if zlib.crc32(block[position + _KIND : end]) == checksum else None
-
-
-def _next_chunk(block: bytes, position: int) -> int:
-    """Where the next whole chunk after a damaged one begins, or where the block ends.
-
-    The damaged length cannot be trusted, so every offset is tried; a checksum of 32 bits that fits
-    by chance is rarer than a damaged file.
-    """
-    candidates = range(position + 1, len(block) - _CHUNK_HEADER.size + 1)
-    return next((at for at in candidates if _chunk_end(block, at) is not None), len(block))
-
-
-def _decoded(log: _TransactionLog) -> Iterator[tuple[int, Any]]:
+def _decoded(log: TransactionLog) -> Iterator[tuple[int, Any]]:
     """Offset and protobuf message of the records in ``log``."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
     from wandb.proto.wandb_internal_pb2 import Record
@@ -307,7 +211,15 @@ class _Updates:
     def nested(self, what: str, problems: list[str]) -> dict[str, Any]:
         """The values as a nested dict, without the entry that W&B keeps for itself."""
         root: dict[str, Any] = {}
-        for (*parents, leaf), text in self._texts.items():
+        for path, text in self._texts.items():
+            try:
+                _check_path(path)
+                value = None if text is None else finite_or_float(parse_json(text))
+            except ValueError as error:
+                name = printable(".".join(path), 200)
+                problems.append(f"{what} {name!r} is not JSON within the bounds, left out: {error}")
+                continue
+            *parents, leaf = path
             node = root
             for key in parents:
                 if not isinstance(node.get(key), dict):
@@ -315,46 +227,60 @@ class _Updates:
                 node = node[key]
             if text is None:
                 node.pop(leaf, None)
-                continue
-            try:
-                node[leaf] = finite_or_float(json.loads(text))
-            except ValueError:
-                name = ".".join([*parents, leaf])
-                problems.append(f"{what} {name!r} is not JSON, left out")
+            else:
+                node[leaf] = value
         root.pop("_wandb", None)
         return root
 
 
-def _row(history: Any, offset: int, problems: list[str]) -> dict[str, Any]:
-    """The row that one `HistoryRecord` holds."""
+def _check_path(path: Sequence[str]) -> None:
+    """Raise ValueError where a path of keys is deeper or longer than the bounds."""
+    if len(path) > bounds.DEPTH:
+        raise ValueError(f"its key is nested deeper than {bounds.DEPTH}")
+    if sum(map(len, path)) > bounds.KEY_LENGTH:
+        raise ValueError(f"its key is longer than {bounds.KEY_LENGTH} characters")
+
+
+def _row(history: Any, offset: int, problems: list[str]) -> tuple[dict[str, Any], int]:
+    """The row that one `HistoryRecord` holds, and the number of its values, those of lists too."""
     row: dict[str, Any] = {}
-    values = _parsed_together(history.item)
+    values, count = _parsed_together(history.item)
+    most, intern = bounds.DEPTH, sys.intern  # so few characters are no deep path either
     for place, item in enumerate(history.item):
         key = ".".join(item.nested_key) or item.key
         try:
+            if len(key) > most:
+                _check_path(tuple(item.nested_key) or (key,))
             value = _item_value(item) if values is None else values[place]
+            if type(value) is float:
+                row[intern(key)] = value
+            elif isinstance(value, dict):
+                row.update(_leaves(key, value))
+            else:
+                row[intern(key)] = finite_or_float(value)
         except ValueError as error:
-            problems.append(f"{key!r} in the record at byte {offset} left out: {error}")
-            continue
-        if isinstance(value, dict):
-            row.update(_leaves(key, value))
-        else:
-            row[sys.intern(key)] = finite_or_float(value)
+            name = printable(key, 200)
+            problems.append(f"{name!r} in the record at byte {offset} left out: {error}")
     if history.HasField("step"):
         row.setdefault("_step", history.step.num)
-    return row
+    return row, count
 
 
-def _parsed_together(items: Any) -> list[Any] | None:
-    """The values of all items by one call of the parser, the usual case; None where it is not."""
+def _parsed_together(items: Any) -> tuple[list[Any] | None, int]:
+    """The values of all items by one call of the parser, the usual case; None where it is not.
+
+    Also how many values there are at most; a comma stands between any two.
+    """
     texts = [item.value_json for item in items]
+    together = f"[{','.join(texts)}]"
+    count = together.count(",") + 1
     if not all(texts):
-        return None
+        return None, count
     try:
-        values = json.loads(f"[{','.join(texts)}]")
+        values = parse_json(together)
     except ValueError:
-        return None
-    return values if len(values) == len(texts) else None
+        return None, count
+    return (values if len(values) == len(texts) else None), count
 
 
 def _item_value(item: Any) -> Any:
@@ -364,12 +290,12 @@ def _item_value(item: Any) -> Any:
     that an older wandb, which lacks them, still reads the JSON.
     """
     if item.value_json:
-        return json.loads(item.value_json)
+        return parse_json(item.value_json)
     for field, value in item.ListFields():
         if field.name == "none":
             return None
         if field.name == "json":
-            return json.loads(value)
+            return parse_json(value)
         if field.name not in ("key", "nested_key"):
             return value
     raise ValueError("it has no value that the installed wandb knows; a newer one may")
@@ -377,9 +303,11 @@ def _item_value(item: Any) -> Any:
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Key and value, or, of a dict, its leaves under their keys joined by dots."""
+    if len(key) > bounds.KEY_LENGTH:
+        raise ValueError(f"its key is longer than {bounds.KEY_LENGTH} characters")
     if isinstance(value, dict):
         for name, child in value.items():
-            yield from _leaves(f"{key}.{name}", child)
+            yield from _leaves(encodable(f"{key}.{name}"), child)
     else:
         yield sys.intern(key), finite_or_float(value)
 
@@ -388,5 +316,10 @@ def finite_or_float(value: Any) -> Any:
     """``value``, or the float that it spells where JSON has no number for it ("NaN", "Infinity").
 
     wandb 0.31 writes these bare, which `json` understands; W&B's server hands them on in quotes.
+
+    Raises:
+        ValueError: It is a whole number of more digits than float64 can hold.
     """
+    if type(value) is int:
+        return check_integer(value)
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

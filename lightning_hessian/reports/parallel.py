@@ -6,8 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -42,6 +41,8 @@ def map_runs(
     progress: Progress,
     threads: int = 0,
     workers: int | None = None,
+    seconds: float | None = None,
+    failed: Callable[[Item, str], Result] | None = None,
 ) -> list[Result]:
     """Returns ``function(item)`` of every item, in order.
 
@@ -53,9 +54,13 @@ def map_runs(
         threads: How many threads instead of processes, for work that waits for a server.
         workers: How many processes; by default one for each usable core, or none where they
             would not pay.
+        seconds: How long one item may take in a process, which is ended then; for ever by default.
+        failed: What stands for an item whose process died or took too long, of the item and the
+            reason.
 
     Raises:
         Exception: That of the first item that raised.
+        RuntimeError: A process died or took too long, and there is no ``failed``.
     """
     listed: Sequence[Item] = list(items)
     worth_it = len(listed) >= (_SOME if workers is None and _method() == "spawn" else _FEW)
@@ -66,7 +71,19 @@ def map_runs(
             results.append(function(item))
             progress.count(what, done, len(listed))
         return results
-    with _pool(min(workers, len(listed)), threads) as pool:
+    if not threads:
+        from lightning_hessian.reports.processes import map_in_processes
+
+        return map_in_processes(
+            function,
+            listed,
+            workers=min(workers, len(listed)),
+            method=_method(),
+            seconds=seconds,
+            failed=failed,
+            done=lambda count: progress.count(what, count, len(listed)),
+        )
+    with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(function, item) for item in listed]
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -84,12 +101,6 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         return os.cpu_count() or 1
-
-
-def _pool(workers: int, threads: int) -> Executor:
-    if threads:
-        return ThreadPoolExecutor(threads)
-    return ProcessPoolExecutor(workers, mp_context=get_context(_method()))
 
 
 def _method() -> str:

@@ -78,12 +78,17 @@ class CorrelationReport:
 
         Returns:
             The path of report.html.
+
+        Raises:
+            ArgumentError: Nothing can be written to ``out``; found before anything is drawn.
         """
         from lightning_hessian.reports.compose import compose
         from lightning_hessian.reports.document import to_html, to_markdown
         from lightning_hessian.reports.numbers import write_csv, write_json
+        from lightning_hessian.results.output import check_folder
 
         folder = Path(out)
+        check_folder(folder, "out")
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         document = compose(self)
         for drawing in document.drawings:

@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import numpy as np
 
 from lightning_hessian.reports.offline_run import finite_or_float
 from lightning_hessian.reports.outside import csv_cell
-from lightning_hessian.results import FloatArray
+from lightning_hessian.results import FloatArray, UnreadableFileError, bounds
+from lightning_hessian.results.outside import check_integer, encodable, printable
 
 STEP_KEYS = ("trainer/global_step", "step", "_step")
 """What counts the steps of a row: Lightning's count where it was logged, else W&B's of rows."""
@@ -156,6 +157,9 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[FloatArray, dict[str,
     Args:
         rows: In the order in which they were logged.
 
+    Raises:
+        UnreadableFileError: Rows times columns are beyond the bound.
+
     Example:
         >>> steps, columns = columns_of([{"step": 0, "a": 1}, {"step": 5, "a": 2}, {"step": 5, "a": 3}])
         >>> steps.tolist(), columns["a"].tolist()
@@ -177,6 +181,11 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[FloatArray, dict[str,
                 places.append(index)
                 values.append(number)
     unique, place = np.unique(np.asarray(steps, dtype=np.float64), return_inverse=True)
+    if len(unique) * len(found) > bounds.TABLE_VALUES:
+        raise UnreadableFileError(
+            f"{len(found)} keys in {len(unique)} rows make a table of more than "
+            f"{bounds.TABLE_VALUES} values"
+        )
     columns = {}
     for key, (places, values) in found.items():
         where = place[places]
@@ -186,7 +195,7 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[FloatArray, dict[str,
             column[list(last)] = list(last.values())
         else:
             column[where] = values
-        columns[key] = column
+        columns[encodable(key)] = column
     return unique, columns
 
 
@@ -198,21 +207,45 @@ def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Config
         {'lr': 0.1, 'model.width': 64, 'model.sizes': '[1, 2]'}
     """
     flat: dict[str, ConfigValue] = {}
+    if len(prefix) > bounds.KEY_LENGTH or prefix.count(".") > bounds.DEPTH * 2:
+        raise UnreadableFileError("the configuration has keys beyond the bounds")
     for key, value in config.items():
-        name = f"{prefix}{key}"
+        name = encodable(f"{prefix}{key}")
         if isinstance(value, Mapping):
             flat |= flat_config(value, f"{name}.")
-        elif value is None or isinstance(value, (str, int, float, bool)):
-            flat[name] = value
+        elif isinstance(value, str):
+            flat[name] = encodable(value)
+        elif value is None or isinstance(value, (int, float, bool)):
+            flat[name] = _bounded(value)
         else:
-            flat[name] = json.dumps(value, default=str)
+            flat[name] = json.dumps(value, default=str, skipkeys=True)
     return flat
+
+
+def _bounded(value: float | None) -> ConfigValue:
+    try:
+        return check_integer(value) if isinstance(value, int) else value
+    except ValueError as error:
+        return str(error)
+
+
+def cleaned(run: RunRecord) -> RunRecord:
+    """Return a run whose texts every file and terminal takes: no controls, names of bounded length.
+
+    Args:
+        run: What was read.
+    """
+    return replace(
+        run,
+        run_id=printable(run.run_id),
+        name=printable(run.name, bounds.NAME_LENGTH),
+        source=printable(run.source),
+        problems=tuple(printable(problem) for problem in run.problems),
+    )
 
 
 def with_unique_names(runs: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
     """Returns the runs, in which those that share a name have their id (or source) added."""
-    from dataclasses import replace
-
     listed = list(runs)
     for part in ("run_id", "source"):
         names = [run.name for run in listed]
@@ -226,5 +259,8 @@ def with_unique_names(runs: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
 
 
 def _number(value: Any) -> float | None:
-    value = finite_or_float(value)
+    try:
+        value = finite_or_float(value)
+    except ValueError:
+        return None
     return float(value) if isinstance(value, (int, float)) else None

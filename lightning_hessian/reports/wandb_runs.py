@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_hessian.reports.run_table import RunRecord, columns_of, flat_config
+from lightning_hessian.reports.run_table import RunRecord, cleaned, columns_of, flat_config
 from lightning_hessian.reports.same_run import identities_in
 
 _PATH = re.compile(
@@ -126,10 +126,12 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
         problems.append(f"the run is {run.state}: more rows may come")
     steps, columns = columns_of(rows)
     path = f"{run.entity}/{run.project}/{run.id}"
-    return RunRecord(
-        run.id, run.name or run.id, path, "wandb", config, steps, columns, tuple(problems),
-        identities_in(rows),
-    )  # fmt: skip
+    return cleaned(
+        RunRecord(
+            run.id, run.name or run.id, path, "wandb", config, steps, columns, tuple(problems),
+            identities_in(rows),
+        )
+    )
 
 
 def explained(error: Exception, path: WandbPath) -> Exception:

@@ -6,17 +6,20 @@ import dataclasses
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_hessian.results.npz import read_npz
+from lightning_hessian.results.outside import parse_json, unreadable
 from lightning_hessian.results.spectrum import HessianSpectrum, SpectralDensity
 
 _ARRAYS = ("eigenvalues", "residuals", "converged")
 _ABOUT = "about"
+_REMEDY = "It is no spectrum that lightning_hessian wrote. Delete it and measure again."
 
 
 def save_spectrum(
@@ -58,11 +61,14 @@ def save_spectrum(
 
 
 def load_spectrum(path: str | os.PathLike[str]) -> HessianSpectrum:
-    """Returns the spectrum that `save_spectrum` wrote.
+    """Return the spectrum that `save_spectrum` wrote.
+
+    Args:
+        path: The file; it takes as much memory as it has bytes, whatever it claims.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not such a file, or damaged.
+        UnreadableFileError: It is not such a file, or damaged; a ValueError.
 
     Example:
         >>> load_spectrum("nowhere.npz")
@@ -70,38 +76,52 @@ def load_spectrum(path: str | os.PathLike[str]) -> HessianSpectrum:
         FileNotFoundError: nowhere.npz does not exist.
     """
     arrays, about = _read(Path(path))
-    fields = about["spectrum"]
-    if (density := fields.pop("density", None)) is not None:
-        nodes, weights = arrays.pop("density_nodes"), arrays.pop("density_weights")
-        fields["density"] = SpectralDensity(nodes=nodes, weights=weights, **density)
-    if "eigenvectors" in arrays:
-        import torch
+    with _ours(Path(path)):
+        fields = dict(about["spectrum"])
+        if (density := fields.pop("density", None)) is not None:
+            nodes, weights = arrays.pop("density_nodes"), arrays.pop("density_weights")
+            fields["density"] = SpectralDensity(nodes=nodes, weights=weights, **density)
+        _check(arrays, fields)
+        if "eigenvectors" in arrays:
+            import torch
 
-        arrays["eigenvectors"] = torch.from_numpy(arrays["eigenvectors"])
-    return HessianSpectrum(**arrays, **fields)
+            arrays["eigenvectors"] = torch.from_numpy(arrays["eigenvectors"])
+        return HessianSpectrum(**arrays, **fields)
 
 
 def load_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns what `save_spectrum` was given to keep beside the spectrum.
+    """Return what `save_spectrum` was given to keep beside the spectrum.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not such a file, or damaged.
+        UnreadableFileError: It is not such a file, or damaged; a ValueError.
     """
-    return _read(Path(path), only=_ABOUT)[1]["extra"]
+    about = _read(Path(path), only=_ABOUT)[1]
+    with _ours(Path(path)):
+        return dict(about["extra"])
+
+
+def _check(arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Check that arrays and numbers are of the kinds and lengths that a spectrum has."""
+    count = len(arrays["eigenvalues"])
+    for name, kind in (("eigenvalues", "f"), ("residuals", "f"), ("converged", "b")):
+        array = arrays[name]
+        if array.shape != (count,) or array.dtype.kind != kind:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}")
+    if "eigenvectors" in arrays and len(arrays["eigenvectors"]) != count:
+        raise ValueError(f"{len(arrays['eigenvectors'])} eigenvectors of {count} eigenvalues")
+    for name in ("loss", "num_parameters", "num_samples", "num_hvps", "seconds"):
+        if not isinstance(fields[name], (int, float)):
+            raise TypeError(f"{name} is {fields[name]!r}")
+
+
+def _ours(path: Path) -> AbstractContextManager[None]:
+    return unreadable(path, _REMEDY)
 
 
 def _read(path: Path, only: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = file.files if only is None else [only]
-            arrays = {name: file[name] for name in names}
-        about = json.loads(str(arrays.pop(_ABOUT)))
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is no spectrum that lightning_hessian wrote, or damaged. Delete it and "
-            "measure again."
-        ) from error
-    return arrays, about
+    with _ours(path):
+        arrays = read_npz(path, only=None if only is None else [only], remedy=_REMEDY)
+        return arrays, parse_json(str(arrays.pop(_ABOUT)))

@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from lightning_hessian.distributed import Ranks
 from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.results import UnreadableFileError
+from lightning_hessian.results.npz import require_stored
+from lightning_hessian.results.outside import open_regular, unreadable
 from lightning_hessian.solvers.projected import Projected
 from lightning_hessian.solvers.thick_restart import Pending, RitzPairs, ThickRestart
 
@@ -107,28 +111,41 @@ def header_of(path: Path) -> dict[str, Any]:
     """Returns what a file says of a run, without its basis.
 
     Raises:
-        ValueError: The file is none of ours, or damaged.
+        UnreadableFileError: The file is none of ours, or damaged; a ValueError.
     """
-    with open(path, "rb") as file:
+    damaged = "Delete it to start anew."
+    with open_regular(path) as file, unreadable(f"The checkpoint {path}", damaged):
         if file.read(len(_MAGIC)) != _MAGIC:
-            raise ValueError(
+            raise UnreadableFileError(
                 f"{path} is no checkpoint of a Lanczos run. Give another path, or delete it."
             )
         length = int.from_bytes(file.read(8), "little")
-        packed = file.read(length)
-        begin = file.tell()
-        left = file.seek(0, os.SEEK_END) - begin
-    try:
-        header = torch.load(io.BytesIO(packed), weights_only=True)
-    except Exception as error:
-        raise ValueError(f"The checkpoint {path} is damaged. Delete it to start anew.") from error
-    number = torch.bfloat16 if header["identity"]["basis_dtype"] else None
-    dtype = number or getattr(torch, header["identity"]["dtype"].removeprefix("torch."))
-    rows, columns = header["shape"]
-    if left != rows * columns * torch.empty((), dtype=dtype).element_size():
-        raise ValueError(f"The checkpoint {path} is damaged. Delete it to start anew.")
+        size = os.fstat(file.fileno()).st_size
+        begin = file.tell() + length
+        if begin > size:
+            raise ValueError("its header is cut short")
+        packed = io.BytesIO(file.read(length))
+        with zipfile.ZipFile(packed) as archive:
+            require_stored(archive, path)
+        packed.seek(0)
+        header = torch.load(packed, weights_only=True)
+        dtype = _basis_dtype(header["identity"])
+        rows, columns = (int(number) for number in header["shape"])
+        if size - begin != rows * columns * dtype.itemsize:
+            raise ValueError("its basis is cut short")
+        if len(header["numbers"]) != rows:
+            raise ValueError("its header is of another basis")
     header["begin"] = begin
     return header
+
+
+def _basis_dtype(identity: dict[str, Any]) -> torch.dtype:
+    if identity["basis_dtype"]:
+        return torch.bfloat16
+    dtype = getattr(torch, identity["dtype"].removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError("its dtype is none of torch's")
+    return dtype
 
 
 def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> None:
@@ -157,7 +174,16 @@ def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> Non
 
 
 def load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
-    """Puts a run into the state of a file."""
+    """Put a run into the state of a file.
+
+    Raises:
+        UnreadableFileError: Its parts do not fit together; a ValueError.
+    """
+    with unreadable(f"The checkpoint {path}", "Delete it to start anew."):
+        _load(run, header, path)
+
+
+def _load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
     device = run.operator.device
     run.generator.set_state(header["generator"])
     projected = Projected(tridiagonal_from=run.projected.tridiagonal_from)

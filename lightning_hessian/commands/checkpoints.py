@@ -1,0 +1,159 @@
+"""Checkpoints of Lightning: found, opened within bounds, and what they say beside the weights."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_hessian.results import UnreadableFileError
+from lightning_hessian.results.npz import require_stored
+from lightning_hessian.results.outside import open_regular, printable, reason, unreadable
+
+_LARGEST = 2**53
+"""A step that float64, and so every table and logger, holds exactly."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is read of a checkpoint beside its weights.
+
+    Attributes:
+        path: The file.
+        step: Optimiser steps taken.
+        epoch: Epoch.
+        metrics: The metrics that ModelCheckpoint monitored, at the time of saving.
+        hparams: Hyperparameters of the module, those that are primitives.
+        has_data_hparams: Whether it holds those of a datamodule.
+        trusted: Whether it may run code when it is loaded.
+        problems: What of it could not be used, and why.
+    """
+
+    path: Path
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    hparams: dict[str, Any]
+    has_data_hparams: bool
+    trusted: bool
+    problems: tuple[str, ...] = field(default=())
+
+
+def find_checkpoints(places: Iterable[Path]) -> list[Path]:
+    """Return the files, and those named ``*.ckpt`` in folders and below, each once.
+
+    Raises:
+        FileNotFoundError: There is no such file, or none in a folder.
+    """
+    found: list[Path] = []
+    for place in places:
+        if not place.exists():
+            raise FileNotFoundError(f"{place}: no such checkpoint or folder.")
+        inside = sorted(place.rglob("*.ckpt")) if place.is_dir() else [place]
+        if not inside:
+            raise FileNotFoundError(f"{place} holds no *.ckpt file, nor do folders below it.")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def read_checkpoint(path: Path, *, trust: bool) -> Saved:
+    """Return what a checkpoint says of itself.
+
+    Raises:
+        UnreadableFileError: It is none of Lightning's, damaged, or would run code; a ValueError.
+        OSError: It cannot be opened.
+    """
+    content = _content(path, trust)
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
+        raise UnreadableFileError(
+            f"{path} is no checkpoint of Lightning's: it has no state_dict. Save it with "
+            "trainer.save_checkpoint."
+        )
+    hparams = content.get("hyper_parameters") or {}
+    if not isinstance(hparams, Mapping):
+        raise UnreadableFileError(
+            f"{path}: its hyper_parameters are a {type(hparams).__name__}, not a mapping from "
+            "names. Save it again with trainer.save_checkpoint."
+        )
+    problems: list[str] = []
+    return Saved(
+        path=path,
+        step=_count(path, content, "global_step"),
+        epoch=_count(path, content, "epoch"),
+        metrics=_monitored(content.get("callbacks"), problems),
+        hparams=_primitives(hparams),
+        has_data_hparams="datamodule_hyper_parameters" in content,
+        trusted=trust,
+        problems=tuple(problems),
+    )
+
+
+def _content(path: Path, trust: bool) -> Any:
+    """Return what `torch.load` finds, tensors and primitives only unless it is trusted.
+
+    Without trust the file must be a zip archive, as torch has written them since version 1.6:
+    `torch.load` of the older kind allocates what the file claims, and a compressed archive may
+    unpack to any size.
+    """
+    with open_regular(path) as file, unreadable(path, "Save it again."):
+        if not trust:
+            if not zipfile.is_zipfile(file):
+                raise UnreadableFileError(
+                    f"{path} is damaged, or no checkpoint as torch 1.6 and later write it. Save "
+                    "it again; if it is older and you trust it, give --trust."
+                )
+            with zipfile.ZipFile(file) as archive:
+                require_stored(archive, path)
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=not trust)
+        except pickle.UnpicklingError as error:
+            if trust or "weights_only" not in str(error).lower():
+                raise
+            raise UnreadableFileError(
+                f"{path} holds more than tensors and primitives, so loading it could run code "
+                f"({reason(error)}). If you trust it, give --trust."
+            ) from error
+
+
+def _count(path: Path, content: Mapping[str, Any], name: str) -> int:
+    """Return a count that a checkpoint holds, 0 where it does not."""
+    value = content.get(name, 0)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    whole = isinstance(value, int) or (
+        isinstance(value, float) and math.isfinite(value) and value == int(value)
+    )
+    if not whole or isinstance(value, bool) or not 0 <= value <= _LARGEST:
+        raise UnreadableFileError(
+            f"{path}: its {name} is {printable(repr(value), 60)}, not a whole number from 0 on. "
+            "Save it again with trainer.save_checkpoint."
+        )
+    return int(value)
+
+
+def _monitored(states: Any, problems: list[str]) -> dict[str, float]:
+    """Return the metrics in the states of ModelCheckpoint callbacks."""
+    found: dict[str, float] = {}
+    for name, state in states.items() if isinstance(states, Mapping) else ():
+        if not str(name).startswith("ModelCheckpoint") or not isinstance(state, Mapping):
+            continue
+        monitor, score = state.get("monitor"), state.get("current_score")
+        if not isinstance(monitor, str) or score is None:
+            continue
+        try:
+            found[printable(monitor)] = float(score)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            problems.append(f"its {printable(monitor, 100)} is no number ({reason(error)})")
+    return found
+
+
+def _primitives(hparams: Mapping[Any, Any]) -> dict[str, Any]:
+    allowed = (bool, int, float, str, type(None))
+    return {str(n): v for n, v in hparams.items() if isinstance(v, allowed)}

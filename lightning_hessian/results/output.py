@@ -1,0 +1,66 @@
+"""Where results are written to: proven before the work begins."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning_hessian.results.base import ArgumentError
+from lightning_hessian.results.outside import reason
+
+
+def check_folder(folder: Path, argument: str = "--out", files: Iterable[str] = ()) -> None:
+    """Check that files can be written to a folder, by writing one; nothing stays behind.
+
+    Args:
+        folder: It need not exist yet.
+        argument: What the user gave it as.
+        files: Names of files that will be written; they may exist, but not as folders or locked.
+
+    Raises:
+        ArgumentError: They cannot.
+    """
+    made: list[Path] = []
+    try:
+        for part in (*reversed(folder.parents), folder):
+            if not part.exists():
+                part.mkdir(exist_ok=True)
+                made.append(part)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for name in files:
+            _check_existing(folder / name)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            argument, str(folder), f"Give a folder that can be written to ({reason(error)})."
+        ) from error
+    finally:
+        for part in reversed(made):
+            part.rmdir()
+
+
+def check_file(file: Path, argument: str) -> None:
+    """Check that a file can be written, with the folders around it.
+
+    Raises:
+        ArgumentError: It cannot.
+    """
+    try:
+        check_folder(file.parent, argument, [file.name])
+    except ArgumentError as error:
+        raise ArgumentError(
+            argument,
+            str(file),
+            f"Give a file that can be written ({reason(error.__cause__ or error)}).",
+        ) from error
+
+
+def _check_existing(file: Path) -> None:
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise PermissionError(f"{file} is read-only")
+    if len(os.fsencode(file.name)) > 255:
+        raise OSError(f"the name {file.name[:20]}... is too long")
