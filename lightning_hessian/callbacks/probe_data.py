@@ -12,20 +12,6 @@ ProbeData: TypeAlias = str | Iterable[Any]
 """``"train"``, ``"val"``, a DataLoader, or a list of batches."""
 
 
-def check_data(data: ProbeData) -> None:
-    """Checks what can be checked before there is a Trainer.
-
-    Raises:
-        ValueError: An unknown word, or an empty list.
-    """
-    if isinstance(data, str) and data not in ("train", "val"):
-        raise ValueError(
-            f"data={data!r} is unknown; give 'train', 'val', a DataLoader or a list of batches."
-        )
-    if isinstance(data, Sequence) and not data:
-        raise ValueError("data=[] holds no batch; give at least one, or data='train'.")
-
-
 class ProbeBatches(Sequence[Any]):
     """Batches that go through the module's transfer hooks to the device when they are first used.
 
