@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = ("demo", "measure", "report", "workspace")
 """Each is a module of `lightning_hessian.commands`, imported light: the work is behind ``run``."""
@@ -17,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Those of the command line by default.
     """
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         options.run(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"lightning-hessian: {error}", file=sys.stderr)
@@ -26,10 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, as `main` says everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ValueError with the message."""
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
 def _parser() -> argparse.ArgumentParser:
     from lightning_hessian import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lightning-hessian",
         description="Hessian spectra of PyTorch Lightning runs.",
     )

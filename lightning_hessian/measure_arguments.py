@@ -39,7 +39,7 @@ MOST_PROBES = 10_000
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
-def layers(name: str, value: Any) -> Any:
+def layer_choice(name: str, value: Any) -> Any:
     """The rule of ``layers``: ``"layer"``, or names with what selects each."""
     if isinstance(value, str) and value == "layer":
         return value
@@ -72,7 +72,7 @@ RULES: dict[str, Rule] = {
     "data": gradient_data,
     "num_eigenvalues": _positive,
     "parameters": optional(selection, "all that require grad"),
-    "layers": layers,
+    "layers": layer_choice,
     "blocks": partition_choice,
     "protocol": one_of(*PROTOCOLS),
     "num_runs": whole_number(least=1, most=1000),

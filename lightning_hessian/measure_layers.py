@@ -19,7 +19,7 @@ from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharded import ranks_of
 from lightning_hessian.results import ArgumentError, HessianSpectrum
-from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.arguments import anything, checked
 
 Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 """``"layer"``, or names of groups of parameters with what selects each."""
@@ -27,10 +27,10 @@ Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
-_OPTIONS = {"layers", *inspect.signature(hessian_spectrum).parameters} - {"parameters"}
+_OPTIONS = {*inspect.signature(hessian_spectrum).parameters} - {"parameters"}
 
 
-@checked({name: rule for name, rule in SPECTRUM_RULES.items() if name in _OPTIONS})
+@checked({name: SPECTRUM_RULES.get(name, anything) for name in ("layers", *_OPTIONS)})
 def layer_spectra(
     model: nn.Module,
     loss_fn: LossFunction | None,

@@ -13,7 +13,7 @@ from lightning_hessian.results.arguments import (
     Rule,
     flag,
     function_of,
-    monitors,
+    monitor_names,
     one_of,
     optional,
     whole_number,
@@ -37,7 +37,7 @@ def schedule(name: str, value: Any) -> Schedule:
 
 CALLBACK_RULES: dict[str, Rule] = {
     **RULES,
-    "monitor": monitors,
+    "monitor": monitor_names,
     "every_n_validations": schedule,
     "data": probe_data,
     "num_batches": whole_number(least=1, most=10**9),

@@ -214,7 +214,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         def left() -> float | None:
             if max_seconds is None:
                 return None
-            return self._ranks.least(max_seconds - (time.monotonic() - started))
+            return max(0.0, self._ranks.least(max_seconds - (time.monotonic() - started)))
 
         self.last_layers = {}
         if self.layers is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from lightning_hessian.probe.arguments import batches
 from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
 
@@ -235,7 +236,8 @@ def data_of(text: str | None, saved: Saved, options: argparse.Namespace) -> Any:
     if isinstance(data, DATA_MODULES):
         data.prepare_data()
         data.setup("fit")
-    return data
+        return data
+    return batches("--data", data)
 
 
 def batches_of(
@@ -263,10 +265,10 @@ def batches_of(
         loader = source
     if loader is None:
         raise ValueError(f"{options.data or options.module} has no loader for {options.split!r}.")
-    batches = draw_batches(loader, options.num_batches, seed=options.seed)
+    drawn = draw_batches(loader, options.num_batches, seed=options.seed)
     with preserved_rng():  # the hooks may augment
         seed_everything(options.seed)
-        ready = [module._on_before_batch_transfer(batch, dataloader_idx=0) for batch in batches]
+        ready = [module._on_before_batch_transfer(batch, dataloader_idx=0) for batch in drawn]
         return [module._apply_batch_transfer_handler(batch, device=device) for batch in ready]
 
 

@@ -18,6 +18,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lightning_hessian.results import arguments
+
 _IDENT, _MAGIC, _VERSION = b":W&B", 0xBEE1, 0
 _FILE_HEADER = struct.Struct("<4sHB")
 _BLOCK = 32 * 1024
@@ -90,6 +92,7 @@ class OfflineRun:
         return [row for row in self.rows if all(row.get(key) is not None for key in wanted)]
 
 
+@arguments.checked({"path": arguments.path_name, "summary": arguments.flag})
 def read_offline_run(path: str | PathLike[str], *, summary: bool = True) -> OfflineRun:
     """The offline run at ``path``, as far as its file is whole.
 

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from lightning_hessian.reports.offline_run import OfflineRun, read_offline_run
+from lightning_hessian.results import arguments
 from lightning_hessian.tracking.loggers import STEP
 from lightning_hessian.tracking.spectra import StoredSpectrum, decode_spectrum
 
@@ -14,6 +15,7 @@ Spectra = dict[str, list[tuple[int, StoredSpectrum]]]
 """By what was measured (``"hessian"``, ``"gradient"``): step and spectrum, in order of steps."""
 
 
+@arguments.checked({"path": arguments.path_name})
 def read_spectra(path: str | PathLike[str]) -> Spectra:
     """Returns the spectra of all measurements of a run.
 

@@ -2,7 +2,7 @@
 
 A rule is a function ``(name, value) -> value``: it returns the value, made plain (a NumPy integer
 becomes an int), or raises an `ArgumentError` that says what to give. `checked` puts a table of
-rules before a function, and refuses at import a function with an argument that has no rule.
+rules before a function.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import numbers
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,9 @@ Rules: TypeAlias = Mapping[str, Rule]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+OTHERS = "**"
+"""In a table: names behind ``**`` without a rule go on to somebody else's function."""
+
 MOST_SEED = 2**32 - 1
 """The largest seed that Python, NumPy and torch all take; negative ones NumPy does not take."""
 
@@ -36,14 +40,13 @@ MOST_SEED = 2**32 - 1
 def checked(rules: Rules) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Return a decorator that checks the arguments of every call by their rules.
 
-    What is not given is not checked: defaults are right by themselves. Names behind ``**`` are
-    looked up like the others, and a name without a rule is refused with the nearest ones.
+    Defaults go through their rules too, so that the function gets the same form of a value
+    whether it was given or not. Names behind ``**`` are
+    looked up like the others, and a name without a rule is refused with those that there are.
 
     Args:
-        rules: Name of an argument to its rule. It may hold more names than the function has.
-
-    Raises:
-        TypeError: When the decorator is applied: an argument has no rule.
+        rules: Name of an argument to its rule. It may hold more names than the function has; a
+            test finds arguments without a rule.
 
     Example:
         >>> @checked({"count": whole_number(least=1)})
@@ -58,12 +61,7 @@ def checked(rules: Rules) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         signature = inspect.signature(function)
-        rest = None
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                rest = name
-            elif name != "self" and name not in rules:
-                raise TypeError(f"{function.__qualname__}: the argument {name!r} has no rule.")
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
 
         @functools.wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -71,20 +69,29 @@ def checked(rules: Rules) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                 given = signature.bind(*args, **kwargs)
             except TypeError:  # Python's own message says best which argument is missing
                 return function(*args, **kwargs)
+            given.apply_defaults()
             for name, value in given.arguments.items():
-                if name == rest:
+                if kinds[name] is inspect.Parameter.VAR_KEYWORD:
                     given.arguments[name] = _rest(value, rules)
                 elif name in rules:
                     given.arguments[name] = rules[name](name, value)
             return function(*given.args, **given.kwargs)
 
+        call.rules = {name: rules.get(name) for name in kinds}  # type: ignore[attr-defined]
         return call
 
     return decorate
 
 
+def anything(name: str, value: Any) -> Any:
+    """The rule of what cannot be wrong."""
+    return value
+
+
 def _rest(given: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
     """Return what was given behind ``**``, checked."""
+    if OTHERS in rules:
+        return {name: rules.get(name, anything)(name, value) for name, value in given.items()}
     for name, value in given.items():
         if name not in rules:
             raise ArgumentError(name, value, f"There is no such argument. {_choice(rules)}")
@@ -146,13 +153,22 @@ def whole_number(*, least: int = 0, most: int | None = None, because: str = "") 
     remedy = f"Give a whole number {ends}.{' ' if because else ''}{because}"
 
     def check(name: str, value: Any) -> int:
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-            count = int(value)
-            if count >= least and (most is None or count <= most):
-                return count
+        count = _as_int(value)
+        if count is not None and count >= least and (most is None or count <= most):
+            return count
         raise ArgumentError(name, value, remedy)
 
     return check
+
+
+def _as_int(value: Any) -> int | None:
+    """Return what Python takes for an index as an int, None for anything else and for bools."""
+    if isinstance(value, (bool, np.bool_)) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def real_number(
@@ -214,6 +230,19 @@ significance_level = real_number(
 memory = real_number("Give a finite number of bytes above 0, such as 2e9.", above=0.0)
 """The rule of a memory budget."""
 
+live_interval = real_number("Give a finite number of seconds above 0.", above=0.0)
+"""The rule of the seconds between two readings of a run."""
+
+num_workers = whole_number(least=1, most=4096)
+"""The rule of a number of processes."""
+
+
+def row_choice(name: str, value: Any) -> Any:
+    """The rule of ``at``, the row that stands for a run: a word, or a step."""
+    if isinstance(value, str) and value in ("last", "best"):
+        return value
+    return real_number("Give 'last', 'best', or a step from 0 on.", least=0.0)(name, value)
+
 
 def real_values(name: str, value: Any) -> Any:
     """The rule of an array: real numbers, of any shape; returns them as a NumPy array.
@@ -228,9 +257,21 @@ def real_values(name: str, value: Any) -> Any:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(name, value, remedy) from error
+    if array.dtype == object and all(_as_float(each) is not None for each in array.flat):
+        return array.astype(np.float64)  # fractions and decimals
     if array.dtype.kind not in "iuf" and array.size:
         raise ArgumentError(name, value, remedy)
     return array
+
+
+def real_matrix(name: str, value: Any) -> Any:
+    """The rule of a matrix: finite real numbers in two dimensions, neither empty."""
+    matrix = real_values(name, value)
+    if matrix.ndim != 2 or not matrix.size:
+        raise ArgumentError(name, value, f"Its shape is {matrix.shape}; give a matrix, row by row.")
+    if not np.isfinite(matrix).all():
+        raise ArgumentError(name, value, "It holds NaN or infinite numbers; leave them out.")
+    return matrix
 
 
 # Words and functions -----------------------------------------------------------------------------
@@ -291,7 +332,7 @@ def is_collection(value: Any) -> bool:
     )
 
 
-monitors = texts("Give the name of a logged metric such as 'val_loss', or a list of names.")
+monitor_names = texts("Give the name of a logged metric such as 'val_loss', or a list of names.")
 """The rule of ``monitor``."""
 
 
@@ -347,19 +388,21 @@ def glob(name: str, value: Any) -> Any:
 # Places on the disk ------------------------------------------------------------------------------
 
 
-def path(name: str, value: Any) -> Any:
+def path_name(name: str, value: Any) -> Any:
     """The rule of a path, of a file or folder that may or may not exist."""
     if isinstance(value, (str, os.PathLike)):
         place = os.fspath(value)
         # Path("") is ".", which a forgotten variable should not stand for.
         if isinstance(place, str) and place.strip() and "\0" not in place:
+            if max(map(len, map(os.fsencode, place.split(os.sep)))) > 255:
+                raise ArgumentError(name, value, "A part of this path is longer than 255 bytes.")
             return value
     raise ArgumentError(name, value, "Give the path of a file or folder.")
 
 
 def file_to_write(name: str, value: Any) -> Any:
     """The rule of a file that will be written: no folder, and in a folder that exists."""
-    path(name, value)
+    path_name(name, value)
     folder = os.path.dirname(os.path.abspath(value))
     if os.path.isdir(value):
         raise ArgumentError(name, value, "It is a folder; give the path of a file.")
@@ -370,7 +413,7 @@ def file_to_write(name: str, value: Any) -> Any:
 
 def existing_folder(name: str, value: Any) -> Any:
     """The rule of a folder that must be there and can be written to."""
-    path(name, value)
+    path_name(name, value)
     if not os.path.isdir(value):
         raise ArgumentError(name, value, f"There is no folder {os.fspath(value)!r}; make it first.")
     if not os.access(value, os.W_OK):
@@ -386,10 +429,11 @@ def paths(remedy: str) -> Rule:
     """
 
     def check(name: str, value: Any) -> list[Any]:
-        found = list(value) if is_collection(value) else [value]
+        single = isinstance(value, (str, bytes, os.PathLike, Mapping))
+        found = list(value) if isinstance(value, Iterable) and not single else [value]
         try:
             if found:
-                return [path(name, one) for one in found]
+                return [path_name(name, one) for one in found]
         except ArgumentError:
             pass
         raise ArgumentError(name, value, remedy)

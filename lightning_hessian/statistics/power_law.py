@@ -24,6 +24,15 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from lightning_hessian.results import FloatArray, PowerLawFit
+from lightning_hessian.results.arguments import (
+    anything,
+    checked,
+    optional,
+    real_number,
+    real_values,
+    significance_level,
+    whole_number,
+)
 
 # HPL table 6 (Massey 1951): c in d_c = c / sqrt(K).
 _CRITICAL_COEFFICIENTS = {0.2: 1.07, 0.15: 1.14, 0.1: 1.22, 0.05: 1.36, 0.01: 1.63}
@@ -36,6 +45,20 @@ _LARGEST_SIMULATED = 2000
 _CHUNK = 2**18
 
 
+_RULES = {
+    "values": real_values,
+    "k": whole_number(least=1),
+    "significance": significance_level,
+    "exponent": real_number("Give a finite exponent."),
+    "ks_distance": real_number("Give a distance from 0 to 1.", least=0.0, most=1.0),
+    "k_min": whole_number(least=2),
+    "num_values": anything,  # checked against the values
+}
+
+
+@checked(
+    {**_RULES, "k": optional(whole_number(least=2, because="A power law needs at least 2 values."))}
+)
 def fit_power_law(
     values: ArrayLike, k: SupportsIndex | None = None, *, significance: float = 0.05
 ) -> PowerLawFit:
@@ -68,7 +91,6 @@ def fit_power_law(
         >>> fit.is_power_law
         True
     """
-    _require_level(significance)
     tail = _largest_positive(values, k)
     num_values = len(tail)
     logs = _log_ratios(tail)
@@ -95,6 +117,7 @@ def fit_power_law(
     )
 
 
+@checked(_RULES)
 def exponent_std_error(exponent: float, k: int) -> float:
     """Return the standard error (beta - 1) / sqrt(K) of an exponent fitted to K values.
 
@@ -107,6 +130,7 @@ def exponent_std_error(exponent: float, k: int) -> float:
     return (exponent - 1.0) / math.sqrt(k)
 
 
+@checked(_RULES)
 def slope(exponent: float) -> float:
     """Return the exponent s = 1 / (beta - 1) of Zipf's law lambda_k = lambda_1 k^-s.
 
@@ -127,6 +151,7 @@ def slope(exponent: float) -> float:
     return 1.0 / (exponent - 1.0)
 
 
+@checked(_RULES)
 def critical_value(k: int, significance: float = 0.05) -> float:
     """Return the KS distance d_c = c / sqrt(K) at which K values reject the power law.
 
@@ -144,9 +169,6 @@ def critical_value(k: int, significance: float = 0.05) -> float:
         >>> round(critical_value(1000), 4), round(critical_value(50, 0.01), 3)
         (0.043, 0.231)
     """
-    _require_level(significance)
-    if k < 1:
-        raise ValueError(f"k={k}: a critical value needs at least 1 value.")
     # Rounded, so that a computed level such as 0.1 + 0.05 finds its entry.
     coefficient = _CRITICAL_COEFFICIENTS.get(round(float(significance), 12))
     if coefficient is None:
@@ -154,6 +176,7 @@ def critical_value(k: int, significance: float = 0.05) -> float:
     return coefficient / math.sqrt(k)
 
 
+@checked(_RULES)
 def lilliefors_p_value(ks_distance: float, k: int) -> float:
     """Return how often K values of a true power law lie at least this far from their own fit.
 
@@ -181,8 +204,6 @@ def lilliefors_p_value(ks_distance: float, k: int) -> float:
     """
     if k < 2:
         raise ValueError(f"k={k}: a fitted distance needs at least 2 values.")
-    if not 0.0 <= ks_distance <= 1.0:
-        raise ValueError(f"ks_distance={ks_distance} is no distance between two distributions.")
     simulated = min(k, _LARGEST_SIMULATED)
     if simulated < k:
         ks_distance = ks_distance * math.sqrt(k / simulated)
@@ -191,6 +212,7 @@ def lilliefors_p_value(ks_distance: float, k: int) -> float:
     return (1 + at_least) / (1 + len(null))
 
 
+@checked(_RULES)
 def ks_distance_by_cutoff(
     values: ArrayLike, num_values: Iterable[int] | None = None
 ) -> tuple[NDArray[np.int64], FloatArray]:
@@ -238,6 +260,7 @@ def ks_distance_by_cutoff(
     return grid, distances
 
 
+@checked(_RULES)
 def optimal_cutoff(
     values: ArrayLike, *, k_min: int = 10, significance: float = 0.05
 ) -> PowerLawFit:
@@ -263,7 +286,6 @@ def optimal_cutoff(
         >>> round(optimal_cutoff(np.concatenate([bulk, tail])).cutoff, 2)
         0.99
     """
-    _require_level(significance)
     descending = _largest_positive(values)
     if not 2 <= k_min <= len(descending):
         raise ValueError(
@@ -312,8 +334,6 @@ def _largest_positive(values: ArrayLike, k: SupportsIndex | None = None) -> Floa
             "check the sign, or whether there were any."
         )
     wanted = num_positive if k is None else index(k)
-    if k is not None and wanted < 2:
-        raise ValueError(f"k={wanted}: a power law needs at least 2 values; raise k.")
     if wanted > num_positive:
         raise ValueError(
             f"k={wanted} values were asked for, but only {num_positive} of the {len(flat)} are "
@@ -325,14 +345,6 @@ def _largest_positive(values: ArrayLike, k: SupportsIndex | None = None) -> Floa
             "compute more eigenvalues."
         )
     return descending[:wanted]
-
-
-def _require_level(significance: float) -> None:
-    """Raise unless the significance is strictly between 0 and 1."""
-    if not 0.0 < significance < 1.0:
-        raise ValueError(
-            f"significance={significance} is not strictly between 0 and 1; HPL takes 0.05."
-        )
 
 
 def _log_ratios(descending: FloatArray) -> FloatArray:

@@ -329,7 +329,7 @@ def test_too_many_blocks():
 
 
 def test_a_rule_without_sense():
-    with pytest.raises(ValueError, match="unit=0.*at least 1"):
+    with pytest.raises(ValueError, match=r"unit=0.*at least 1"):
         BlockRule("*", "x", unit=0)
     with pytest.raises(ValueError, match="2 units for 3 parts"):
         BlockRule("*", "x", unit=(1, 2), parts=("a", "b", "c"))
