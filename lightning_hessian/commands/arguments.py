@@ -35,7 +35,18 @@ def read_as(convert: Callable[[str], Any], rule: Rule) -> Callable[[str], Any]:
 a_text = read_as(str, nonempty_text)
 """A text that is not empty."""
 
-a_path = read_as(Path, lambda name, value: Path(path_name(name, str(value))))
+
+def package_name(text: str) -> str:
+    """Return ``PKG:NAME`` or ``file.py:NAME`` as it is."""
+    where, colon, name = text.rpartition(":")
+    if not colon or not where or not name:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not PKG:NAME, as project.model:Classifier or train.py:Net."
+        )
+    return text
+
+
+a_path = read_as(str, lambda name, value: Path(path_name(name, value)))
 """A path; an empty text is none."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
-from lightning_hessian.commands.arguments import a_device, a_path, read_as
+from lightning_hessian.commands.arguments import a_device, a_path, package_name, read_as
 from lightning_hessian.measure_arguments import RULES
 from lightning_hessian.results.arguments import glob
 
@@ -37,9 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoints", nargs="+", type=a_path, metavar="CKPT",
         help="a checkpoint, or a folder with checkpoints in it or below")  # fmt: skip
-    add("--module", required=True, metavar="PKG:CLASS",
+    add("--module", type=package_name, required=True, metavar="PKG:CLASS",
         help="the LightningModule, in a package or a file.py")  # fmt: skip
-    add("--data", metavar="PKG:NAME",
+    add("--data", type=package_name, metavar="PKG:NAME",
         help="a LightningDataModule, or a function that returns one, a DataLoader or a list of "
         "batches; by default the module's own loaders")  # fmt: skip
     add("--module-arg", action="append", default=[], metavar="NAME=VALUE",
@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--parameters", action="append", type=read_as(str, glob), metavar="GLOB",
         help="which parameters; may be repeated (all that require grad)")  # fmt: skip
-    add("--loss", metavar="PKG:FUNCTION",
+    add("--loss", type=package_name, metavar="PKG:FUNCTION",
         help="loss(module, batch) -> mean loss (hessian_loss, else training_step)")  # fmt: skip
     add(
         "--protocol",

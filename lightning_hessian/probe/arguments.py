@@ -52,12 +52,12 @@ def batches(name: str, value: Any) -> Any:
     One tensor would be walked row by row, a text letter by letter, and a mapping key by key, none
     of which anybody means.
     """
+    if isinstance(value, type):
+        raise ArgumentError(name, value, f"It is a class; {_BATCHES[0].lower()}{_BATCHES[1:]}")
     if isinstance(value, (str, bytes, Mapping, torch.Tensor, np.ndarray, nn.Module)):
         raise ArgumentError(name, value, _BATCHES)
     if not (hasattr(type(value), "__iter__") or hasattr(type(value), "__getitem__")):
         raise ArgumentError(name, value, _BATCHES)
-    if isinstance(value, type):
-        raise ArgumentError(name, value, f"It is a class; {_BATCHES[0].lower()}{_BATCHES[1:]}")
     if isinstance(value, (list, tuple)):
         check_listed(name, value)
     return value

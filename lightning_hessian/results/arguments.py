@@ -264,13 +264,41 @@ def real_values(name: str, value: Any) -> Any:
     return array
 
 
+def finite_values(name: str, value: Any) -> Any:
+    """The rule of an array of finite real numbers, of any shape."""
+    array = real_values(name, value)
+    num_bad = int(np.count_nonzero(~np.isfinite(array)))
+    if num_bad:
+        raise ArgumentError(
+            name,
+            value,
+            f"{num_bad} of the {array.size} values are NaN or infinite, so their rank is unknown; "
+            "leave them out, or mend what made them.",
+        )
+    return array
+
+
+def whole_numbers(*, least: int) -> Rule:
+    """Return the rule of several whole numbers; returns a list.
+
+    Args:
+        least: The smallest that is allowed.
+    """
+    one = whole_number(least=least)
+
+    def check(name: str, value: Any) -> list[int]:
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+            raise ArgumentError(name, value, f"Give whole numbers of at least {least}.")
+        return [one(name, number) for number in value]
+
+    return check
+
+
 def real_matrix(name: str, value: Any) -> Any:
     """The rule of a matrix: finite real numbers in two dimensions, neither empty."""
-    matrix = real_values(name, value)
+    matrix = finite_values(name, value)
     if matrix.ndim != 2 or not matrix.size:
         raise ArgumentError(name, value, f"Its shape is {matrix.shape}; give a matrix, row by row.")
-    if not np.isfinite(matrix).all():
-        raise ArgumentError(name, value, "It holds NaN or infinite numbers; leave them out.")
     return matrix
 
 

@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from lightning_hessian.results import Eigengaps, FloatArray
+from lightning_hessian.results import Eigengaps, FloatArray, arguments
 from lightning_hessian.results.arguments import (
     checked,
     flag,
     optional,
     real_number,
-    real_values,
     significance_level,
 )
 from lightning_hessian.statistics.power_law import finite_values, fit_power_law
@@ -26,8 +25,8 @@ _MIN_POSITIVE_GAPS = 3
 
 
 _RULES = {
-    "eigenvalues": real_values,
-    "residuals": optional(real_values),
+    "eigenvalues": arguments.finite_values,
+    "residuals": optional(arguments.real_values),
     "significance": significance_level,
     "perturbation_norm": real_number("It is not a norm; give eps * norm(M) >= 0.", least=0.0),
     "complete": flag,

@@ -23,15 +23,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from lightning_hessian.results import FloatArray, PowerLawFit
+from lightning_hessian.results import FloatArray, PowerLawFit, arguments
 from lightning_hessian.results.arguments import (
-    anything,
     checked,
     optional,
     real_number,
-    real_values,
     significance_level,
     whole_number,
+    whole_numbers,
 )
 
 # HPL table 6 (Massey 1951): c in d_c = c / sqrt(K).
@@ -46,13 +45,13 @@ _CHUNK = 2**18
 
 
 _RULES = {
-    "values": real_values,
+    "values": arguments.finite_values,
     "k": whole_number(least=1),
     "significance": significance_level,
     "exponent": real_number("Give a finite exponent."),
     "ks_distance": real_number("Give a distance from 0 to 1.", least=0.0, most=1.0),
     "k_min": whole_number(least=2),
-    "num_values": anything,  # checked against the values
+    "num_values": optional(whole_numbers(least=0), "for all of them"),
 }
 
 
@@ -247,7 +246,7 @@ def ks_distance_by_cutoff(
     if num_values is None:
         grid = np.arange(2, len(descending) + 1)
     else:
-        grid = np.array([index(k) for k in num_values], dtype=np.int64)
+        grid = np.array(list(num_values), dtype=np.int64)
     if len(grid) and (grid.min() < 2 or grid.max() > len(descending)):
         raise ValueError(
             f"num_values reaches from {grid.min()} to {grid.max()}, but {len(descending)} positive "

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import linalg
 
-from lightning_hessian.results import FloatArray
+from lightning_hessian.results import FloatArray, arguments
 from lightning_hessian.results.arguments import checked, real_values, significance_level
 from lightning_hessian.statistics.power_law import finite_values
 
@@ -37,7 +37,7 @@ class Proportionality:
 _RULES = {
     "first": real_values,
     "second": real_values,
-    "eigenvalues": real_values,
+    "eigenvalues": arguments.finite_values,
     "significance": significance_level,
 }
 

@@ -240,7 +240,7 @@ def test_what_is_not_there(tmp_path):
     (tmp_path / "metrics.csv").write_text("")
     with pytest.raises(ValueError, match=r"Not one of 1 run.*is empty"):
         load_runs(tmp_path, cache=False)
-    with pytest.raises(ValueError, match="source=.*run folder"):
+    with pytest.raises(ValueError, match=r"source=.*run folder"):
         load_runs([])
 
 
