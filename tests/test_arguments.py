@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nonsense import HUGE, NONSENSE, is_fine, within
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -50,25 +50,6 @@ from lightning_hessian.reports.spectra import read_spectra
 from lightning_hessian.results import arguments as rules
 from lightning_hessian.statistics import power_law, subspace
 from lightning_hessian.statistics.eigengaps import davis_kahan_bound
-
-OBJECT = object()
-HUGE = [10**5000]
-"""More digits than Python turns into a text."""
-
-NONSENSE: dict[str, Any] = {
-    "None": None,
-    "'x'": "x",
-    "nan": math.nan,
-    "inf": math.inf,
-    "-1": -1,
-    "0": 0,
-    "True": True,
-    "10**12": 10**12,
-    "object()": OBJECT,
-    "[]": [],
-    "{}": {},
-    "b'x'": b"x",
-}
 
 
 class Net(nn.Module):
@@ -181,69 +162,6 @@ DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }  # fmt: skip
 """What the documentation names besides."""
 
-BOUND = "an upper bound, which may be as large as one likes"
-NAME = "a name or path like any other; what is not there is said later"
-REAL = "a real number like any other"
-ALLOWED: dict[str, dict[str, str]] = {
-    "monitor": {"'x'": "a metric that is not logged warns, or is refused with the nearest"},
-    "max_hvps": {"10**12": BOUND},
-    "max_tested": {"10**12": BOUND},
-    "max_seconds": {"10**12": BOUND, "0": "time is up at once"},
-    "time_budget": {"10**12": BOUND},
-    "basis_memory": {"10**12": BOUND},
-    "memory_budget": {"10**12": BOUND},
-    "clip_norm": {"10**12": BOUND},
-    "num_steps": {"10**12": "no more than there are parameters are taken"},
-    "density_steps": {"10**12": "no more than there are parameters are taken"},
-    "every_n_validations": {"10**12": "a validation that does not come in this run"},
-    "figures": {"10**12": "a measurement that does not come in this run"},
-    "n": {"10**12": "a validation that does not come in this run"},
-    "unit": {"10**12": "the last block may be smaller"},
-    "dim": {"-1": "the last dimension", "0": "the first dimension"},
-    "parts": {"[]": "no parts", "'x'": "one part"},
-    "parameter": {"'x'": NAME},
-    "block": {"'x'": NAME},
-    "trace_probes": {"0": "no trace"},
-    "num_eigenvectors": {"0": "none", "10**12": "no more than there are"},
-    "seed": {"0": "the default"},
-    "checkpoint": {"'x'": NAME},
-    "cache": {"'x'": NAME},
-    "keys": {"'x'": NAME, "[]": "none"},
-    "filters": {"{}": "none"},
-    "at": {"10**12": "the last row up to that step", "0": "that of step 0"},
-    "x": {
-        "-1": REAL,
-        "0": REAL,
-        "10**12": REAL,
-        "nan": "no density there",
-        "inf": REAL,
-        "[]": "an empty grid",
-    },
-    "exponent": {"10**12": REAL, "-1": REAL, "0": REAL},
-    "ks_distance": {"0": REAL},
-    "perturbation_norm": {"10**12": REAL, "0": REAL},
-    "gamma": {"10**12": REAL},
-    "ratio": {"10**12": REAL},
-    "variance": {"10**12": REAL},
-    "interval": {"10**12": BOUND},
-    "out": {"'x'": NAME},
-    "k": {"10**12": BOUND},
-    "num_values": {"[]": "an empty grid"},
-}
-"""By argument: nonsense that is none, and why. None is fine where it is the default, True and
-False where the default is one of them."""
-
-ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
-    ("gradient_structure", "num_eigenvalues"): {"10**12": "fewer where T - 1 or n is smaller"},
-    ("GradientStructureCallback", "num_eigenvalues"): {"10**12": "as in the function"},
-    ("layer_spectra", "num_eigenvalues"): {"10**12": "as many as a layer has parameters"},
-    ("davis_kahan_bound", "eigenvalues"): {
-        "-1": "one eigenvalue", "0": "one eigenvalue", "10**12": "one eigenvalue", "[]": "none",
-    },
-    ("GradientStructureCallback", "batch_size"): {"10**12": "the data are not known yet"},
-    ("GradientStructureCallback", "num_batches"): {},
-}  # fmt: skip
-
 MISSING_FILES = {"source", "runs", "folder", "path"}
 """Arguments of which a path that is not there raises FileNotFoundError, which names the path."""
 
@@ -254,33 +172,6 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind is not parameter.VAR_KEYWORD
     ]
-
-
-def _is_fine(function: str, parameter: inspect.Parameter, label: str) -> bool:
-    if label == "None" and (parameter.default is None or "None" in str(parameter.annotation)):
-        return True
-    if label == "True" and isinstance(parameter.default, bool):
-        return True
-    if label == "True" and parameter.name in {"exact", "progress"}:  # a flag, or None
-        return True
-    fine = {**ALLOWED.get(parameter.name, {}), **ONLY_IN.get((function, parameter.name), {})}
-    return label in fine
-
-
-@contextmanager
-def _within(seconds: int) -> Iterator[None]:
-    """A block that fails where it takes longer, instead of hanging."""
-
-    def late(*_: Any) -> None:
-        raise AssertionError(f"still at work after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _call(name: str, run: Path, /, **changed: Any) -> Any:
@@ -305,10 +196,10 @@ def test_nonsense_is_refused_by_the_name_of_its_argument(
     monkeypatch.chdir(tmp_path)
     accepted, badly = [], []
     for label, value in NONSENSE.items():
-        if _is_fine(name, parameter, label):
+        if is_fine(name, parameter, label):
             continue
         try:
-            with _within(20):
+            with within(20):
                 _call(name, run, **{parameter.name: value})
         except (ArgumentError, ValueError, MeasurementError) as error:
             if parameter.name not in str(error):
@@ -355,9 +246,9 @@ def test_what_is_no_nonsense_is_taken_or_refused_in_words(
     """An entry of the list above must not stand for a hang or an error from deep inside."""
     monkeypatch.chdir(tmp_path)
     for label, value in NONSENSE.items():
-        if not _is_fine(name, parameter, label):
+        if not is_fine(name, parameter, label):
             continue
-        with _within(60), suppress(ValueError, MeasurementError, OSError):
+        with within(60), suppress(ValueError, MeasurementError, OSError):
             _call(name, run, **{parameter.name: value})
 
 
@@ -498,9 +389,9 @@ def test_schedules() -> None:
 def test_more_gradients_than_memory_holds_are_refused_with_the_number_that_fits(
     num_gradients: int,
 ) -> None:
-    with _within(10), pytest.raises(ArgumentError, match=r"num_gradients=.*to \d+ at most"):
+    with within(10), pytest.raises(ArgumentError, match=r"num_gradients=.*to \d+ at most"):
         GradientStructureCallback(num_gradients=num_gradients)
-    with _within(10), pytest.raises(ArgumentError, match=r"Lower num_gradients to 250 at most"):
+    with within(10), pytest.raises(ArgumentError, match=r"Lower num_gradients to 250 at most"):
         gradient_structure(
             NET, _loss, BATCHES, num_gradients=251, tests=False, memory_budget=1_000_000
         )

@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.measurement import MeasurementCallback
+from lightning_hessian.callbacks.probe_data import num_samples
 from lightning_hessian.callbacks.schedule import Schedule
 from lightning_hessian.measure_gradients import check_number, check_space, gradient_structure
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
-from lightning_hessian.results import GradientStructure
+from lightning_hessian.results import ArgumentError, GradientStructure
 from lightning_hessian.results.arguments import checked
 from lightning_hessian.tracking.drawings import gradient_drawings
 from lightning_hessian.tracking.gradient_scalars import CORRELATED, gradient_scalars
@@ -152,6 +153,17 @@ class GradientStructureCallback(MeasurementCallback):
         """Raises ValueError where the arguments do not fit the module; called before training."""
         check_space(ParameterSpace.select(pl_module, self.parameters), self.tests)
         resolve_loss(pl_module, self.loss_fn)
+
+    def check_data(self, trainer: Any) -> None:
+        """Raises ArgumentError where all probe batches together are smaller than a mini-batch."""
+        known = num_samples(trainer, self.data, self.num_batches)
+        if self.batch_size is not None and known is not None and self.batch_size > known:
+            raise ArgumentError(
+                "batch_size",
+                self.batch_size,
+                f"The probe data hold {known} samples (num_batches={self.num_batches}). Lower "
+                "batch_size, raise num_batches or bring more data.",
+            )
 
     def measure(
         self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None

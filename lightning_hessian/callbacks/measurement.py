@@ -97,6 +97,9 @@ class MeasurementCallback(Callback):
         """Raises ValueError where the arguments do not fit the module; called before training."""
         raise NotImplementedError
 
+    def check_data(self, trainer: Any) -> None:
+        """Raises ArgumentError where the arguments do not fit the data; called before training."""
+
     def measure(
         self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
     ) -> tuple[dict[str, float], list[str]]:
@@ -190,7 +193,9 @@ class MeasurementCallback(Callback):
                 self.check(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock of the time budget."""
+        """Checks the arguments against the loaders, which are there now; starts the clock."""
+        if self._enabled:
+            self.check_data(trainer)
         self._clock = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
