@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_hessian.measure_arguments import SPECTRUM_RULES
 from lightning_hessian.measure_protocols import (
     check_protocol,
     pooled_top,
@@ -23,7 +24,8 @@ from lightning_hessian.operators.memory import memory_explained
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharded import objective_over, ranks_of
-from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.results import ArgumentError, HessianSpectrum
+from lightning_hessian.results.arguments import checked
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
 from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.solvers.trace import TraceEstimate, trace
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@checked(SPECTRUM_RULES)
 @memory_explained
 @on_whole_modules
 def hessian_spectrum(
@@ -130,7 +133,7 @@ def hessian_spectrum(
         (3, 5)
     """
     start = time.monotonic()
-    count = check_protocol(protocol, num_eigenvalues, num_runs, num_steps, checkpoint)
+    count = check_protocol(protocol, num_eigenvalues, checkpoint)
     storage = BasisStorage(basis_memory, basis_storage, basis_dtype)
     pooled = protocol == "pooled_slq"
     space = check_selection(model, parameters, 1 if pooled else count)
@@ -179,12 +182,12 @@ def hessian_spectrum(
             spent += whole.num_products if whole else 0
     if ranks.rank == 0:
         for warning in top.warnings:
-            warnings.warn(warning, stacklevel=2)
+            warnings.warn(warning, stacklevel=4)  # past both decorators, to the caller
         if density and whole is None:
             warnings.warn(
                 "There is no density of the whole spectrum: the eigenvalues and the trace left "
                 "too little of max_hvps or of the time. Allow more.",
-                stacklevel=2,
+                stacklevel=4,
             )
     vectors = None
     if return_eigenvectors and not pooled:
@@ -230,10 +233,11 @@ def check_selection(
     ranks_of(model, torch.device("cpu"))
     space = ParameterSpace.select(model, parameters)
     if not 1 <= num_eigenvalues <= space.size:
-        raise ValueError(
-            f"num_eigenvalues={num_eigenvalues}, but the {len(space.names)} selected parameter "
-            f"tensors hold {space.size} numbers, so H has {space.size} eigenvalues. "
-            f"Ask for 1 to {space.size}."
+        raise ArgumentError(
+            "num_eigenvalues",
+            num_eigenvalues,
+            f"The {len(space.names)} selected parameter tensors hold {space.size} numbers, so H "
+            f"has {space.size} eigenvalues. Ask for 1 to {space.size}.",
         )
     return space
 
@@ -244,14 +248,18 @@ def split_bound(num_eigenvalues: int, max_hvps: int | None, trace_probes: int) -
     Raises:
         ValueError: The bound is too small, or a single probe was asked for.
     """
-    if trace_probes and trace_probes < 2:
-        raise ValueError("trace_probes=1 gives no standard error; use 0 or at least 2.")
+    if trace_probes == 1:
+        raise ArgumentError(
+            "trace_probes", trace_probes, "One gives no standard error; use 0 or at least 2."
+        )
     if max_hvps is None:
         return trace_probes, default_bound(num_eigenvalues)
     if max_hvps < num_eigenvalues + trace_probes:
-        raise ValueError(
-            f"max_hvps={max_hvps} is too small: {num_eigenvalues} eigenvalues and {trace_probes} "
-            f"trace probes take at least {num_eigenvalues + trace_probes} products. Raise it, or "
-            "lower num_eigenvalues."
+        raise ArgumentError(
+            "max_hvps",
+            max_hvps,
+            f"It is too small: {num_eigenvalues} eigenvalues and {trace_probes} trace probes take "
+            f"at least {num_eigenvalues + trace_probes} products. Raise it, or lower "
+            "num_eigenvalues.",
         )
     return trace_probes, max_hvps - trace_probes

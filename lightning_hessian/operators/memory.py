@@ -80,3 +80,16 @@ def free_bytes(device: torch.device) -> float:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # not a POSIX system either
         return 4e9
+
+
+def most_bytes() -> float:
+    """Returns the largest memory of any device here, used or free, in bytes; inf if unknown."""
+    sizes = []
+    if torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        sizes = [float(torch.cuda.get_device_properties(i).total_memory) for i in devices]
+    try:
+        sizes.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return float("inf")
+    return max(sizes)

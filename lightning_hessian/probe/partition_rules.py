@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from lightning_hessian.probe.arguments import a_module
 from lightning_hessian.probe.partition_heads import (
     FUSED,
     SEPARATE,
@@ -22,11 +24,33 @@ from lightning_hessian.probe.partition_heads import (
     heads_of,
     separate_units,
 )
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import (
+    check_fields,
+    checked,
+    glob,
+    is_collection,
+    nonempty_text,
+    one_of,
+    optional,
+    texts,
+    whole_number,
+)
 
 _QKV = ("query", "key", "value")
 _ROWS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def _unit(name: str, value: Any) -> Any:
+    """The rule of ``unit``: a size from 1 on, None, or a tuple of these."""
+    size = optional(
+        whole_number(least=1, because="A block needs at least one index."), "for a single block"
+    )
+    if is_collection(value):
+        return tuple(size(name, one) for one in value)
+    return size(name, value)
 
 
 @dataclass(frozen=True)
@@ -63,10 +87,23 @@ class BlockRule:
     sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        names = texts("Give a tuple of names.", empty=True)
+        check_fields(
+            self,
+            {
+                "parameter": glob,
+                "block": optional(nonempty_text, "to leave the parameters out of every block"),
+                "unit": _unit,
+                "dim": whole_number(least=-64, most=63),
+                "parts": names,
+            },
+        )
         if len(self.units) != max(1, len(self.parts)):
-            raise ValueError(f"{self} has {len(self.units)} units for {len(self.parts)} parts.")
-        if any(unit is not None and unit < 1 for unit in self.units):
-            raise ValueError(f"{self} has a unit below 1; a block needs at least one index.")
+            raise ArgumentError(
+                "unit",
+                self.unit,
+                f"It has {len(self.units)} units for {len(self.parts)} parts; give one for each.",
+            )
 
         if self.sizes and (len(self.sizes) != len(self.parts) or min(self.sizes) < 1):
             raise ValueError(f"{self}: give each of the {len(self.parts)} parts a size from 1 on.")
@@ -83,6 +120,7 @@ class BlockRule:
         return (self.unit,) * max(1, len(self.parts))
 
 
+@checked({"module": a_module, "name": lambda name, value: one_of(*NAMED)(name, value)})
 def partition_rules(module: nn.Module, name: str) -> list[BlockRule]:
     """Returns the rules that a named partition stands for in ``module``.
 
@@ -110,11 +148,6 @@ def partition_rules(module: nn.Module, name: str) -> list[BlockRule]:
         in_proj_weight 4 ('query', 'key', 'value')
         in_proj_bias 4 ('query', 'key', 'value')
     """
-    if name not in NAMED:
-        raise ValueError(
-            f"blocks={name!r} is unknown. Choose from {', '.join(NAMED)}, or give a mapping from "
-            "names to globs, or a list of BlockRule."
-        )
     rules: dict[str, BlockRule] = {}
     for rule in NAMED[name](module):
         rules.setdefault(rule.parameter, rule)

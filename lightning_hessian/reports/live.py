@@ -34,6 +34,13 @@ from lightning_hessian.reports.verdicts import (
     which_goes_with,
 )
 from lightning_hessian.reports.within import WithinRun, within_run
+from lightning_hessian.results.arguments import (
+    checked,
+    flag,
+    live_interval,
+    monitor_names,
+    path_name,
+)
 from lightning_hessian.tracking.dashboard import Lines, sections
 from lightning_hessian.tracking.history import Row, key_part
 from lightning_hessian.tracking.loggers import STEP
@@ -46,6 +53,15 @@ _KIND = re.compile(r"^(pearson|differences|spearman|num_points)_")
 _OURS = re.compile(r"(hessian\w*|gradient|correlation)/")
 
 
+@checked(
+    {
+        "folder": path_name,
+        "out": path_name,
+        "monitor": monitor_names,
+        "interval": live_interval,
+        "once": flag,
+    }
+)
 def follow(
     folder: Path, out: Path, *, monitor: Sequence[str], interval: float = 15.0, once: bool = False
 ) -> Path:
@@ -65,8 +81,7 @@ def follow(
         FileNotFoundError: There is no run at ``folder``.
         ValueError: There are several, or the file is none of W&B's; ``interval`` is not positive.
     """
-    if not (math.isfinite(interval) and interval > 0):
-        raise ValueError(f"interval={interval}; give a number of seconds above 0.")
+    folder, out = Path(folder), Path(out)
     page = out if out.suffix == ".html" else out / "live.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     while True:

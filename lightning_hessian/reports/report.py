@@ -17,12 +17,23 @@ from lightning_hessian.reports.across import (
     choose_points,
     scaling_fits,
 )
-from lightning_hessian.reports.load import Source, load_runs
+from lightning_hessian.reports.load import RULES, Source, load_runs
 from lightning_hessian.reports.parallel import Progress
 from lightning_hessian.reports.run_table import RunTable
 from lightning_hessian.reports.same_run import each_run_once
 from lightning_hessian.reports.verdicts import GAP
 from lightning_hessian.reports.within import OverRuns, WithinRun, over_runs, within_runs
+from lightning_hessian.results.arguments import (
+    Rule,
+    checked,
+    monitor_names,
+    nonempty_text,
+    one_of,
+    optional,
+    path_name,
+    row_choice,
+    texts,
+)
 from lightning_hessian.tracking.gradient_scalars import CORRELATED as OF_GRADIENTS
 from lightning_hessian.tracking.scalars import CORRELATED as OF_SPECTRA
 
@@ -70,6 +81,7 @@ class CorrelationReport:
     over: tuple[OverRuns, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @checked({"out": path_name})
     def write(self, out: str | PathLike[str]) -> Path:
         """Writes report.html, report.md with its figures, correlations.csv and .json.
 
@@ -102,6 +114,26 @@ class CorrelationReport:
         return page
 
 
+def _runs(name: str, value: Any) -> Any:
+    """The rule of ``runs``: a table, or what `load_runs` takes."""
+    return value if isinstance(value, RunTable) else RULES["source"](name, value)
+
+
+_REPORT_RULES: dict[str, Rule] = {
+    **RULES,
+    "runs": _runs,
+    "monitor": monitor_names,
+    "statistics": optional(
+        texts("Give keys or globs of statistics, such as 'hessian/*'."), "for those that are usual"
+    ),
+    "at": row_choice,
+    "mode": one_of("min", "max"),
+    "group": optional(nonempty_text, "for no groups"),
+    "size": optional(nonempty_text, "for no scaling fits"),
+}
+
+
+@checked(_REPORT_RULES)
 def correlation_report(
     runs: RunTable | Source | Iterable[Source],
     *,
@@ -150,7 +182,7 @@ def correlation_report(
     table = runs if isinstance(runs, RunTable) else load_runs(runs, progress=progress)
     monitors = resolved_monitors(monitor, table.keys())
     for key in monitors:
-        table.require(key)
+        table.require(key, argument="monitor")
     chosen = _statistics(table, statistics, monitors)
     table = each_run_once(table, chosen, monitors)
     shown = Progress(progress)
@@ -223,7 +255,7 @@ def _statistics(
     for pattern in patterns:
         matching = fnmatch.filter(keys, pattern)
         if not matching:
-            table.require(pattern)
+            table.require(pattern, argument="statistics")
             raise ValueError(f"{pattern!r} is a monitor already; a statistic is something else.")
         chosen += matching
     return tuple(dict.fromkeys(chosen))

@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_hessian.reports.offline_run import finite_or_float
 from lightning_hessian.reports.outside import csv_cell
-from lightning_hessian.results import FloatArray, UnreadableFileError, bounds
+from lightning_hessian.results import ArgumentError, FloatArray, UnreadableFileError, bounds
 from lightning_hessian.results.outside import check_integer, encodable, printable
 
 STEP_KEYS = ("trainer/global_step", "step", "_step")
@@ -99,16 +99,18 @@ class RunTable:
         """Whether a config key has more than one value among the runs."""
         return len({run.config.get(config_key) for run in self.runs}) > 1
 
-    def require(self, key: str, *, config: bool = False) -> None:
+    def require(self, key: str, *, config: bool = False, argument: str = "key") -> None:
         """Raises ValueError, with the nearest names there are, where no run has a key."""
         known = self.config_keys() if config else self.keys()
         if key in known:
             return
         near = nearest(key, known)
         what = "has it in its config" if config else "logged it"
-        raise ValueError(
-            f"{key!r}: none of the {len(self)} run(s) {what}; "
-            + (f"nearest: {', '.join(near)}." if near else "they have no keys at all.")
+        raise ArgumentError(
+            argument,
+            key,
+            f"None of the {len(self)} run(s) {what}; "
+            + (f"nearest: {', '.join(near)}." if near else "they have no keys at all."),
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:

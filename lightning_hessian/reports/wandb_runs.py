@@ -128,7 +128,14 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
     path = f"{run.entity}/{run.project}/{run.id}"
     return cleaned(
         RunRecord(
-            run.id, run.name or run.id, path, "wandb", config, steps, columns, tuple(problems),
+            run.id,
+            run.name or run.id,
+            path,
+            "wandb",
+            config,
+            steps,
+            columns,
+            tuple(problems),
             identities_in(rows),
         )
     )

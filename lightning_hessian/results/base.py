@@ -40,5 +40,17 @@ class ArgumentError(ValueError, TypeError):
     """
 
     def __init__(self, argument: str, value: object, remedy: str) -> None:
-        super().__init__(f"{argument}={reprlib.repr(value)} cannot be used. {remedy}")
-        self.argument = argument
+        super().__init__(f"{argument}={_shown(value)} cannot be used. {remedy}")
+        self.argument, self.value, self.remedy = argument, value, remedy
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
+        """Pickle by the three arguments, which processes that read runs send one another."""
+        return type(self), (self.argument, self.value, self.remedy)
+
+
+def _shown(value: object) -> str:
+    """Return a value in at most a few dozen characters on one line."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except Exception:  # noqa: BLE001 - a repr of the user's may raise anything, as may huge integers
+        return f"<{type(value).__name__}>"

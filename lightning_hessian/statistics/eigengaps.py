@@ -7,18 +7,33 @@ theorem for statisticians", Biometrika 102 (2015).
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from lightning_hessian.results import ArgumentError, Eigengaps, FloatArray
+from lightning_hessian.results import ArgumentError, Eigengaps, FloatArray, arguments
+from lightning_hessian.results.arguments import (
+    checked,
+    flag,
+    optional,
+    real_number,
+    significance_level,
+)
 from lightning_hessian.statistics.power_law import finite_values, fit_power_law
 
 _MIN_POSITIVE_GAPS = 3
 
 
+_RULES = {
+    "eigenvalues": arguments.finite_values,
+    "residuals": optional(arguments.real_values),
+    "significance": significance_level,
+    "perturbation_norm": real_number("It is not a norm; give eps * norm(M) >= 0.", least=0.0),
+    "complete": flag,
+}
+
+
+@checked(_RULES)
 def eigengaps(
     eigenvalues: ArrayLike, residuals: ArrayLike | None = None, *, significance: float = 0.05
 ) -> Eigengaps:
@@ -103,6 +118,7 @@ def _bounds(values: FloatArray, residuals: ArrayLike | None) -> FloatArray:
     return errors
 
 
+@checked(_RULES)
 def davis_kahan_bound(
     eigenvalues: ArrayLike, perturbation_norm: float, *, complete: bool = False
 ) -> FloatArray:
@@ -139,10 +155,6 @@ def davis_kahan_bound(
         [0.125, 0.5, 1.0, 1.0]
     """
     lambdas = finite_values(eigenvalues)
-    if not (math.isfinite(perturbation_norm) and perturbation_norm >= 0):
-        raise ValueError(
-            f"perturbation_norm={perturbation_norm} is not a norm; give eps * norm(M) >= 0."
-        )
     gaps = -np.diff(lambdas)
     if np.any(gaps < 0):
         raise ValueError(

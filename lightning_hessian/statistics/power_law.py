@@ -23,7 +23,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from lightning_hessian.results import FloatArray, PowerLawFit
+from lightning_hessian.results import FloatArray, PowerLawFit, arguments
+from lightning_hessian.results.arguments import (
+    checked,
+    optional,
+    real_number,
+    significance_level,
+    whole_number,
+    whole_numbers,
+)
 
 # HPL table 6 (Massey 1951): c in d_c = c / sqrt(K).
 _CRITICAL_COEFFICIENTS = {0.2: 1.07, 0.15: 1.14, 0.1: 1.22, 0.05: 1.36, 0.01: 1.63}
@@ -39,6 +47,20 @@ _LARGEST_SIMULATED = 2000
 _CHUNK = 2**18
 
 
+_RULES = {
+    "values": arguments.finite_values,
+    "k": whole_number(least=1),
+    "significance": significance_level,
+    "exponent": real_number("Give a finite exponent."),
+    "ks_distance": real_number("Give a distance from 0 to 1.", least=0.0, most=1.0),
+    "k_min": whole_number(least=2),
+    "num_values": optional(whole_numbers(least=0), "for all of them"),
+}
+
+
+@checked(
+    {**_RULES, "k": optional(whole_number(least=2, because="A power law needs at least 2 values."))}
+)
 def fit_power_law(
     values: ArrayLike, k: SupportsIndex | None = None, *, significance: float = 0.05
 ) -> PowerLawFit:
@@ -92,7 +114,6 @@ def fit_power_law(
         >>> fit.is_power_law is None, fit.reason
         (True, '5 values are too few to tell a power law from anything else; a verdict needs 23.')
     """
-    _require_level(significance)
     tail = _largest_positive(values, k)
     num_values = len(tail)
     logs = _log_ratios(tail)
@@ -126,6 +147,7 @@ def fit_power_law(
     )
 
 
+@checked(_RULES)
 def exponent_std_error(exponent: float, k: int) -> float:
     """Return the standard error (beta - 1) / sqrt(K) of an exponent fitted to K values.
 
@@ -138,6 +160,7 @@ def exponent_std_error(exponent: float, k: int) -> float:
     return (exponent - 1.0) / math.sqrt(k)
 
 
+@checked(_RULES)
 def slope(exponent: float) -> float:
     """Return the exponent s = 1 / (beta - 1) of Zipf's law lambda_k = lambda_1 k^-s.
 
@@ -158,6 +181,7 @@ def slope(exponent: float) -> float:
     return 1.0 / (exponent - 1.0)
 
 
+@checked(_RULES)
 def critical_value(k: int, significance: float = 0.05) -> float:
     """Return the KS distance d_c = c / sqrt(K) at which K values reject the power law.
 
@@ -175,9 +199,6 @@ def critical_value(k: int, significance: float = 0.05) -> float:
         >>> round(critical_value(1000), 4), round(critical_value(50, 0.01), 3)
         (0.043, 0.231)
     """
-    _require_level(significance)
-    if k < 1:
-        raise ValueError(f"k={k}: a critical value needs at least 1 value.")
     # Rounded, so that a computed level such as 0.1 + 0.05 finds its entry.
     coefficient = _CRITICAL_COEFFICIENTS.get(round(float(significance), 12))
     if coefficient is None:
@@ -185,6 +206,7 @@ def critical_value(k: int, significance: float = 0.05) -> float:
     return coefficient / math.sqrt(k)
 
 
+@checked(_RULES)
 def lilliefors_p_value(ks_distance: float, k: int) -> float:
     """Return how often K values of a true power law lie at least this far from their own fit.
 
@@ -212,8 +234,6 @@ def lilliefors_p_value(ks_distance: float, k: int) -> float:
     """
     if k < 2:
         raise ValueError(f"k={k}: a fitted distance needs at least 2 values.")
-    if not 0.0 <= ks_distance <= 1.0:
-        raise ValueError(f"ks_distance={ks_distance} is no distance between two distributions.")
     simulated = min(k, _LARGEST_SIMULATED)
     if simulated < k:
         ks_distance = ks_distance * math.sqrt(k / simulated)
@@ -222,6 +242,7 @@ def lilliefors_p_value(ks_distance: float, k: int) -> float:
     return (1 + at_least) / (1 + len(null))
 
 
+@checked(_RULES)
 def ks_distance_by_cutoff(
     values: ArrayLike, num_values: Iterable[int] | None = None
 ) -> tuple[NDArray[np.int64], FloatArray]:
@@ -256,7 +277,7 @@ def ks_distance_by_cutoff(
     if num_values is None:
         grid = np.arange(2, len(descending) + 1)
     else:
-        grid = np.array([index(k) for k in num_values], dtype=np.int64)
+        grid = np.array(list(num_values), dtype=np.int64)
     if len(grid) and (grid.min() < 2 or grid.max() > len(descending)):
         raise ValueError(
             f"num_values reaches from {grid.min()} to {grid.max()}, but {len(descending)} positive "
@@ -269,6 +290,7 @@ def ks_distance_by_cutoff(
     return grid, distances
 
 
+@checked(_RULES)
 def optimal_cutoff(
     values: ArrayLike, *, k_min: int = 10, significance: float = 0.05
 ) -> PowerLawFit:
@@ -294,7 +316,6 @@ def optimal_cutoff(
         >>> round(optimal_cutoff(np.concatenate([bulk, tail])).cutoff, 2)
         0.99
     """
-    _require_level(significance)
     descending = _largest_positive(values)
     if not 2 <= k_min <= len(descending):
         raise ValueError(
@@ -343,8 +364,6 @@ def _largest_positive(values: ArrayLike, k: SupportsIndex | None = None) -> Floa
             "check the sign, or whether there were any."
         )
     wanted = num_positive if k is None else index(k)
-    if k is not None and wanted < 2:
-        raise ValueError(f"k={wanted}: a power law needs at least 2 values; raise k.")
     if wanted > num_positive:
         raise ValueError(
             f"k={wanted} values were asked for, but only {num_positive} of the {len(flat)} are "
@@ -356,14 +375,6 @@ def _largest_positive(values: ArrayLike, k: SupportsIndex | None = None) -> Floa
             "compute more eigenvalues."
         )
     return descending[:wanted]
-
-
-def _require_level(significance: float) -> None:
-    """Raise unless the significance is strictly between 0 and 1."""
-    if not 0.0 < significance < 1.0:
-        raise ValueError(
-            f"significance={significance} is not strictly between 0 and 1; HPL takes 0.05."
-        )
 
 
 def _log_ratios(descending: FloatArray) -> FloatArray:

@@ -228,9 +228,9 @@ def test_keys_that_no_run_has(table):
         ({"statistics": ["hessian/dks"]}, "'hessian/dks'.*nearest: hessian/d_ks"),
         ({"statistics": ["val_loss"]}, "is a monitor already"),
         ({"group": "optimiser"}, "'optimiser'.*in its config; nearest: optimizer"),
-        ({"at": "first"}, "neither 'last' nor 'best' nor a step"),
-        ({"mode": "maximum", "at": "best"}, "neither 'min' nor 'max'"),
-        ({"monitor": []}, "No monitor was named"),
+        ({"at": "first"}, "at='first'.*'last', 'best', or a step"),
+        ({"mode": "maximum", "at": "best"}, "mode='maximum'.*'min', 'max'"),
+        ({"monitor": []}, r"monitor=\[\].*logged metric"),
     ]:
         with pytest.raises(ValueError, match=words):
             correlation_report(table, **arguments)
@@ -384,10 +384,13 @@ def test_the_command(logs, tmp_path, capsys):
         (["LOGS", "--monitor", "val_los"], "nearest: val_loss"),
         (["LOGS", "--statistic", "hesian/*"], "nearest: hessian/"),
         (["LOGS", "--group", "learning"], "in its config; nearest: lr"),
-        (["LOGS", "--at", "first"], "--at first: give last, best, or a step"),
+        (
+            ["LOGS", "--at", "first"],
+            "argument --at: 'first' cannot be used. Give 'last', 'best', or a step",
+        ),
         (["LOGS", "--filter", "oops"], "--filter oops: write KEY=VALUE"),
-        (["LOGS", "--workers", "0"], "--workers 0: at least one"),
-        (["LOGS", "--publish", "me"], "--publish me: give ENTITY/PROJECT"),
+        (["LOGS", "--workers", "0"], "--workers: '0' cannot be used. Give a whole number from 1"),
+        (["LOGS", "--publish", "me"], "--publish: 'me' is not ENTITY/PROJECT"),
     ],
 )
 def test_errors_name_the_remedy(arguments, words, logs, tmp_path, capsys):
@@ -479,6 +482,10 @@ def test_many_runs_say_it_across_and_within(tmp_path):
     assert ("hessian/block_off_diagonal_ratio", "hessian/gap") in sure
     for statistic, sentence in said["across"].items():
         both = [(statistic, monitor) in sure for monitor in ("val_loss", "hessian/gap")]
-        begins = {(True, True): "both", (True, False): "the metric alone",
-                  (False, True): "the generalization gap alone", (False, False): "neither"}  # fmt: skip
+        begins = {
+            (True, True): "both",
+            (True, False): "the metric alone",
+            (False, True): "the generalization gap alone",
+            (False, False): "neither",
+        }
         assert sentence.startswith(begins[tuple(both)])

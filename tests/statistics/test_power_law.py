@@ -157,14 +157,14 @@ def test_extreme_ranges():
         ([-1.0, 0.0, -3.0], {}, r"none of the 3 values is positive.*check the sign"),
         ([-1.0, 0.0, 2.0], {}, r"only 1 of the 3 values is positive.*compute more"),
         ([3.0, 2.0, 1.0, -1.0], {"k": 4}, r"k=4 .* only 3 of the 4 are positive; lower k"),
-        ([3.0, 2.0, 1.0], {"k": 1}, r"k=1: .*at least 2 values; raise k"),
-        ([3.0, 2.0, 1.0], {"k": 0}, r"k=0: "),
-        ([3.0, 2.0, 1.0], {"k": -2}, r"k=-2: "),
+        ([3.0, 2.0, 1.0], {"k": 1}, r"k=1 .*at least 2 values"),
+        ([3.0, 2.0, 1.0], {"k": 0}, r"k=0 "),
+        ([3.0, 2.0, 1.0], {"k": -2}, r"k=-2 "),
         ([5.0, 5.0, 5.0], {}, r"the 3 values to fit are all equal to 5.*larger k"),
         ([5.0, 5.0, 1.0], {"k": 2}, r"the 2 values to fit are all equal to 5"),
         ([1.0, np.nan, 2.0, np.inf], {}, r"2 of the 4 values are NaN or infinite.*leave them out"),
         ([1.0, 2.0, -np.inf], {}, r"1 of the 3 values are NaN or infinite"),
-        ([3.0, 2.0, 1.0], {"significance": 0.0}, r"significance=0.0 is not strictly between"),
+        ([3.0, 2.0, 1.0], {"significance": 0.0}, r"significance=0.0.*not strictly between"),
         ([3.0, 2.0, 1.0], {"significance": 1.0}, r"significance=1.0"),
         ([3.0, 2.0, 1.0], {"significance": 5}, r"significance=5"),
         ([3.0, 2.0, 1.0], {"significance": math.nan}, r"significance=nan"),
@@ -177,7 +177,7 @@ def test_errors_name_cause_and_remedy(values, options, message):
 
 
 def test_k_must_be_an_integer():
-    with pytest.raises(TypeError, match="float"):
+    with pytest.raises(TypeError, match=r"k=2\.5.*whole number"):
         fit_power_law([3.0, 2.0, 1.0], k=2.5)
 
 
