@@ -23,6 +23,7 @@ from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharded import objective_over, ranks_of
 from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.solvers.checkpoint import check_writable
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
 from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.solvers.trace import trace
@@ -128,6 +129,8 @@ def hessian_spectrum(
     """
     start = time.monotonic()
     count = check_protocol(protocol, num_eigenvalues, num_runs, num_steps, checkpoint)
+    if checkpoint is not None:
+        check_writable(checkpoint)
     storage = BasisStorage(basis_memory, basis_storage, basis_dtype)
     pooled = protocol == "pooled_slq"
     space = check_selection(model, parameters, 1 if pooled else count)

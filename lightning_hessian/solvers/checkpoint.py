@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from lightning_hessian.distributed import Ranks
 from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.results import ArgumentError
 from lightning_hessian.solvers.projected import Projected
+from lightning_hessian.solvers.termination import Terminated
 from lightning_hessian.solvers.thick_restart import Pending, RitzPairs, ThickRestart
 
 _MAGIC = b"LHLANCZ1"
@@ -32,6 +35,29 @@ def file_of(path: str | os.PathLike[str], operator: SymmetricOperator) -> Path:
     if ranks.world == 1:
         return path
     return path.with_name(f"{path.name}.rank{ranks.rank}of{ranks.world}")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Checks that a checkpoint can be written, before any work depends on it.
+
+    Raises:
+        ArgumentError: The folder is missing or cannot be written to, or the path is a folder.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ArgumentError("checkpoint", path, "Give the path of a file, or None.")
+    path = Path(path)
+    if path.is_dir():
+        raise ArgumentError("checkpoint", str(path), "It is a folder; give the path of a file.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ArgumentError(
+            "checkpoint",
+            str(path),
+            f"Nothing can be written to {str(path.parent)!r} ({error.strerror}). Make the folder, "
+            "or give another path.",
+        ) from error
 
 
 def identity(run: ThickRestart) -> dict[str, Any]:
@@ -199,24 +225,50 @@ def check_operator(run: ThickRestart, path: Path) -> None:
 
 @contextmanager
 def saved_on_error(run: ThickRestart, path: Path | None) -> Iterator[None]:
-    """A block whose run is saved if an exception ends it."""
+    """A block whose run is saved if an exception ends it; that exception is the one to see."""
     try:
         yield
     except BaseException:
         if path is not None and run.between_steps and run.count:
-            save(run, path)
+            try_to_save(run, path)
         raise
 
 
-def every(seconds: float, save: Callable[[], None], ranks: Ranks) -> Callable[[], None]:
-    """Returns a function that saves where this was last done so many seconds ago, on all ranks."""
+def try_to_save(run: ThickRestart, path: Path) -> None:
+    """Saves a run, or warns: a full disk must hide neither a result nor the cause of an error."""
+    try:
+        save(run, path)
+    except OSError as error:
+        warnings.warn(
+            f"The checkpoint {path} could not be written ({error}); the measurement goes on "
+            "without it.",
+            stacklevel=2,
+        )
+
+
+def every(
+    seconds: float, save: Callable[[], None], ranks: Ranks, ending: Callable[[], bool]
+) -> Callable[[], None]:
+    """Returns a function that saves where this was last done so many seconds ago, on all ranks.
+
+    Args:
+        seconds: How many.
+        save: Saves the run.
+        ranks: They save together, so that their parts are of the same time.
+        ending: Whether the process was asked to end: then it saves at once.
+
+    Raises:
+        Terminated: From the function, after it saved, on a rank that is to end.
+    """
     last = time.monotonic()
 
     def maybe() -> None:
         nonlocal last
-        if ranks.any(time.monotonic() - last >= seconds):
+        if ranks.any(ending() or time.monotonic() - last >= seconds):
             save()
             last = time.monotonic()
+        if ending():
+            raise Terminated
 
     return maybe
 
