@@ -284,10 +284,14 @@ class MeasurementCallback(Callback):
 
     def _draw(self, trainer: Any, last: bool = False) -> None:
         rows = self._history.rows
-        correlations = correlation_drawings(rows, self.correlated, self.monitors)
+
+        def drawings() -> Drawings:
+            correlations = correlation_drawings(rows, self.correlated, self.monitors)
+            return {**self.drawings(), **correlations}
+
         before = self._panels.seconds
         self._panels.draw(
-            {**self.drawings(), **correlations},
+            drawings,
             len(rows),
             log_step(trainer),
             trainer.loggers,

@@ -14,6 +14,7 @@ import numbers
 import operator
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -436,6 +437,12 @@ def file_to_write(name: str, value: Any) -> Any:
         raise ArgumentError(name, value, "It is a folder; give the path of a file.")
     if not os.path.isdir(folder):
         raise ArgumentError(name, value, f"There is no folder {folder!r}; make it first.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # more than os.access knows: a full disk, root
+            pass
+    except OSError as error:
+        remedy = f"Nothing can be written to {folder!r} ({error.strerror}); give another path."
+        raise ArgumentError(name, value, remedy) from error
     return value
 
 

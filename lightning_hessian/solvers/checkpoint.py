@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from lightning_hessian.results import UnreadableFileError
 from lightning_hessian.results.npz import require_stored
 from lightning_hessian.results.outside import open_regular, unreadable
 from lightning_hessian.solvers.projected import Projected
+from lightning_hessian.solvers.termination import Terminated
 from lightning_hessian.solvers.thick_restart import Pending, RitzPairs, ThickRestart
 
 _MAGIC = b"LHLANCZ1"
@@ -235,24 +237,50 @@ def check_operator(run: ThickRestart, path: Path) -> None:
 
 @contextmanager
 def saved_on_error(run: ThickRestart, path: Path | None) -> Iterator[None]:
-    """A block whose run is saved if an exception ends it."""
+    """A block whose run is saved if an exception ends it; that exception is the one to see."""
     try:
         yield
     except BaseException:
         if path is not None and run.between_steps and run.count:
-            save(run, path)
+            try_to_save(run, path)
         raise
 
 
-def every(seconds: float, save: Callable[[], None], ranks: Ranks) -> Callable[[], None]:
-    """Returns a function that saves where this was last done so many seconds ago, on all ranks."""
+def try_to_save(run: ThickRestart, path: Path) -> None:
+    """Saves a run, or warns: a full disk must hide neither a result nor the cause of an error."""
+    try:
+        save(run, path)
+    except OSError as error:
+        warnings.warn(
+            f"The checkpoint {path} could not be written ({error}); the measurement goes on "
+            "without it.",
+            stacklevel=2,
+        )
+
+
+def every(
+    seconds: float, save: Callable[[], None], ranks: Ranks, ending: Callable[[], bool]
+) -> Callable[[], None]:
+    """Returns a function that saves where this was last done so many seconds ago, on all ranks.
+
+    Args:
+        seconds: How many.
+        save: Saves the run.
+        ranks: They save together, so that their parts are of the same time.
+        ending: Whether the process was asked to end: then it saves at once.
+
+    Raises:
+        Terminated: From the function, after it saved, on a rank that is to end.
+    """
     last = time.monotonic()
 
     def maybe() -> None:
         nonlocal last
-        if ranks.any(time.monotonic() - last >= seconds):
+        if ranks.any(ending() or time.monotonic() - last >= seconds):
             save()
             last = time.monotonic()
+        if ending():
+            raise Terminated
 
     return maybe
 

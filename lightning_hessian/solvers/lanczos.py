@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.results.arguments import file_to_write
 from lightning_hessian.solvers import checkpoint as checkpoints
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage, placed
+from lightning_hessian.solvers.termination import keeps_state_on_sigterm
 from lightning_hessian.solvers.thick_restart import RitzPairs, ThickRestart
 
 __all__ = ["RitzPairs", "default_basis", "default_bound", "lanczos"]
@@ -66,8 +68,9 @@ def lanczos(
         checkpoint: A file that holds the state of a run that was interrupted: by ``should_stop``,
             a bound, an exception, or the end of the process. If it exists, the run goes on from
             there, to the same digits as without the interruption; ``max_products`` counts what
-            was spent before. It is written every ``checkpoint_seconds`` and when the run is
-            interrupted, and deleted when the run is done. Ranks add their number to its name.
+            was spent before. It is written every ``checkpoint_seconds``, when the run is
+            interrupted, by SIGTERM too, and deleted when the run is done. Ranks add their number
+            to its name.
         checkpoint_seconds: How much work may be lost, at most.
         seed: Of the start vector.
         should_stop: Asked after every product; True ends the iteration with what there is.
@@ -98,6 +101,8 @@ def lanczos(
             f"{num_eigenvalues} eigenvalues need at least as many products; the bound is "
             f"{max_products}. Raise it or ask for fewer eigenvalues."
         )
+    if checkpoint is not None:
+        file_to_write("checkpoint", checkpoint)
     room = _room(operator, num_eigenvalues, max_products, max_basis, storage)
     file = None if checkpoint is None else checkpoints.file_of(checkpoint, operator)
     ranks = operator.shard.ranks
@@ -115,13 +120,18 @@ def lanczos(
     def save() -> None:
         if file is not None:
             with ranks.together():
-                checkpoints.save(run, file)
+                checkpoints.try_to_save(run, file)
 
     should_stop = ranks.stopping(should_stop)
-    after_step = None if file is None else checkpoints.every(checkpoint_seconds, save, ranks)
-    with checkpoints.saved_on_error(run, file):
+    if file is None:
+        return run.run(max_products, num_checks, should_stop, None, on_stop=save)
+    with (
+        keeps_state_on_sigterm(lambda: ranks.world == 1 and run.between_steps) as ending,
+        checkpoints.saved_on_error(run, file),
+    ):
+        after_step = checkpoints.every(checkpoint_seconds, save, ranks, ending)
         found = run.run(max_products, num_checks, should_stop, after_step, on_stop=save)
-    if file is not None and found.stopped not in ("bound", "interrupted"):
+    if found.stopped not in ("bound", "interrupted"):
         file.unlink(missing_ok=True)
     return found
 

@@ -23,6 +23,7 @@ from lightning_hessian.tracking.figures import (
     cutoff_plot,
     eigengap_plot,
     emergence_plot,
+    evenly_chosen,
     rank_plot,
 )
 from lightning_hessian.tracking.gradient_figures import spectra_plot
@@ -53,6 +54,7 @@ def hessian_drawings(
     """
     leading = spectrum.leading
     title = f"step {spectra[-1][0]}" if spectra else None
+    shown_spectra = evenly_chosen(spectra)
     found: dict[str, Drawing] = {}
     if (spectrum.eigenvalues > 0).any():
         named = {"Hessian": spectrum}
@@ -72,8 +74,8 @@ def hessian_drawings(
         found["density"] = partial(
             spectral_density_plot, leading, shown, significance=significance, title=title
         )
-    if sum(bool((values > 0).any()) for _, values in spectra) > 1:
-        found["emergence"] = partial(emergence_plot, spectra)
+    if sum(bool((values > 0).any()) for _, values in shown_spectra) > 1:
+        found["emergence"] = partial(emergence_plot, shown_spectra, count=len(spectra))
     if blocks is not None and (blocks.frobenius > 0).any():
         found["blocks"] = partial(block_heatmap, blocks)
     if blocks is not None and blocks.mean_heterogeneity is not None:

@@ -220,8 +220,19 @@ def cutoff_plot(
     return figure
 
 
+def evenly_chosen(
+    spectra: Sequence[tuple[int, FloatArray]],
+) -> Sequence[tuple[int, FloatArray]]:
+    """Returns at most 60 of the spectra, evenly spread, the first and the last among them."""
+    places = np.unique(np.linspace(0, len(spectra) - 1, _MOST_CURVES).round().astype(int))
+    return [spectra[int(i)] for i in places] if len(spectra) else []
+
+
 def emergence_plot(
-    spectra: Sequence[tuple[int, FloatArray]], *, title: str | None = None
+    spectra: Sequence[tuple[int, FloatArray]],
+    *,
+    count: int | None = None,
+    title: str | None = None,
 ) -> Figure:
     """Returns the spectra of all measurements over one another, dark to light (HPL fig. 9 and 10).
 
@@ -229,19 +240,20 @@ def emergence_plot(
 
     Args:
         spectra: Step and eigenvalues, descending, of each measurement, in the order of training.
+        count: How many measurements there are, where ``spectra`` are but some of them.
         title: Of the figure.
 
     Raises:
         ValueError: None has a positive eigenvalue.
     """
-    drawn = [(step, values[values > 0]) for step, values in spectra if (values > 0).any()]
-    if not drawn:
+    chosen = [
+        (step, values[values > 0]) for step, values in evenly_chosen(spectra) if (values > 0).any()
+    ]
+    if not chosen:
         raise ValueError("There is no spectrum with positive eigenvalues to draw.")
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    places = np.unique(np.linspace(0, len(drawn) - 1, _MOST_CURVES).round().astype(int))
-    chosen = [drawn[i] for i in places]
     steps = [step for step, _ in chosen]
     norm = Normalize(min(steps), max(max(steps), min(steps) + 1))
     colours = ListedColormap(shades(256))
@@ -254,8 +266,9 @@ def emergence_plot(
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="optimizer step", shrink=0.9)
     quiet_grid(axes)
     few_ticks(axes)
-    count = f"{len(spectra)} measurement{'s' if len(spectra) > 1 else ''}"
-    axes.set_title(title or f"{count}, dark to light", fontsize="medium")
+    count = len(spectra) if count is None else count
+    told = f"{count} measurement{'s' if count > 1 else ''}"
+    axes.set_title(title or f"{told}, dark to light", fontsize="medium")
     return figure
 
 
