@@ -252,6 +252,40 @@ def test_what_is_no_nonsense_is_taken_or_refused_in_words(
             _call(name, run, **{parameter.name: value})
 
 
+GROUPS = {
+    "functions that measure": {
+        "hessian_spectrum", "layer_spectra", "block_structure", "gradient_structure",
+    },
+    "callbacks": {"HessianSpectrumCallback", "GradientStructureCallback"},
+    "schedules and partitions": {"AtSteps", "EveryNValidations", "BlockRule", "partition_rules"},
+    "runs and reports": {
+        "load_runs", "correlation_report", "follow", "read_spectra", "read_offline_run",
+    },
+}  # fmt: skip
+
+
+def table() -> str:
+    """Returns the table of docs/trust.md; what it counts as refused, the test above refuses."""
+    lines = [
+        "| | arguments | cases | refused | sense after all |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    everything = {**PUBLIC, **DOCUMENTED}
+    rest = set(everything) - set().union(*GROUPS.values())
+    for title, members in {**GROUPS, "statistics, theory, metric": rest}.items():
+        arguments = [(name, p) for name in members for p in _parameters(everything[name][0])]
+        fine = sum(is_fine(name, p, label) for name, p in arguments for label in NONSENSE)
+        cases = len(arguments) * len(NONSENSE)
+        lines.append(f"| {title} | {len(arguments)} | {cases} | {cases - fine} | {fine} |")
+    return "\n".join(lines)
+
+
+def test_the_documentation_has_the_table_of_these_cases() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "trust.md").read_text(encoding="utf-8")
+    part = text.partition("<!-- arguments: begin -->")[2].partition("<!-- arguments: end -->")[0]
+    assert table() in part, f"docs/trust.md, section Arguments, wants this table:\n{table()}"
+
+
 # Rules ------------------------------------------------------------------------------------------
 
 
