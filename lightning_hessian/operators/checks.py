@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -348,8 +348,9 @@ class _Detached(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         """Runs a function, and notes if it leaves the graph."""
         if not self.found and (func in _LEAVING or not torch.is_grad_enabled()):
-            given = tree_iter((args, kwargs))
-            self.found = any(isinstance(t, Tensor) and t.requires_grad for t in given)
+            given = (t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor))
+            # The module's own parameters are not what the loss is evaluated at.
+            self.found = any(t.requires_grad and not isinstance(t, nn.Parameter) for t in given)
         return func(*args, **(kwargs or {}))
 
 
