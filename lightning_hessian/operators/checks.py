@@ -52,8 +52,8 @@ _KNOWN = {"WeightNormInterfaceBackward0": "weight_norm"}
 """Operations of torch whose double backward is wrong: that of weight_norm on the CPU (2.13)."""
 
 _LEAVING = {
-    Tensor.detach, Tensor.detach_, torch.detach, Tensor.data.__get__, Tensor.item, Tensor.tolist,
-    Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__bool__,
+    Tensor.detach, Tensor.detach_, torch.detach, vars(torch._C.TensorBase)["data"].__get__,
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__bool__,
 }  # fmt: skip
 """Functions whose result depends on a tensor, and does not say so to autograd."""
 

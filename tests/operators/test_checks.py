@@ -1,4 +1,4 @@
-"""What is wrong about second derivatives is found on every batch, and what is right is not accused."""
+"""Wrong second derivatives are found on every batch, and right ones are never accused."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ class Bag(Padded):
 
 
 class PartlyFrozen(nn.Module):
-    """The first two rows of a weight are detached, as where new rows are trained beside old ones."""
+    """The first two rows of a weight are detached, as where new words are trained beside old."""
 
     def __init__(self):
         super().__init__()
@@ -340,8 +340,8 @@ def test_rows_without_gradient_are_zero_and_so_are_columns(name, engine):
 
 def test_a_padding_row_that_differences_would_move_stays():
     module = Bag().double()
+    measured = hessian(module, cross_entropy, [words()])
     with pytest.warns(UserWarning, match="Finite differences"):
-        measured = hessian(module, cross_entropy, [words()])
         operator = measured.__enter__()
     found = as_matrix(operator)
     measured.__exit__(None, None, None)
@@ -407,7 +407,7 @@ def test_the_coarsest_precision_inside_sets_the_tolerance(engine, dtype):
         with hessian(module, cross_entropy, batches, engine) as operator:
             assert distance(as_matrix(operator), expected) < tolerance
     except MeasurementError as error:
-        assert (engine, dtype) == ("finite_difference", torch.bfloat16)  # noqa: PT017
+        assert (engine, dtype) == ("finite_difference", torch.bfloat16)
         assert "too rough" in str(error)  # noqa: PT017
 
 
