@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from lightning_hessian.distributed import Shard
 from lightning_hessian.operators.engines import (
@@ -48,6 +50,12 @@ _ROUNDING = 10.0
 
 _KNOWN = {"WeightNormInterfaceBackward0": "weight_norm"}
 """Operations of torch whose double backward is wrong: that of weight_norm on the CPU (2.13)."""
+
+_LEAVING = {
+    Tensor.detach, Tensor.detach_, torch.detach, vars(torch._C.TensorBase)["data"].__get__,
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__bool__,
+}  # fmt: skip
+"""Functions whose result depends on a tensor, and does not say so to autograd."""
 
 _CHUNK = 2**22
 _INSTEAD = (
@@ -189,13 +197,15 @@ class Checks:
         fine = self._apply(self._difference(index, 4.0), vector)
         if not self._apart(coarse, fine) <= agreement:
             return
-        # The witness must be symmetric itself, and not move what gets no gradient.
+        # The witness must be symmetric itself, and not move what gets no gradient: nor what the
+        # loss holds constant (a detached target), which autograd does not move.
         live = live_entries(self._objective, index)
         difference = self._difference(index, 4.0, live)
         with_first, with_second = (self._apply(difference, v) for v in self.vectors)
         symmetric = self._asymmetry(with_first, with_second) <= _AGREEMENT * tolerance
         apart = self._apart(found, with_second)
-        if symmetric and not apart <= tolerance:
+        constant = not graph.custom_functions and self._holds_constant(index)
+        if symmetric and not apart <= tolerance and not self._objective.anywhere(constant):
             raise NoSecondDerivativeError(self._hidden(graph, found - with_second, apart))
 
     def _difference(
@@ -204,6 +214,13 @@ class Checks:
         eps = torch.finfo(self.precision(index)).eps
         product = finite_difference(self._objective, index, shrink=shrink, eps=eps)
         return product if live is None else Restricted(product, live)
+
+    def _holds_constant(self, index: int) -> bool:
+        """Whether the loss of a batch takes values out of the reach of autograd."""
+        leaves = tuple(value.requires_grad_() for value in self._objective.point())
+        with _Detached() as detached:
+            self._objective.batch_loss(leaves, index)
+        return detached.found
 
     def _hidden(self, graph: LossGraph, error: Tensor, apart: float) -> str:
         custom = ", ".join(graph.custom_functions)
@@ -319,6 +336,22 @@ class Checks:
 
 def _known(graph: LossGraph) -> str:
     return ", ".join(name for node, name in _KNOWN.items() if node in graph.operations)
+
+
+class _Detached(TorchFunctionMode):
+    """A block that notes whether a value that depends on a parameter is used as a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Runs a function, and notes if it leaves the graph."""
+        if not self.found and (func in _LEAVING or not torch.is_grad_enabled()):
+            given = (t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor))
+            # The module's own parameters are not what the loss is evaluated at.
+            self.found = any(t.requires_grad and not isinstance(t, nn.Parameter) for t in given)
+        return func(*args, **(kwargs or {}))
 
 
 class _Draws(TorchDispatchMode):
