@@ -183,7 +183,7 @@ def run_demo(
     print(f"Page with all charts: {page}")
     print(f"Report: {report.write(out / 'report')}")
     print(f"Offline W&B run: {run_folder}")
-    print("Look at it in the terminal:   wandb leet " + str(run_folder))
+    print("Look at it in the terminal:   wandb beta leet " + str(run_folder))
     print("Or send it to your account:   wandb sync " + str(run_folder))
     return figure
 

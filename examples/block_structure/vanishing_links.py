@@ -92,8 +92,8 @@ def main() -> None:
     norms = [np.sqrt(share_of_links(b)) * np.linalg.norm(b.frobenius) for b in found]
     print(
         f"The norm of H_wv was {norms[0]:.2f} at first, {max(norms):.2f} at most and "
-        f"{norms[-1]:.2f} at last. Its share stays:\nwhere labels are learnt, H_ww and H_vv shrink "
-        "as well, since p (1 - p) vanishes with p - y."
+        f"{norms[-1]:.2f} at last. Its share went from "
+        f"{share_of_links(found[0]):.2f} to {share_of_links(found[-1]):.2f}."
     )
     print(f"\nFigures: {args.out}/entries_*.png, neurons_*.png")
 

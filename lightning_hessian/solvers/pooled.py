@@ -52,8 +52,8 @@ def pooled_ritz_values(
 ) -> PooledRitzValues:
     """Returns the Ritz values of some runs of m Lanczos steps from vectors of random signs.
 
-    What the papers take for eigenvalues (HPL, section 3, after PyHessian's stochastic Lanczos
-    quadrature): no convergence is asked for, and an eigenvalue that every run has found stands in
+    What HPL takes for eigenvalues of Transformers (C.1.5, C.2.2; stochastic Lanczos quadrature
+    after PyHessian): no convergence is asked for, and an eigenvalue that every run has found stands in
     the list as often. Reorthogonalisation is full here, so that no run has copies of its own.
 
     Memory: m + 2 vectors, the same for all runs.
