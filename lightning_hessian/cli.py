@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = ("demo", "measure", "report", "workspace")
 """Each is a module of `lightning_hessian.commands`, imported light: the work is behind ``run``."""
@@ -19,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Those of the command line by default.
     """
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         code = options.run(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"lightning-hessian: {error}", file=sys.stderr)
@@ -28,10 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, as `main` says everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ValueError with the message."""
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
 def _parser() -> argparse.ArgumentParser:
     from lightning_hessian import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lightning-hessian",
         description="Hessian spectra of PyTorch Lightning runs.",
     )

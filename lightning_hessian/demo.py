@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hessian.callbacks.hessian_spectrum import HessianSpectrumCallback
 from lightning_hessian.reports.live import follow
+from lightning_hessian.reports.load import load_runs
+from lightning_hessian.reports.offline_run import read_offline_run
+from lightning_hessian.reports.report import (
+    DEFAULT_MONITORS,
+    CorrelationReport,
+    correlation_report,
+)
+from lightning_hessian.reports.verdicts import answer_within, judged, ranked
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.tracking.figures import rank_plot
 
@@ -117,10 +127,10 @@ class Table(L.Callback):
 def run_demo(
     out: Path, *, num_epochs: int = NUM_EPOCHS, num_eigenvalues: int = NUM_EIGENVALUES
 ) -> Path:
-    """Trains, measures, prints, and writes a figure and the page of the run.
+    """Trains, measures, prints, and writes a figure, the page and the report of the run.
 
     Args:
-        out: Folder for the offline W&B run, the figure and the page; made if missing.
+        out: Folder for the offline W&B run, the figure, the page and the report; made if missing.
         num_epochs: How long to train.
         num_eigenvalues: How many eigenvalues to find after each epoch.
 
@@ -165,31 +175,41 @@ def run_demo(
     logger.experiment.finish()
     figure = out / "spectrum.png"
     rank_plot(spectra).savefig(figure, dpi=150)
-    page = follow(run_folder, out, monitor=["val_loss"], once=True)
-    _print_correlations(hessian)
+    _wait_for_the_end(run_folder)
+    page = follow(run_folder, out, monitor=DEFAULT_MONITORS, once=True)
+    report = correlation_report(load_runs(run_folder, cache=False, progress=False), workers=1)
+    _print_correlations(report)
     print(f"\nFigure: {figure}")
     print(f"Page with all charts: {page}")
+    print(f"Report: {report.write(out / 'report')}")
     print(f"Offline W&B run: {run_folder}")
     print("Look at it in the terminal:   wandb leet " + str(run_folder))
     print("Or send it to your account:   wandb sync " + str(run_folder))
     return figure
 
 
-def _print_correlations(hessian: HessianSpectrumCallback) -> None:
-    correlations = hessian.correlations()
-    if not correlations:
-        print("\nToo few epochs for a correlation with val_loss.")
-        return
-    print("\nCorrelation with val_loss   Pearson r   r of differences   Spearman    n")
-    for (statistic, _), c in correlations.items():
-        print(
-            f"  {statistic:<24}  {c.r:>9.3f}   {c.r_differences:>16.3f}   {c.spearman:>8.3f} "
-            f"{c.num_points:>4}"
-        )
-    print(
-        "Two curves that both drift correlate whatever they are; r of the epoch-to-epoch\n"
-        "differences tells whether they also move together from one epoch to the next."
-    )
+def _wait_for_the_end(run_folder: Path, seconds: float = 20.0) -> None:
+    """Waits until W&B has written the end of the run, so that all who read it read the same."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and read_offline_run(run_folder).exit_code is None:
+        time.sleep(0.1)
+
+
+def _print_correlations(report: CorrelationReport) -> None:
+    """Prints what the report and the page say, in the same words."""
+    for monitor in report.monitors:
+        pairs = [p for p in ranked(report.within) if p.monitor == monitor and not math.isnan(p.r)]
+        if not pairs:
+            print(f"\nToo few epochs for a correlation with {monitor}.")
+            continue
+        title = f"Correlation with {monitor}"
+        print(f"\n{title:<36}  Pearson r   r of differences   Spearman    n")
+        for pair in pairs:
+            print(
+                f"  {pair.statistic:<34}  {pair.r:>9.3f}   {pair.r_differences:>16.3f}   "
+                f"{pair.spearman:>8.3f} {pair.num_points:>4}\n    {judged(pair).sentence}"
+            )
+    print(f"\n{answer_within(report.within)}")
 
 
 def _cell(row: dict[str, float], key: str, form: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_hessian.measure_arguments import SPECTRUM_RULES
 from lightning_hessian.measure_protocols import (
     check_protocol,
     pooled_top,
@@ -19,18 +20,22 @@ from lightning_hessian.measure_protocols import (
 )
 from lightning_hessian.operators.data_parallel import hessian_operator
 from lightning_hessian.operators.fsdp1 import on_whole_modules
+from lightning_hessian.operators.memory import memory_explained
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharded import objective_over, ranks_of
-from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.results import ArgumentError, HessianSpectrum
+from lightning_hessian.results.arguments import checked
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
 from lightning_hessian.solvers.storage import BasisStorage
-from lightning_hessian.solvers.trace import trace
+from lightning_hessian.solvers.trace import TraceEstimate, trace
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@checked(SPECTRUM_RULES)
+@memory_explained
 @on_whole_modules
 def hessian_spectrum(
     model: nn.Module,
@@ -87,7 +92,8 @@ def hessian_spectrum(
             ``"finite_difference"``; see `HessianOperator`.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over
-            (unmasked tokens, say); by default its number of samples.
+            (unmasked tokens, say); by default its labels that are not -100, where it holds
+            ``labels`` of which some are, else its number of samples (see `probe.batch_weight`).
         trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
         density: Whether to estimate the density of the whole spectrum too, by up to 320 more
             products (stochastic Lanczos quadrature, 4 probes of 80 steps); ``"pooled_slq"`` has it
@@ -127,7 +133,7 @@ def hessian_spectrum(
         (3, 5)
     """
     start = time.monotonic()
-    count = check_protocol(protocol, num_eigenvalues, num_runs, num_steps, checkpoint)
+    count = check_protocol(protocol, num_eigenvalues, checkpoint)
     storage = BasisStorage(basis_memory, basis_storage, basis_dtype)
     pooled = protocol == "pooled_slq"
     space = check_selection(model, parameters, 1 if pooled else count)
@@ -161,7 +167,9 @@ def hessian_spectrum(
             )  # fmt: skip
             top = ritz_top(ritz, count, tol)
         estimate = None
-        if probes:
+        if probes and top.trace is not None:
+            estimate = TraceEstimate(top.trace, std_error=0.0, num_products=0)
+        elif probes:
             estimate = trace(
                 operator, torch.from_numpy(top.values[: top.good]), top.vectors[: top.good],
                 num_probes=probes, seed=seed + 1, should_stop=should_stop,
@@ -174,12 +182,12 @@ def hessian_spectrum(
             spent += whole.num_products if whole else 0
     if ranks.rank == 0:
         for warning in top.warnings:
-            warnings.warn(warning, stacklevel=2)
+            warnings.warn(warning, stacklevel=4)  # past both decorators, to the caller
         if density and whole is None:
             warnings.warn(
                 "There is no density of the whole spectrum: the eigenvalues and the trace left "
                 "too little of max_hvps or of the time. Allow more.",
-                stacklevel=2,
+                stacklevel=4,
             )
     vectors = None
     if return_eigenvectors and not pooled:
@@ -225,10 +233,11 @@ def check_selection(
     ranks_of(model, torch.device("cpu"))
     space = ParameterSpace.select(model, parameters)
     if not 1 <= num_eigenvalues <= space.size:
-        raise ValueError(
-            f"num_eigenvalues={num_eigenvalues}, but the {len(space.names)} selected parameter "
-            f"tensors hold {space.size} numbers, so H has {space.size} eigenvalues. "
-            f"Ask for 1 to {space.size}."
+        raise ArgumentError(
+            "num_eigenvalues",
+            num_eigenvalues,
+            f"The {len(space.names)} selected parameter tensors hold {space.size} numbers, so H "
+            f"has {space.size} eigenvalues. Ask for 1 to {space.size}.",
         )
     return space
 
@@ -239,14 +248,18 @@ def split_bound(num_eigenvalues: int, max_hvps: int | None, trace_probes: int) -
     Raises:
         ValueError: The bound is too small, or a single probe was asked for.
     """
-    if trace_probes and trace_probes < 2:
-        raise ValueError("trace_probes=1 gives no standard error; use 0 or at least 2.")
+    if trace_probes == 1:
+        raise ArgumentError(
+            "trace_probes", trace_probes, "One gives no standard error; use 0 or at least 2."
+        )
     if max_hvps is None:
         return trace_probes, default_bound(num_eigenvalues)
     if max_hvps < num_eigenvalues + trace_probes:
-        raise ValueError(
-            f"max_hvps={max_hvps} is too small: {num_eigenvalues} eigenvalues and {trace_probes} "
-            f"trace probes take at least {num_eigenvalues + trace_probes} products. Raise it, or "
-            "lower num_eigenvalues."
+        raise ArgumentError(
+            "max_hvps",
+            max_hvps,
+            f"It is too small: {num_eigenvalues} eigenvalues and {trace_probes} trace probes take "
+            f"at least {num_eigenvalues + trace_probes} products. Raise it, or lower "
+            "num_eigenvalues.",
         )
     return trace_probes, max_hvps - trace_probes

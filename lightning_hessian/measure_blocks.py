@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from lightning_hessian.measure import deadline
+from lightning_hessian.measure_arguments import RULES
 from lightning_hessian.operators.data_parallel import hessian_operator
 from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.linear import MatrixOperator, SymmetricOperator
+from lightning_hessian.operators.memory import memory_explained
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
 from lightning_hessian.probe.sharded import objective_over
 from lightning_hessian.results import BlockStructure, SpectralDensity
+from lightning_hessian.results.arguments import checked
 from lightning_hessian.solvers.block_norms import (
     DENSE_ORDER,
     BlockNorms,
@@ -34,6 +37,8 @@ _LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
 
+@checked(RULES)
+@memory_explained
 @on_whole_modules
 def block_structure(
     model: nn.Module,

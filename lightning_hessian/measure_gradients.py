@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_hessian.distributed import RankError, Ranks, Shard
 from lightning_hessian.measure import deadline
+from lightning_hessian.measure_arguments import GRADIENT_RULES
 from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.gradient_history import GradientHistory
 from lightning_hessian.operators.gradient_ranks import DealtGradients
@@ -27,18 +28,27 @@ from lightning_hessian.operators.gradients import (
     adam_preconditioner,
 )
 from lightning_hessian.operators.gram import combinations, gram_matrix, spectra
-from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.operators.memory import free_bytes, memory_explained, most_bytes
 from lightning_hessian.probe.isolation import isolated
 from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
-from lightning_hessian.results import FloatArray, GradientStructure, MeasurementError, RowTests
+from lightning_hessian.results import (
+    ArgumentError,
+    FloatArray,
+    GradientStructure,
+    MeasurementError,
+    RowTests,
+)
+from lightning_hessian.results.arguments import checked
 from lightning_hessian.statistics.gaussianity import MIN_POINTS, row_tests
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@checked(GRADIENT_RULES)
+@memory_explained
 @on_whole_modules
 def gradient_structure(
     model: nn.Module,
@@ -122,11 +132,12 @@ def gradient_structure(
     """
     start = time.monotonic()
     space = ParameterSpace.select(model, parameters)
-    check_options(
-        num_eigenvalues, num_gradients, preconditioner, max_tested, tests, mode, clip_norm
-    )
+    if num_gradients is not None:
+        check_number(num_gradients, tests, memory_budget)
     check_space(space, tests)
     ranks = Ranks.of(process_group, space.device)
+    if num_gradients is not None:  # before so many are drawn
+        _left_by_gram(memory_budget, num_gradients, space.device, tests, ranks)
     with ranks.together():
         minibatches = draw_minibatches(
             data, batch_size=batch_size, num_minibatches=num_gradients, seed=seed, ranks=ranks
@@ -145,9 +156,9 @@ def gradient_structure(
         gradients = source
     else:
         gradients = DealtGradients(source, minibatches.total, space, ranks)
-    budget = _left_by_gram(memory_budget, gradients, tests)
+    budget = _left_by_gram(memory_budget, gradients.num_gradients, gradients.device, tests, ranks)
     should_stop = ranks.stopping(deadline(start, max_seconds))
-    with isolated(model, training=mode == "train"):
+    with isolated(model, training=mode == "train") if source is None else source.isolated():
         if tests:
             gradients = GradientHistory.collect(
                 gradients, memory_budget=budget, directory=directory, should_stop=should_stop
@@ -186,32 +197,31 @@ def gradient_structure(
     )
 
 
-def check_options(
-    num_eigenvalues: int,
-    num_gradients: int | None,
-    preconditioner: str | None,
-    max_tested: int | None,
-    tests: bool,
-    mode: str,
-    clip_norm: float | None,
-) -> None:
-    """Checks what can be checked without model and data.
+def check_number(num_gradients: int, tests: bool, memory_budget: float | None) -> None:
+    """Checks T by itself: enough for the tests, and no more than any memory here could hold.
+
+    Whether they fit into what is free is known only at the measurement.
 
     Raises:
-        ValueError: A count is too small, or a name unknown.
+        ArgumentError: T is too small, or its T x T inner products can never fit.
     """
-    if num_eigenvalues < 1:
-        raise ValueError(f"num_eigenvalues={num_eigenvalues}; at least one is needed.")
-    if num_gradients is not None:
-        _check_enough(num_gradients, tests)
-    if preconditioner not in (None, "adam"):
-        raise ValueError(f"preconditioner={preconditioner!r} is unknown; give 'adam' or None.")
-    if max_tested is not None and max_tested < 1:
-        raise ValueError(f"max_tested={max_tested}; give at least 1, None for all, or tests=False.")
-    if mode not in ("eval", "train"):
-        raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
-    if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise ValueError(f"clip_norm={clip_norm}; give a positive norm, or None.")
+    _check_enough(num_gradients, tests)
+    most = most_bytes() / 2 if memory_budget is None else memory_budget
+    if 2 * _gram_bytes(num_gradients) > most:
+        raise ArgumentError("num_gradients", num_gradients, _too_many(num_gradients, most))
+
+
+def _gram_bytes(num_gradients: int) -> int:
+    return 8 * num_gradients**2
+
+
+def _too_many(num_gradients: int, memory_budget: float) -> str:
+    return (
+        f"The inner products of {num_gradients} gradients take "
+        f"{_gram_bytes(num_gradients) / 1e9:.2g} GB, more than half of the "
+        f"{memory_budget / 1e9:.2g} GB that may be used. Lower num_gradients to "
+        f"{int(math.sqrt(memory_budget / _gram_bytes(1) / 2))} at most, or raise memory_budget."
+    )
 
 
 def check_space(space: ParameterSpace, tests: bool) -> None:
@@ -235,9 +245,11 @@ def check_space(space: ParameterSpace, tests: bool) -> None:
 
 def _check_enough(num_gradients: int, tests: bool) -> None:
     if num_gradients < _least(tests):
-        raise ValueError(
-            f"num_gradients={num_gradients} is too few: tests need {MIN_POINTS}, spectra alone "
-            "(tests=False) 2. Raise it, lower batch_size, or bring more data."
+        raise ArgumentError(
+            "num_gradients",
+            num_gradients,
+            f"That is too few: tests need {MIN_POINTS}, spectra alone (tests=False) 2. Raise it, "
+            "lower batch_size, or bring more data.",
         )
 
 
@@ -262,27 +274,28 @@ def _check_alike(minibatches: MiniBatches, space: ParameterSpace, ranks: Ranks) 
             )
 
 
-def _left_by_gram(memory_budget: float | None, gradients: GradientRows, tests: bool) -> float:
+def _left_by_gram(
+    memory_budget: float | None,
+    num_gradients: int,
+    device: torch.device,
+    tests: bool,
+    ranks: Ranks,
+) -> float:
     """Returns what the Gram matrix leaves of the budget, the same on all ranks.
 
     Raises:
         MeasurementError: It leaves less than half.
     """
-    ranks = gradients.shard.ranks
     if memory_budget is None:
         # G lies in main memory, which all ranks of a machine share, whatever their devices.
-        device = torch.device("cpu") if tests else gradients.device
+        device = torch.device("cpu") if tests else device
         hosts = ranks.gathered(socket.gethostname())
         sharing = hosts.count(hosts[ranks.rank]) if device.type == "cpu" else ranks.neighbours
         memory_budget = free_bytes(device) / 2 / sharing
     memory_budget = ranks.least(memory_budget)
-    gram_bytes = 8 * gradients.num_gradients**2
+    gram_bytes = _gram_bytes(num_gradients)
     if 2 * gram_bytes > memory_budget:
-        raise MeasurementError(
-            f"The inner products of {gradients.num_gradients} gradients take "
-            f"{gram_bytes / 1e9:.2g} GB, more than half of the {memory_budget / 1e9:.2g} GB that "
-            "may be used. Lower num_gradients or raise memory_budget."
-        )
+        raise MeasurementError(_too_many(num_gradients, memory_budget))
     return memory_budget - gram_bytes
 
 
@@ -307,7 +320,7 @@ def _check_count(count: int, wanted: int, tests: bool, ranks: Ranks) -> None:
         warnings.warn(
             f"The time was up after {count} of {wanted} gradients; allow more or lower "
             "num_gradients.",
-            stacklevel=3,
+            stacklevel=5,  # past the function, and both decorators, to the caller
         )
 
 

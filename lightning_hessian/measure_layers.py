@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 import warnings
@@ -12,11 +13,13 @@ from torch import nn
 
 from lightning_hessian.distributed import Ranks
 from lightning_hessian.measure import hessian_spectrum
+from lightning_hessian.measure_arguments import SPECTRUM_RULES
 from lightning_hessian.measure_protocols import check_protocol
 from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharded import ranks_of
-from lightning_hessian.results import HessianSpectrum
+from lightning_hessian.results import ArgumentError, HessianSpectrum
+from lightning_hessian.results.arguments import anything, checked
 
 Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 """``"layer"``, or names of groups of parameters with what selects each."""
@@ -24,6 +27,10 @@ Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
+_OPTIONS = {*inspect.signature(hessian_spectrum).parameters} - {"parameters"}
+
+
+@checked({name: SPECTRUM_RULES.get(name, anything) for name in ("layers", *_OPTIONS)})
 def layer_spectra(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -107,7 +114,7 @@ def layer_spectra(
         warnings.warn(
             f"Layers without a spectrum: {', '.join(left_out)}. The products or the time allowed "
             "were spent on those before. Raise max_hvps or the time, or name fewer layers.",
-            stacklevel=2,
+            stacklevel=3,  # past the decorator, to the caller
         )
     return found
 
@@ -120,14 +127,12 @@ def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelecti
     """
     if isinstance(layers, str):
         if layers != "layer":
-            raise ValueError(
-                f"layers={layers!r} is unknown; give 'layer', or a mapping from names to globs."
-            )
+            raise ArgumentError("layers", layers, "Give 'layer', or a mapping from names to globs.")
         groups = _by_module(model)
     else:
         groups = dict(layers)
     if not groups:
-        raise ValueError("layers={} names no layer; give None for none.")
+        raise ArgumentError("layers", layers, "It names no layer; give None for none.")
     for name, selection in groups.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_hessian.results import FloatArray, SpectralDensity
+from lightning_hessian.results import ArgumentError, FloatArray, SpectralDensity
 from lightning_hessian.solvers.density import spectral_density
 from lightning_hessian.solvers.lanczos import RitzPairs
 from lightning_hessian.solvers.pooled import PooledRitzValues, pooled_ritz_values
@@ -36,6 +36,7 @@ class Top:
     warnings: tuple[str, ...]
     num_copies: int = 0
     density: SpectralDensity | None = None
+    trace: float | None = None  # where the whole space was searched, so that it is exact
 
 
 def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
@@ -52,6 +53,7 @@ def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
         lowest=ritz.lowest if lowest_found else None,
         num_products=ritz.num_products,
         warnings=(warning,) if warning else (),
+        trace=ritz.trace,
     )
 
 
@@ -118,28 +120,19 @@ def whole_density(
     )
 
 
-def check_protocol(
-    protocol: str,
-    num_eigenvalues: int | None,
-    num_runs: int = 3,
-    num_steps: int = 1000,
-    checkpoint: object = None,
-) -> int:
+def check_protocol(protocol: str, num_eigenvalues: int | None, checkpoint: object = None) -> int:
     """Returns K, by default that of the protocol.
 
     Raises:
-        ValueError: An unknown protocol, less than one of anything, or a checkpoint where there is
-            none.
+        ArgumentError: A checkpoint, where the protocol keeps none.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol={protocol!r} is unknown; choose from {list(PROTOCOLS)}.")
     count = PROTOCOLS[protocol] if num_eigenvalues is None else num_eigenvalues
-    if count < 1 and protocol == "pooled_slq":
-        raise ValueError(f"num_eigenvalues={count}; at least one is needed.")
-    if num_runs < 1 or num_steps < 1:
-        raise ValueError(f"num_runs={num_runs}, num_steps={num_steps}; each is at least 1.")
     if checkpoint is not None and protocol != "converged":
-        raise ValueError(f"protocol={protocol!r} keeps no checkpoint; leave checkpoint=None.")
+        raise ArgumentError(
+            "checkpoint",
+            checkpoint,
+            f"protocol={protocol!r} keeps no checkpoint; leave checkpoint=None.",
+        )
     return count
 
 

@@ -10,7 +10,17 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_hessian.statistics.power_law import critical_value, fit_power_law
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import (
+    OTHERS,
+    anything,
+    checked,
+    one_of,
+    optional,
+    significance_level,
+    whole_number,
+)
+from lightning_hessian.statistics.power_law import fit_power_law
 
 STATISTICS = {
     "d_ks": "ks_distance",
@@ -54,6 +64,17 @@ class PowerLawFit(Metric):
 
     values: list[Tensor]
 
+    @checked(
+        {
+            "statistic": one_of(*STATISTICS),
+            "k": optional(
+                whole_number(least=2, because="A power law needs at least 2 values."),
+                "for all that are positive",
+            ),
+            "significance": significance_level,
+            OTHERS: anything,
+        }
+    )
     def __init__(
         self,
         statistic: str = "s_hat",
@@ -63,11 +84,6 @@ class PowerLawFit(Metric):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        if statistic not in STATISTICS:
-            raise ValueError(f"statistic={statistic!r} is unknown; choose from {list(STATISTICS)}.")
-        if k is not None and k < 2:
-            raise ValueError(f"k={k}: a power law needs at least 2 values; raise k.")
-        critical_value(2, significance)
         self.statistic = statistic
         self.k = k
         self.significance = significance
@@ -80,6 +96,8 @@ class PowerLawFit(Metric):
         Args:
             values: Real; those that are not positive are never fitted.
         """
+        if not isinstance(values, Tensor) or values.is_complex() or values.dtype == torch.bool:
+            raise ArgumentError("values", values, "Give a tensor of real numbers.")
         wide = torch.float32 if values.device.type == "mps" else torch.float64
         self.values.append(values.detach().to(wide).flatten())
 
@@ -92,7 +110,11 @@ class PowerLawFit(Metric):
         except ValueError as error:
             warnings.warn(f"{self.statistic} is NaN: {error}", stacklevel=2)
             return torch.full((), float("nan"), device=self.device)
-        return torch.tensor(float(getattr(fit, STATISTICS[self.statistic])), device=self.device)
+        value = getattr(fit, STATISTICS[self.statistic])
+        if value is None:
+            warnings.warn(f"{self.statistic} is NaN: {fit.reason}", stacklevel=2)
+            value = float("nan")
+        return torch.tensor(float(value), device=self.device)
 
     def _pooled(self) -> Tensor:
         """Returns the values of all ranks, or of one where all have the same."""

@@ -17,15 +17,41 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_hessian.results import FloatArray
+from lightning_hessian.results import ArgumentError, FloatArray
+from lightning_hessian.results.arguments import (
+    checked,
+    real_matrix,
+    real_number,
+    real_values,
+    seed_number,
+    whole_number,
+)
 
 THEOREM_2_SLOPES = {"ww_cross_entropy": -1, "ww_squared_error": -1, "vv_cross_entropy": -2}
 """Powers of C at which the ratios of expected squared norms vanish (HBS theorem 2, eq. 28)."""
 
 
+_positive = real_number("Give a positive number.", above=0.0)
+
+_RULES = {
+    "inputs": real_matrix,
+    "targets": real_matrix,
+    "labels": real_values,
+    "W": real_matrix,
+    "V": real_matrix,
+    "x": real_values,
+    "gamma": _positive,
+    "ratio": _positive,
+    "variance": _positive,
+    "num_classes": whole_number(least=2, most=100_000),
+    "seed": seed_number,
+}
+
+
 # Closed-form Hessians -----------------------------------------------------------------------------
 
 
+@checked({**_RULES, "num_classes": whole_number(least=1, most=10_000)})
 def linear_mse_hessian(inputs: ArrayLike, num_classes: int) -> FloatArray:
     """Return the Hessian of a linear model V x with squared loss, [C d, C d] (HBS case 1).
 
@@ -40,10 +66,11 @@ def linear_mse_hessian(inputs: ArrayLike, num_classes: int) -> FloatArray:
         array([[5., 0.],
                [0., 5.]])
     """
-    x = _matrix(inputs, "inputs")
+    x = _matrix(inputs)
     return np.kron(np.eye(num_classes), x.T @ x / len(x))
 
 
+@checked(_RULES)
 def linear_cross_entropy_hessian(inputs: ArrayLike, V: ArrayLike) -> FloatArray:
     """Return the Hessian of a linear model V x with cross-entropy, [C d, C d] (HBS case 2).
 
@@ -58,10 +85,11 @@ def linear_cross_entropy_hessian(inputs: ArrayLike, V: ArrayLike) -> FloatArray:
         array([[ 1., -1.],
                [-1.,  1.]])
     """
-    x, v = _matrix(inputs, "inputs"), _matrix(V, "V")
+    x, v = _columns_fit(inputs=inputs, V=V)
     return _output_blocks(x, _softmax(x @ v.T))
 
 
+@checked(_RULES)
 def hidden_mse_hessian(
     inputs: ArrayLike, targets: ArrayLike, W: ArrayLike, V: ArrayLike
 ) -> FloatArray:
@@ -78,13 +106,16 @@ def hidden_mse_hessian(
         array([[ 9., 12.],
                [12.,  4.]])
     """
-    x, y = _matrix(inputs, "inputs"), _matrix(targets, "targets")
-    w, v = _matrix(W, "W"), _matrix(V, "V")
+    x, w = _columns_fit(inputs=inputs, W=W)
+    y, v = _matrix(targets), _matrix(V)
+    _require_shape("V", v, (len(v), len(w)))
+    _require_shape("targets", y, (len(x), len(v)))
     hidden = np.maximum(x @ w.T, 0)
     curvature = np.broadcast_to(np.eye(len(v)), (len(x), len(v), len(v)))
     return _hidden_hessian(x, w, v, hidden @ v.T - y, curvature)
 
 
+@checked(_RULES)
 def hidden_cross_entropy_hessian(
     inputs: ArrayLike, labels: ArrayLike, W: ArrayLike, V: ArrayLike
 ) -> FloatArray:
@@ -104,10 +135,15 @@ def hidden_cross_entropy_hessian(
                [-0.5,  1. , -1. ],
                [ 0.5, -1. ,  1. ]])
     """
-    x, w, v = _matrix(inputs, "inputs"), _matrix(W, "W"), _matrix(V, "V")
+    (x, w), v = _columns_fit(inputs=inputs, W=W), _matrix(V)
+    _require_shape("V", v, (len(v), len(w)))
+    classes = np.asarray(labels)
+    _require_shape("labels", classes, (len(x),))
+    if classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= len(v):
+        raise ArgumentError("labels", labels, f"Give whole numbers from 0 to {len(v) - 1}.")
     p = _softmax(np.maximum(x @ w.T, 0) @ v.T)
     error = p.copy()
-    error[np.arange(len(x)), np.asarray(labels)] -= 1
+    error[np.arange(len(x)), classes] -= 1
     curvature = p[:, :, None] * np.eye(len(v)) - p[:, :, None] * p[:, None, :]
     return _hidden_hessian(x, w, v, error, curvature)
 
@@ -148,6 +184,7 @@ def _output_blocks(features: FloatArray, p: FloatArray) -> FloatArray:
 # Static force: many classes -----------------------------------------------------------------------
 
 
+@checked(_RULES)
 def class_ratio_limit(gamma: float) -> float:
     """Return the limit of C^2 norm_F(H_ij)^2 / norm_F(H_ii)^2, (gamma e^2 + 1) / (gamma e + 1).
 
@@ -161,10 +198,10 @@ def class_ratio_limit(gamma: float) -> float:
         >>> round(class_ratio_limit(1.0), 3)
         2.256
     """
-    _require_positive(gamma=gamma)
     return (gamma * math.e**2 + 1) / (gamma * math.e + 1)
 
 
+@checked(_RULES)
 def class_ratio(gamma: float, num_classes: int, *, seed: int = 0) -> float:
     """Return the limit of norm_F(H_ij)^2 / norm_F(H_ii)^2 at a finite number of classes.
 
@@ -186,9 +223,6 @@ def class_ratio(gamma: float, num_classes: int, *, seed: int = 0) -> float:
         >>> round(class_ratio(1.0, 2), 3)  # p_1 p_2 = p_1 (1 - p_1) for two classes
         1.0
     """
-    _require_positive(gamma=gamma)
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes}; a ratio needs at least 2.")
     rng = np.random.default_rng(seed)
     count = max(1000, 2_000_000 // num_classes)
     sums = np.zeros(4)  # of p_i p_j, its square, p_i (1 - p_i), and its square
@@ -206,6 +240,7 @@ def class_ratio(gamma: float, num_classes: int, *, seed: int = 0) -> float:
     return float((gamma * off_2 + off**2) / (gamma * on_2 + on**2))
 
 
+@checked(_RULES)
 def hidden_ratio_mse(gamma: float, num_classes: int) -> float:
     """Return the limit of E norm_F(H_wiwj)^2 / E norm_F(H_wiwi)^2 with squared loss.
 
@@ -221,13 +256,13 @@ def hidden_ratio_mse(gamma: float, num_classes: int) -> float:
         >>> round(hidden_ratio_mse(1.0, 10), 4)
         0.0347
     """
-    _require_positive(gamma=gamma)
     return (gamma / 4 + 1 / 16) / ((gamma / 2 + 1 / 4) * (num_classes + 2))
 
 
 # Limiting spectra ---------------------------------------------------------------------------------
 
 
+@checked(_RULES)
 def marchenko_pastur(x: ArrayLike, ratio: float, variance: float = 1.0) -> FloatArray:
     """Return the limiting density of the eigenvalues of X X^T / n, X [d, n] with i.i.d. entries.
 
@@ -247,7 +282,6 @@ def marchenko_pastur(x: ArrayLike, ratio: float, variance: float = 1.0) -> Float
         >>> marchenko_pastur([0.1, 1.0, 5.0], 1.0).round(3)
         array([0.994, 0.276, 0.   ])
     """
-    _require_positive(ratio=ratio, variance=variance)
     at = np.asarray(x, dtype=np.float64)
     low, high = marchenko_pastur_edges(ratio, variance)
     inside = (at > max(low, 0)) & (at < high)
@@ -256,6 +290,7 @@ def marchenko_pastur(x: ArrayLike, ratio: float, variance: float = 1.0) -> Float
     return np.where(inside, root / (2 * np.pi * variance * ratio * safe), 0.0)
 
 
+@checked(_RULES)
 def marchenko_pastur_edges(ratio: float, variance: float = 1.0) -> tuple[float, float]:
     """Return the ends of the support of `marchenko_pastur`.
 
@@ -266,6 +301,7 @@ def marchenko_pastur_edges(ratio: float, variance: float = 1.0) -> tuple[float, 
     return variance * (1 - math.sqrt(ratio)) ** 2, variance * (1 + math.sqrt(ratio)) ** 2
 
 
+@checked(_RULES)
 def semicircle(x: ArrayLike, variance: float = 1.0) -> FloatArray:
     """Return the limiting density of the eigenvalues of a Wigner matrix over sqrt(n).
 
@@ -283,26 +319,28 @@ def semicircle(x: ArrayLike, variance: float = 1.0) -> FloatArray:
         >>> semicircle([0.0, 2.0]).round(4)
         array([0.3183, 0.    ])
     """
-    _require_positive(variance=variance)
     at = np.asarray(x, dtype=np.float64)
     return np.sqrt(np.clip(4 * variance - at**2, 0, None)) / (2 * np.pi * variance)
 
 
-def _matrix(values: ArrayLike, name: str) -> FloatArray:
+def _matrix(values: ArrayLike) -> FloatArray:
     matrix: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    if matrix.ndim != 2:
-        raise ValueError(
-            f"{name} has shape {matrix.shape}; give a matrix, one row for each sample."
-        )
     return matrix
+
+
+def _columns_fit(**matrices: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Return two matrices, checked to have as many columns."""
+    (_, first), (name, second) = matrices.items()
+    one, other = _matrix(first), _matrix(second)
+    _require_shape(name, other, (len(other), one.shape[1]))
+    return one, other
+
+
+def _require_shape(name: str, array: NDArray[np.float64], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ArgumentError(name, array, f"Its shape is {array.shape}; give {shape}.")
 
 
 def _softmax(logits: FloatArray) -> FloatArray:
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
     return exponentials / exponentials.sum(1, keepdims=True)
-
-
-def _require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value}; it must be positive.")

@@ -81,11 +81,11 @@ def test_a_bound_cuts_the_runs_short_with_a_warning(given):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "slq"}, "'slq' is unknown"),
+        ({"protocol": "slq"}, "protocol='slq'.*'pooled_slq'"),
         ({"protocol": "pooled_slq", "num_steps": 0}, "at least 1"),
         ({"protocol": "pooled_slq", "checkpoint": "run"}, "keeps no checkpoint"),
-        ({"basis_storage": "tape"}, "'tape' is unknown"),
-        ({"basis_dtype": "int8"}, "'int8' is unknown"),
+        ({"basis_storage": "tape"}, "basis_storage='tape'.*'disk'"),
+        ({"basis_dtype": "int8"}, "basis_dtype='int8'.*'bfloat16'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given, options, message):
@@ -215,7 +215,7 @@ def test_layers_out_of_bounds_are_left_out_and_named(given):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("block", "'block' is unknown"),
+        ("block", "layers='block'.*'layer'"),
         ({}, "names no layer"),
         ({"conv.0": "0.*"}, "letters, digits and underscores"),
         ({"a/b": "0.*"}, "letters, digits and underscores"),

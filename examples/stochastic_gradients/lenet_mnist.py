@@ -154,7 +154,7 @@ def _print_fit(title: str, values: FloatArray, paper: tuple[float, float] | None
 
 
 def _print_row(title: str, source: str, fit: PowerLawFit) -> None:
-    verdict = "yes" if fit.is_power_law else "no"
+    verdict = {True: "yes", False: "no", None: "too few"}[fit.is_power_law]
     print(
         f"{title:<44}{source:<6}{fit.ks_distance:<9.4f}{fit.critical_value:<8.4f}{verdict:<9}"
         f"{fit.slope:.3f}"

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.measurement import MeasurementCallback
+from lightning_hessian.callbacks.probe_data import num_samples
 from lightning_hessian.callbacks.schedule import Schedule
-from lightning_hessian.measure_gradients import check_options, check_space, gradient_structure
+from lightning_hessian.measure_gradients import check_number, check_space, gradient_structure
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
-from lightning_hessian.results import GradientStructure
-from lightning_hessian.statistics.power_law import critical_value
+from lightning_hessian.results import ArgumentError, GradientStructure
+from lightning_hessian.results.arguments import checked
 from lightning_hessian.tracking.drawings import gradient_drawings
 from lightning_hessian.tracking.gradient_scalars import CORRELATED, gradient_scalars
 from lightning_hessian.tracking.panels import Drawings
@@ -91,6 +93,7 @@ class GradientStructureCallback(MeasurementCallback):
     cost_arguments = "num_gradients, batch_size, max_tested"
     work = ("gradients", "num_gradients")
 
+    @checked(CALLBACK_RULES)
     def __init__(
         self,
         *,
@@ -130,12 +133,7 @@ class GradientStructureCallback(MeasurementCallback):
             figures=figures,
             progress=progress,
         )
-        check_options(
-            num_eigenvalues, num_gradients, preconditioner, max_tested, tests, mode, clip_norm
-        )
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}; a mini-batch needs at least one sample.")
-        critical_value(num_eigenvalues, significance)
+        check_number(num_gradients, tests, memory_budget)
         self.num_gradients = num_gradients
         self.batch_size = batch_size
         self.num_eigenvalues = num_eigenvalues
@@ -155,6 +153,17 @@ class GradientStructureCallback(MeasurementCallback):
         """Raises ValueError where the arguments do not fit the module; called before training."""
         check_space(ParameterSpace.select(pl_module, self.parameters), self.tests)
         resolve_loss(pl_module, self.loss_fn)
+
+    def check_data(self, trainer: Any) -> None:
+        """Raises ArgumentError where all probe batches together are smaller than a mini-batch."""
+        known = num_samples(trainer, self.data, self.num_batches)
+        if self.batch_size is not None and known is not None and self.batch_size > known:
+            raise ArgumentError(
+                "batch_size",
+                self.batch_size,
+                f"The probe data hold {known} samples (num_batches={self.num_batches}). Lower "
+                "batch_size, raise num_batches or bring more data.",
+            )
 
     def measure(
         self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.layers import layer_scalars
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.schedule import Schedule
@@ -14,14 +14,13 @@ from lightning_hessian.measure import check_selection, hessian_spectrum, split_b
 from lightning_hessian.measure_blocks import block_structure
 from lightning_hessian.measure_layers import Layers, layer_groups
 from lightning_hessian.measure_protocols import check_protocol
-from lightning_hessian.operators.hessian import ENGINES
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
 from lightning_hessian.results import BlockStructure, HessianSpectrum
+from lightning_hessian.results.arguments import checked, optional
 from lightning_hessian.solvers.block_norms import DENSE_ORDER, least_products
 from lightning_hessian.solvers.storage import BasisStorage
-from lightning_hessian.statistics.power_law import critical_value
 from lightning_hessian.tracking.drawings import hessian_drawings
 from lightning_hessian.tracking.panels import Drawings
 from lightning_hessian.tracking.scalars import CORRELATED, block_scalars, spectrum_scalars
@@ -108,6 +107,7 @@ class HessianSpectrumCallback(MeasurementCallback):
     prefix = "hessian"
     correlated = CORRELATED
 
+    @checked({**CALLBACK_RULES, "num_eigenvalues": optional(CALLBACK_RULES["num_eigenvalues"])})
     def __init__(
         self,
         *,
@@ -153,17 +153,8 @@ class HessianSpectrumCallback(MeasurementCallback):
             figures=figures,
             progress=progress,
         )
-        num_eigenvalues = check_protocol(protocol, num_eigenvalues, num_runs, num_steps)
-        if num_eigenvalues < 1:
-            raise ValueError(f"num_eigenvalues={num_eigenvalues}; at least one is needed.")
+        num_eigenvalues = check_protocol(protocol, num_eigenvalues)
         BasisStorage(basis_memory, basis_storage, basis_dtype)
-        if not (math.isfinite(tol) and tol > 0):
-            raise ValueError(f"tol={tol}; give a positive relative tolerance such as 1e-3.")
-        if hvp not in ("auto", *ENGINES):
-            raise ValueError(f"hvp={hvp!r} is unknown; choose from 'auto', {list(ENGINES)}.")
-        if mode not in ("eval", "train"):
-            raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
-        critical_value(num_eigenvalues, significance)
         least = 1 if protocol == "pooled_slq" else num_eigenvalues
         split_bound(least, max_hvps, trace_probes)
         self.num_eigenvalues = num_eigenvalues
@@ -223,7 +214,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         def left() -> float | None:
             if max_seconds is None:
                 return None
-            return self._ranks.least(max_seconds - (time.monotonic() - started))
+            return max(0.0, self._ranks.least(max_seconds - (time.monotonic() - started)))
 
         self.last_layers = {}
         if self.layers is not None:

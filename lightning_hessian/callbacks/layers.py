@@ -30,7 +30,8 @@ def layer_scalars(
     """
     with warnings.catch_warnings():  # it is said below, with the other reasons
         warnings.filterwarnings("ignore", message="Layers without a spectrum")
-        spectra = layer_spectra(module, loss_fn, batches, layers=layers, **options)
+        spent = options.get("max_hvps") is not None and options["max_hvps"] < 1
+        spectra = {} if spent else layer_spectra(module, loss_fn, batches, layers=layers, **options)
     scalars: dict[str, float] = {}
     absent = []
     for name, spectrum in spectra.items():

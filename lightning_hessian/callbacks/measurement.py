@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.compat import Callback
-from lightning_hessian.callbacks.probe_data import ProbeData, check_data, probe_batches
-from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, TimeBudget
+from lightning_hessian.callbacks.probe_data import ProbeData, probe_batches
+from lightning_hessian.callbacks.schedule import Schedule, TimeBudget
 from lightning_hessian.callbacks.surroundings import (
     log_step,
     refuse_surroundings,
@@ -20,6 +22,7 @@ from lightning_hessian.callbacks.surroundings import (
 from lightning_hessian.distributed import ALONE, RankError
 from lightning_hessian.operators.fsdp1 import whole
 from lightning_hessian.results import MeasurementError
+from lightning_hessian.results.arguments import checked
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings
 from lightning_hessian.tracking.history import History, correlation_scalars
@@ -49,6 +52,7 @@ class MeasurementCallback(Callback):
     cost_arguments = "num_eigenvalues, num_batches"  # what to lower where a measurement takes long
     work = ("HVPs", "num_hvps")  # what the progress bar counts, and the statistic that tells it
 
+    @checked(CALLBACK_RULES)
     def __init__(
         self,
         *,
@@ -64,22 +68,9 @@ class MeasurementCallback(Callback):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error={on_error!r} is neither 'warn' nor 'raise'.")
-        if num_batches < 1:
-            raise ValueError(f"num_batches={num_batches}; at least one probe batch is needed.")
-        check_data(data)
-        self.monitors = (monitor,) if isinstance(monitor, str) else tuple(monitor)
-        self.schedule: Schedule = (
-            EveryNValidations(every_n_validations)
-            if isinstance(every_n_validations, int)
-            else every_n_validations
-        )
-        if not isinstance(self.schedule, Schedule):
-            raise ValueError(
-                f"every_n_validations={every_n_validations!r} is neither a number nor a schedule "
-                "(an object with is_due(validation, step, last_step))."
-            )
+        self.monitors: tuple[str, ...] = tuple(dict.fromkeys(monitor))  # by its rule, of texts
+        assert not isinstance(every_n_validations, int)  # by its rule
+        self.schedule = every_n_validations
         self.data = data
         self.num_batches = num_batches
         self.during_validate = during_validate
@@ -92,6 +83,7 @@ class MeasurementCallback(Callback):
         self._time_budget = time_budget
         self._budget = TimeBudget(time_budget)
         self._history = History()
+        self._identity = uuid.uuid4().hex  # drawn by the system: no seed of training moves
         self._num_validations = 0
         self._batches: Sequence[Any] | None = None
         self._ranks = ALONE
@@ -106,6 +98,9 @@ class MeasurementCallback(Callback):
     def check(self, pl_module: Any) -> None:
         """Raises ValueError where the arguments do not fit the module; called before training."""
         raise NotImplementedError
+
+    def check_data(self, trainer: Any) -> None:
+        """Raises ArgumentError where the arguments do not fit the data; called before training."""
 
     def measure(
         self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
@@ -152,6 +147,7 @@ class MeasurementCallback(Callback):
         return {
             "history": self.history,
             "num_validations": self._num_validations,
+            "identity": self._identity,
             **self._panels.state_dict(),
         }
 
@@ -159,12 +155,14 @@ class MeasurementCallback(Callback):
         """Continues the history of a checkpoint."""
         self._history = History(state_dict["history"])
         self._num_validations = state_dict["num_validations"]
+        self._identity = state_dict.get("identity", self._identity)
         self._panels.load_state_dict(state_dict)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, before anything is trained."""
         self._enabled = stage == "fit" or (stage == "validate" and self.during_validate)
         if stage == "fit":
+            self._identity = uuid.uuid4().hex  # that of a checkpoint is loaded after this
             self._batches = None
             self._metrics = {}
         self._budget = TimeBudget(self._time_budget)
@@ -200,7 +198,9 @@ class MeasurementCallback(Callback):
                 self.check(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock of the time budget."""
+        """Checks the arguments against the loaders, which are there now; starts the clock."""
+        if self._enabled:
+            self.check_data(trainer)
         self._clock = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -271,6 +271,9 @@ class MeasurementCallback(Callback):
             self._panels.define(trainer.loggers, scalars)
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=log_step(trainer))
+        self._panels.add_identity(
+            self._identity, log_step(trainer), trainer.loggers, own_folder(trainer)
+        )
         code = self.spectrum_code()
         if code is not None:
             step = int(self._history.rows[-1]["step"])
@@ -281,10 +284,14 @@ class MeasurementCallback(Callback):
 
     def _draw(self, trainer: Any, last: bool = False) -> None:
         rows = self._history.rows
-        correlations = correlation_drawings(rows, self.correlated, self.monitors)
+
+        def drawings() -> Drawings:
+            correlations = correlation_drawings(rows, self.correlated, self.monitors)
+            return {**self.drawings(), **correlations}
+
         before = self._panels.seconds
         self._panels.draw(
-            {**self.drawings(), **correlations},
+            drawings,
             len(rows),
             log_step(trainer),
             trainer.loggers,

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, TypeAlias
+
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
 
 ProbeData: TypeAlias = str | Iterable[Any]
 """``"train"``, ``"val"``, a DataLoader, or a list of batches."""
-
-
-def check_data(data: ProbeData) -> None:
-    """Checks what can be checked before there is a Trainer.
-
-    Raises:
-        ValueError: An unknown word, or an empty list.
-    """
-    if isinstance(data, str) and data not in ("train", "val"):
-        raise ValueError(
-            f"data={data!r} is unknown; give 'train', 'val', a DataLoader or a list of batches."
-        )
-    if isinstance(data, Sequence) and not data:
-        raise ValueError("data=[] holds no batch; give at least one, or data='train'.")
 
 
 class ProbeBatches(Sequence[Any]):
@@ -77,6 +65,26 @@ def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) ->
             loaders = _val_loader(trainer)
         batches = _draw(loaders, num_batches, seed, first_samples)
     return ProbeBatches(trainer, batches, seed)
+
+
+def num_samples(trainer: Any, data: ProbeData, num_batches: int) -> int | None:
+    """Returns the most samples that the probe batches can hold, None where it cannot be told.
+
+    Nothing is read: it goes by the length of a map-style dataset and the loader's batch size.
+
+    Args:
+        trainer: The Trainer, its training data set up.
+        data: Where from.
+        num_batches: How many batches at most.
+    """
+    loader = data
+    if isinstance(data, str):
+        loader = trainer.train_dataloader if data == "train" else trainer.val_dataloaders
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    if loader.batch_size is None or not isinstance(loader.dataset, Sized):
+        return None
+    return min(num_batches * loader.batch_size, len(loader.dataset))
 
 
 def _transferred(trainer: Any, batch: Any) -> Any:

@@ -6,6 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import (
+    check_fields,
+    is_collection,
+    optional,
+    real_number,
+    renamed,
+    whole_number,
+)
+
+time_limit = optional(
+    real_number(
+        "Give a share of the training time (0.05), or a finite number of seconds from 1 on.",
+        above=0.0,
+    ),
+    "for no limit",
+)
+"""The rule of ``time_budget``."""
+
 
 @runtime_checkable
 class Schedule(Protocol):
@@ -37,8 +58,7 @@ class EveryNValidations:
     n: int = 1
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"every_n_validations={self.n}; it must be at least 1.")
+        check_fields(self, {"n": renamed("every_n_validations", whole_number(least=1))})
 
     def is_due(self, validation: int, step: int, last_step: int | None) -> bool:
         """Returns whether ``validation`` is one of every n."""
@@ -61,8 +81,11 @@ class AtSteps:
     steps: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not self.steps:
-            raise ValueError("AtSteps needs at least one step.")
+        steps = self.steps.tolist() if isinstance(self.steps, np.ndarray) else self.steps
+        if not is_collection(steps) or not steps:
+            raise ArgumentError("steps", self.steps, "Give a list of at least one step.")
+        rule = whole_number(because="Steps count optimizer steps.")
+        object.__setattr__(self, "steps", tuple(rule("steps", step) for step in steps))
 
     def is_due(self, validation: int, step: int, last_step: int | None) -> bool:
         """Returns whether a chosen step lies after the last measurement and not after now."""
@@ -92,10 +115,7 @@ class TimeBudget:
     expected: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        if self.limit is not None and not self.limit > 0:
-            raise ValueError(
-                f"time_budget={self.limit}; give a share of the training time (0.05) or seconds."
-            )
+        check_fields(self, {"limit": renamed("time_budget", time_limit)})
 
     @property
     def _is_share(self) -> bool:

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 
 from lightning_hessian.commands.checkpoints import Saved
+from lightning_hessian.probe.arguments import batches
 from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
 from lightning_hessian.results.outside import reason as _first_line
@@ -181,7 +182,8 @@ def data_of(text: str | None, saved: Saved, options: argparse.Namespace) -> Any:
             data.setup("fit")
         except Exception as error:
             raise ValueError(f"{text} cannot be set up ({_told(error)}).") from error
-    return data
+        return data
+    return batches("--data", data)
 
 
 def batches_of(
@@ -209,10 +211,10 @@ def batches_of(
         loader = source
     if loader is None:
         raise ValueError(f"{options.data or options.module} has no loader for {options.split!r}.")
-    batches = draw_batches(loader, options.num_batches, seed=options.seed)
+    drawn = draw_batches(loader, options.num_batches, seed=options.seed)
     with preserved_rng():  # the hooks may augment
         seed_everything(options.seed)
-        ready = [module._on_before_batch_transfer(batch, dataloader_idx=0) for batch in batches]
+        ready = [module._on_before_batch_transfer(batch, dataloader_idx=0) for batch in drawn]
         return [module._apply_batch_transfer_handler(batch, device=device) for batch in ready]
 
 

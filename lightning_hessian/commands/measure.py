@@ -7,6 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_hessian.callbacks.arguments import CALLBACK_RULES
+from lightning_hessian.commands.arguments import a_device, a_path, package_name, read_as
+from lightning_hessian.measure_arguments import RULES
+from lightning_hessian.results.arguments import glob
+
 SUMMARY = "measure the spectra of checkpoints already on disk"
 DESCRIPTION = """\
 Loads each checkpoint into its LightningModule, measures the Hessian of the loss on fixed probe
@@ -33,11 +38,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("checkpoints", nargs="+", type=Path, metavar="CKPT",
+    add("checkpoints", nargs="+", type=a_path, metavar="CKPT",
         help="a checkpoint, or a folder with checkpoints in it or below")  # fmt: skip
-    add("--module", required=True, metavar="PKG:CLASS",
+    add("--module", type=package_name, required=True, metavar="PKG:CLASS",
         help="the LightningModule, in a package or a file.py")  # fmt: skip
-    add("--data", metavar="PKG:NAME",
+    add("--data", type=package_name, metavar="PKG:NAME",
         help="a LightningDataModule, or a function that returns one, a DataLoader or a list of "
         "batches; by default the module's own loaders")  # fmt: skip
     add("--module-arg", action="append", default=[], metavar="NAME=VALUE",
@@ -46,25 +51,54 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--data-arg", action="append", default=[], metavar="NAME=VALUE",
         help="argument of --data; may be repeated")  # fmt: skip
     add("--split", choices=("train", "val"), default="train", help="(%(default)s)")
-    add("--num-batches", type=int, default=4, help="probe batches (%(default)s)")
-    add("--num-eigenvalues", type=int, metavar="K", help="(50; 1000 under pooled_slq)")
-    add("--parameters", action="append", metavar="GLOB",
+    add(
+        "--num-batches",
+        type=read_as(int, CALLBACK_RULES["num_batches"]),
+        default=4,
+        help="probe batches (%(default)s)",
+    )
+    add(
+        "--num-eigenvalues",
+        type=read_as(int, RULES["num_eigenvalues"]),
+        metavar="K",
+        help="(50; 1000 under pooled_slq)",
+    )
+    add("--parameters", action="append", type=read_as(str, glob), metavar="GLOB",
         help="which parameters; may be repeated (all that require grad)")  # fmt: skip
-    add("--loss", metavar="PKG:FUNCTION",
+    add("--loss", type=package_name, metavar="PKG:FUNCTION",
         help="loss(module, batch) -> mean loss (hessian_loss, else training_step)")  # fmt: skip
-    add("--protocol", default="converged", help="converged or pooled_slq (%(default)s)")
-    add("--tol", type=float, default=1e-3, help="residual over eigenvalue (%(default)s)")
-    add("--max-hvps", type=int, help="bound on products for each checkpoint")
-    add("--hvp", default="auto", help="engine (%(default)s)")
-    add("--trace-probes", type=int, default=16, help="0 for no trace (%(default)s)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
+    add(
+        "--protocol",
+        type=read_as(str, RULES["protocol"]),
+        default="converged",
+        help="converged or pooled_slq (%(default)s)",
+    )
+    add(
+        "--tol",
+        type=read_as(float, RULES["tol"]),
+        default=1e-3,
+        help="residual over eigenvalue (%(default)s)",
+    )
+    add(
+        "--max-hvps",
+        type=read_as(int, RULES["num_eigenvalues"]),
+        help="bound on products for each checkpoint",
+    )
+    add("--hvp", type=read_as(str, RULES["hvp"]), default="auto", help="engine (%(default)s)")
+    add(
+        "--trace-probes",
+        type=read_as(int, RULES["trace_probes"]),
+        default=16,
+        help="0 for no trace (%(default)s)",
+    )
+    add("--device", type=a_device, default="cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--seed", type=read_as(int, RULES["seed"]), default=0, help="(%(default)s)")
     add("--validate", action="store_true",
         help="run the validation of each checkpoint too, for its metrics")  # fmt: skip
     add("--trust", action="store_true",
         help="load checkpoints that hold more than tensors and primitives (code)")  # fmt: skip
     add("--again", action="store_true", help="measure what has been measured, too")
-    add("--out", type=Path, default=Path("hessian_measure"), help="folder (%(default)s)")
+    add("--out", type=a_path, default=Path("hessian_measure"), help="folder (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:

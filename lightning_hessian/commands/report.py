@@ -9,6 +9,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning_hessian.commands.arguments import a_path, a_text, entity_and_project, read_as
+from lightning_hessian.results.arguments import live_interval, num_workers, row_choice
+
 SUMMARY = "say which statistic goes with the validation loss, over one run or many"
 DESCRIPTION = """\
 Reads runs and correlates the statistics of the Hessian (and of gradients) with the metrics that
@@ -34,23 +37,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="where a run, or many, can be read")
+    add("runs", nargs="+", type=a_text, metavar="RUN", help="where a run, or many, can be read")
     add(
         "--monitor",
         action="append",
+        type=a_text,
         metavar="KEY",
-        help="logged metric to correlate with; may be repeated (val_loss)",
+        help="logged metric to correlate with; may be repeated; gap is the generalization gap "
+        "(val_loss, and gap where it was logged)",
     )
     add(
         "--statistic",
         action="append",
+        type=a_text,
         metavar="GLOB",
         help="logged keys that are correlated with it; may be repeated (those of the callbacks); "
         "each one more makes the correction for their number stricter",
     )
-    add("--out", type=Path, default=Path("hessian_report"), help="folder to write to (%(default)s)")
+    add(
+        "--out",
+        type=a_path,
+        default=Path("hessian_report"),
+        help="folder to write to (%(default)s)",
+    )
     add(
         "--at",
+        type=read_as(float, row_choice),
         default="last",
         metavar="last|best|STEP",
         help="which measurement stands for a run across runs: the last, that with the best "
@@ -62,8 +74,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="min",
         help="whether the best monitor is the smallest or the largest (%(default)s)",
     )
-    add("--group", metavar="CONFIG_KEY", help="config key that colours and groups the runs")
-    add("--size", metavar="CONFIG_KEY", help="config key of the model's size, for scaling fits")
+    add(
+        "--group",
+        type=a_text,
+        metavar="CONFIG_KEY",
+        help="config key that colours and groups the runs",
+    )
+    add(
+        "--size",
+        type=a_text,
+        metavar="CONFIG_KEY",
+        help="config key of the model's size, for scaling fits",
+    )
     add(
         "--filter",
         action="append",
@@ -71,22 +93,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="of the runs of a W&B project: config.optimizer=adam, state=finished; may be repeated",
     )
-    add("--publish", metavar="ENTITY/PROJECT", help="also save it as a W&B Report there")
+    add(
+        "--publish",
+        type=entity_and_project,
+        metavar="ENTITY/PROJECT",
+        help="also save it as a W&B Report there",
+    )
     add("--no-cache", action="store_true", help="read every run again, keep nothing")
-    add("--workers", type=int, metavar="N", help="processes (one for each core)")
+    add(
+        "--workers",
+        type=read_as(int, num_workers),
+        metavar="N",
+        help="processes (one for each core)",
+    )
     live = parser.add_argument_group("watching one local run that is still training")
     live.add_argument("--live", action="store_true", help="write the report again as rows come in")
     live.add_argument(
-        "--interval", type=float, default=10.0, metavar="SECONDS", help="how often (%(default)g)"
+        "--interval",
+        type=read_as(float, live_interval),
+        default=10.0,
+        metavar="SECONDS",
+        help="how often (%(default)g)",
     )
     live.add_argument("--once", action="store_true", help="with --live: look once, then stop")
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command."""
-    monitors = list(dict.fromkeys(options.monitor or ["val_loss"]))
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers {options.workers}: at least one process is needed.")
+    monitors = list(dict.fromkeys(options.monitor or ["val_loss", "gap"]))
     from lightning_hessian.results.output import check_folder
 
     if options.live:
@@ -106,14 +140,14 @@ def run(options: argparse.Namespace) -> None:
             workers=options.workers,
         )
     for problem in table.problems[:5]:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"left out: {_line(problem)}", file=sys.stderr)
     if len(table.problems) > 5:
         print(f"and {len(table.problems) - 5} more, named in the report", file=sys.stderr)
     report = correlation_report(
         table,
         monitor=monitors,
         statistics=options.statistic,
-        at=_at(options.at),
+        at=options.at,
         mode=options.mode,
         group=options.group,
         size=options.size,
@@ -134,8 +168,6 @@ def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
 
     if len(options.runs) != 1 or not Path(options.runs[0]).is_dir():
         raise ValueError("--live takes one folder of a run on this machine.")
-    if options.interval <= 0:
-        raise ValueError(f"--interval {options.interval:g}: give a positive number of seconds.")
     page_file = options.out if options.out.suffix == ".html" else options.out / "live.html"
     check_file(page_file, "--out")
     page = follow(
@@ -150,7 +182,13 @@ def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
 
 def _summary(report: Any) -> str:
     """Returns the answer in a few lines for the terminal."""
-    from lightning_hessian.reports.verdicts import interval_text, number, ranked
+    from lightning_hessian.reports.verdicts import (
+        answer_within,
+        interval_text,
+        judged,
+        number,
+        ranked,
+    )
 
     across = bool(report.across)
     pairs = ranked(report.across) if across else ranked(report.within)
@@ -163,11 +201,20 @@ def _summary(report: Any) -> str:
         what = f"{pair.statistic} with {pair.monitor}" + (f", {pair.run}" if named else "")
         lines.append(
             f"  {what:<48} {number(r):>6}  {interval_text(ends):<16} {number(pair.holm, 3):>6}"
-            f" {pair.num_points:>5}"
+            f" {pair.num_points:>5}" + ("" if across else f"  {judged(pair).label}")
         )
     if not pairs:
         lines.append("  no run has two rows with a statistic and the monitor")
-    return "\n".join(lines)
+    if not across:
+        lines.append(answer_within(report.within))
+    return "\n".join(map(_line, lines))
+
+
+def _line(text: str) -> str:
+    """Returns one line that moves no cursor, whatever a run is called."""
+    from lightning_hessian.reports.outside import visible
+
+    return visible(text.replace("\n", " ").replace("\r", " "))
 
 
 def _filters(texts: list[str]) -> dict[str, Any]:
@@ -182,12 +229,3 @@ def _filters(texts: list[str]) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
-
-
-def _at(text: str) -> str | float:
-    if text in ("last", "best"):
-        return text
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"--at {text}: give last, best, or a step.") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
+
+from lightning_hessian.commands.arguments import a_path, a_text, entity_and_project
 
 SUMMARY = "build the W&B dashboard"
 DESCRIPTION = (
@@ -17,16 +18,24 @@ DESCRIPTION = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("path", metavar="ENTITY/PROJECT", help="where the view belongs")
+    parser.add_argument(
+        "path", metavar="ENTITY/PROJECT", type=entity_and_project, help="where the view belongs"
+    )
     parser.add_argument(
         "--monitor",
         action="append",
+        type=a_text,
         metavar="METRIC",
         help="monitored metric; may be given several times (val_loss)",
     )
-    parser.add_argument("--name", default="Hessian spectra", help="of the view (%(default)s)")
     parser.add_argument(
-        "--spec", type=Path, metavar="FILE", help="write the view as JSON here instead of saving it"
+        "--name", type=a_text, default="Hessian spectra", help="of the view (%(default)s)"
+    )
+    parser.add_argument(
+        "--spec",
+        type=a_path,
+        metavar="FILE",
+        help="write the view as JSON here instead of saving it",
     )
 
 
@@ -34,16 +43,13 @@ def run(options: argparse.Namespace) -> None:
     """Runs the command.
 
     Raises:
-        ValueError: The path is not ENTITY/PROJECT.
         ConnectionError: The server was not reached, knows no key of ours, or refused the view.
         ModuleNotFoundError: wandb-workspaces is not installed.
     """
     from lightning_hessian.results.output import check_file
     from lightning_hessian.tracking.dashboard import build_workspace, workspace_json
 
-    entity, slash, project = options.path.partition("/")
-    if not (entity and slash and project) or "/" in project:
-        raise ValueError(f"{options.path!r} is not ENTITY/PROJECT; write my-team/my-project.")
+    entity, _, project = options.path.partition("/")
     if options.spec is not None:
         check_file(options.spec, "--spec")
     monitors = options.monitor or ["val_loss"]

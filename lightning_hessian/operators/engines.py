@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from lightning_hessian.operators.folding import batchable, fold
 from lightning_hessian.operators.tracing import trace
 from lightning_hessian.probe.objective import Objective
-from lightning_hessian.results import MeasurementError
+from lightning_hessian.probe.recomputation import REENTRANT, is_reentrant
+from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
 Product: TypeAlias = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
 """Tangents, one for each parameter, to the product of one batch's Hessian with them."""
@@ -48,6 +49,7 @@ def linearize(objective: Objective, index: int) -> Product:
 
     zeros = tuple(torch.zeros_like(value) for value in point)
     traced = trace(derivative, zeros)
+    objective.is_written()  # puts back what the pass has written to: the trace refers to it
     return _Linearised(fold(traced, zeros))
 
 
@@ -73,10 +75,14 @@ def compiled(objective: Objective, index: int) -> Product:
     return product
 
 
-def autograd(objective: Objective, index: int) -> Product:
-    """Returns a product that keeps the graph of the gradient: reverse over reverse."""
-    leaves = tuple(value.requires_grad_() for value in objective.point())
-    gradient = _gradient(objective, leaves, index, create_graph=True)
+def autograd(objective: Objective, index: int, *, at: tuple[Tensor, ...] | None = None) -> Product:
+    """Returns a product that keeps the graph of the gradient: reverse over reverse.
+
+    ``at`` are values of the parameters, instead of the present ones.
+    """
+    at = objective.point() if at is None else at
+    leaves = tuple(value.requires_grad_() for value in at)
+    gradient = gradient_of(objective, index, leaves, create_graph=True)
     curved = [i for i, part in enumerate(gradient) if part.requires_grad]
     flat = [i for i, part in enumerate(gradient) if not part.requires_grad]
     # All ranks ask, and all check: which parts carry no graph may differ between shards.
@@ -86,12 +92,14 @@ def autograd(objective: Objective, index: int) -> Product:
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         if not curved:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        return derivatives(
+        found = derivatives(
             [gradient[i] for i in curved],
             leaves,
             [tangents[i] for i in curved],
             retain_graph=True,
         )
+        objective.is_written()  # puts back what hooks have written to
+        return found
 
     return product
 
@@ -109,10 +117,10 @@ def _check_flat(
     for value in objective.point():
         noise = torch.randn(value.shape, generator=generator).to(value)
         moved.append((value + 0.01 * value.abs().mean() * noise).requires_grad_())
-    elsewhere = _gradient(objective, tuple(moved), index)
+    elsewhere = gradient_of(objective, index, tuple(moved))
     for i in flat:
         if float((elsewhere[i] - gradient[i]).norm()) > 1e-4 * float(gradient[i].norm()):
-            raise MeasurementError(
+            raise NoSecondDerivativeError(
                 f"The gradient by {objective.space.names[i]!r} carries no graph, yet it is not "
                 "constant: an operation of the loss has no double backward (a custom "
                 "autograd.Function). Use hvp='finite_difference'."
@@ -124,31 +132,92 @@ def recompute(objective: Objective, index: int) -> Product:
     return lambda tangents: autograd(objective, index)(tangents)
 
 
-def finite_difference(objective: Objective, index: int, *, shrink: float = 1.0) -> Product:
+def finite_difference(
+    objective: Objective, index: int, *, shrink: float = 1.0, eps: float | None = None
+) -> Product:
     """Returns a product by central differences of gradients, for losses without second derivative.
 
     The step is eps^(1/3) times norm(theta) / norm(v): rounding costs eps / step and the third
     derivative step^2, so about eps^(2/3) (2e-5 in float32) of the product is lost where the loss
-    is smooth on that scale. ``shrink`` divides the step.
+    is smooth on that scale.
+
+    Args:
+        objective: The loss.
+        index: Of the batch.
+        shrink: Divides the step.
+        eps: Relative rounding of a gradient; by default that of the precision of the vectors.
     """
-    point = objective.point()
-    size = objective.norm(point) or 1.0
-    relative = torch.finfo(objective.space.dtype).eps ** (1 / 3) / shrink
+    size = objective.norm(objective.point()) or 1.0
+    eps = torch.finfo(objective.space.dtype).eps if eps is None else eps
+    relative = eps ** (1 / 3) / shrink
 
     def gradient(tangents: tuple[Tensor, ...], step: float) -> Sequence[Tensor]:
-        moved = zip(point, tangents, strict=True)
-        leaves = tuple((value + step * t).requires_grad_() for value, t in moved)
-        return _gradient(objective, leaves, index)
+        # The point is asked for anew: what hooks have written to it since is put back.
+        return _gradient_at(objective, index, objective.point(), tangents, step)
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         length = objective.norm(tangents)
         if length == 0.0:
-            return [torch.zeros_like(value) for value in point]
+            return [torch.zeros_like(value) for value in tangents]
         step = relative * size / length
-        pairs = zip(gradient(tangents, step), gradient(tangents, -step), strict=True)
-        return [(above - below) / (2 * step) for above, below in pairs]
+        above, below = gradient(tangents, step), gradient(tangents, -step)
+        return [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
 
     return product
+
+
+def _gradient_at(
+    objective: Objective,
+    index: int,
+    point: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    step: float,
+) -> Sequence[Tensor]:
+    moved = zip(point, tangents, strict=True)
+    leaves = tuple((value + step * tangent).requires_grad_() for value, tangent in moved)
+    return gradient_of(objective, index, leaves)
+
+
+def live_entries(objective: Objective, index: int) -> list[Tensor] | None:
+    """Returns which entries of each parameter the gradient of a batch reaches; None for all.
+
+    Some entries move the loss and get no gradient: the padding row of an embedding, a part that is
+    detached. A gradient that is zero around a point has a row of zeros in the Hessian, so, as that
+    is symmetric, a column of zeros too. What moves such entries (differences of gradients, tangents
+    of forward mode) must leave them out, or its matrix has a column without the row.
+
+    The gradient is looked at in two random points close by: an entry that is zero at the point
+    alone (weights after a layer that starts from zero) is none of these.
+    """
+    point = objective.point()
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(v.shape, generator=generator).to(v) for v in point]
+    eps = torch.finfo(objective.space.dtype).eps
+    step = eps ** (1 / 3) * (objective.norm(point) or 1.0) / (objective.norm(noise) or 1.0)
+    above, below = (_gradient_at(objective, index, point, noise, s) for s in (step, -step))
+    live = [(a != 0) | (b != 0) for a, b in zip(above, below, strict=True)]
+    return None if all(bool(part.all()) for part in live) else live
+
+
+class Restricted:
+    """A product on some entries only: those of the vector and of the result are zero elsewhere."""
+
+    def __init__(self, product: Product, live: Sequence[Tensor]) -> None:
+        self._product, self._live = product, live
+
+    def __call__(self, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        """Return the product on these entries."""
+        return self._within(self._product, tangents)
+
+    @property
+    def batchable(self) -> Product:
+        """The same for ``torch.vmap``."""
+        product = getattr(self._product, "batchable", self._product)
+        return lambda tangents: self._within(product, tangents)
+
+    def _within(self, product: Product, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        given = tuple(t * part for t, part in zip(tangents, self._live, strict=True))
+        return [found * part for found, part in zip(product(given), self._live, strict=True)]
 
 
 ENGINES: dict[str, Callable[[Objective, int], Product]] = {
@@ -161,14 +230,16 @@ ENGINES: dict[str, Callable[[Objective, int], Product]] = {
 
 
 def retained_bytes(objective: Objective) -> int:
-    """Returns the memory that a retained graph of the largest batch holds."""
+    """Return the memory that a retained graph of the largest batch holds."""
     parameters = {value.untyped_storage().data_ptr() for value in objective.point()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An operation that saves its own output (tanh, softmax) would own itself through C++,
+        # where gc does not look, if the output itself came back: torch keeps it with its graph.
+        return tensor.detach()
 
     largest = max(range(len(objective.weights)), key=objective.weights.__getitem__)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -177,47 +248,13 @@ def retained_bytes(objective: Objective) -> int:
     return sum(size for address, size in saved.items() if address not in parameters)
 
 
-def check_dependence(objective: Objective) -> list[str]:
-    """Checks that the loss of some batch depends on some selected parameter.
-
-    Returns:
-        The names of the custom autograd functions in the graph of that loss.
-
-    Raises:
-        MeasurementError: None does.
-    """
-    for index in range(len(objective.batches)):
-        leaves = tuple(value.requires_grad_() for value in objective.point())
-        loss = objective.batch_loss(leaves, index)
-        if not loss.requires_grad:
-            continue
-        custom = _custom_functions(loss)
-        parts = torch.autograd.grad(loss, leaves, allow_unused=True)
-        if any(part is not None for part in parts):
-            return custom
-    raise MeasurementError(
-        "The loss does not depend on any selected parameter (it carries no gradient). Return the "
-        "loss as a tensor with its graph, not detached, and select parameters that it uses."
-    )
-
-
-def _custom_functions(loss: Tensor) -> list[str]:
-    names: set[str] = set()
-    seen: set[Any] = set()
-    stack: list[Any] = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.add(type(node).__name__.removesuffix("Backward"))
-        stack.extend(after for after, _ in node.next_functions)
-    return sorted(names)
-
-
-def explain(engine: str, error: Exception) -> str:
+def explained(engine: str, error: Exception) -> MeasurementError:
     """Returns what to tell the user of an error in building or applying an engine."""
+    exact = engine not in ("linearize", "compile", "finite_difference")
+    return (NoSecondDerivativeError if exact else MeasurementError)(_explanation(engine, error))
+
+
+def _explanation(engine: str, error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     text = text[:200]
     if "attention" in text and ("derivative for" in text or "forward AD" in text):
@@ -235,13 +272,30 @@ def explain(engine: str, error: Exception) -> str:
     return f"hvp={engine!r} could not differentiate the loss twice ({text}). Use {remedy}."
 
 
-def _gradient(
-    objective: Objective, leaves: tuple[Tensor, ...], index: int, *, create_graph: bool = False
+def gradient_of(
+    objective: Objective,
+    index: int,
+    leaves: tuple[Tensor, ...] | None = None,
+    *,
+    create_graph: bool = False,
 ) -> Sequence[Tensor]:
+    """Returns the gradient of the loss of a batch, with zeros where it depends on nothing.
+
+    Args:
+        objective: The loss.
+        index: Of the batch.
+        leaves: Values of the parameters that require grad; by default the present ones.
+        create_graph: Whether it can be differentiated again.
+    """
+    if leaves is None:
+        leaves = tuple(value.requires_grad_() for value in objective.point())
     loss = objective.batch_loss(leaves, index)
     if not loss.requires_grad:  # this batch uses none of the parameters
         return [torch.zeros_like(leaf) for leaf in leaves]
-    return derivatives([loss], leaves, create_graph=create_graph)
+    gradient = derivatives([loss], leaves, create_graph=create_graph)
+    if objective.is_written():  # by a hook: once more, on copies that it does not reach
+        return gradient_of(objective, index, leaves, create_graph=create_graph)
+    return gradient
 
 
 def derivatives(
@@ -250,10 +304,36 @@ def derivatives(
     vectors: Sequence[Tensor] | None = None,
     **options: bool,
 ) -> list[Tensor]:
-    """Returns what ``torch.autograd.grad`` does, with zeros for leaves that nothing depends on.
+    """Return what ``torch.autograd.grad`` does, dense, with zeros where nothing depends on a leaf.
 
     Its own ``materialize_grads`` makes zeros that require grad in torch 2.6.
+
+    Raises:
+        MeasurementError: A part of the loss is under reentrant activation checkpointing.
     """
-    parts = torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, **options)
-    pairs = zip(parts, leaves, strict=True)
-    return [torch.zeros_like(leaf) if part is None else part for part, leaf in pairs]
+    pairs = zip(gradients_by(outputs, leaves, vectors, **options), leaves, strict=True)
+    return [torch.zeros_like(leaf) if part is None else _dense(part) for part, leaf in pairs]
+
+
+def gradients_by(
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None = None,
+    **options: bool,
+) -> Sequence[Tensor | None]:
+    """Return what ``torch.autograd.grad`` does, with None for leaves that nothing depends on.
+
+    Raises:
+        MeasurementError: A part of the loss is under reentrant activation checkpointing.
+    """
+    try:
+        return torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, **options)
+    except RuntimeError as error:
+        if is_reentrant(error):
+            raise MeasurementError(REENTRANT) from None
+        raise
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a gradient that has a number for each entry: ``F.embedding(sparse=True)`` has not."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()

@@ -1,8 +1,8 @@
 """Makes a traced product cheap: constants are evaluated once, and the rest follows simpler rules.
 
 The rules change no result beyond rounding. Sums with a zero fall away; products that are added up
-are accumulated where they lie; results are written over operands that nobody else reads; and
-convolutions take the form that is the fastest here (`convolutions`).
+are accumulated where they lie; results are written over operands that nobody else reads. Which rule
+applies follows from the graph alone, so that the same loss always gives the same digits.
 """
 
 from __future__ import annotations
@@ -13,13 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_hessian.operators.convolutions import (
-    choose_form,
-    mask_what_is_selected,
-    scattered,
-    scattered_anew,
-    write_where_maxima_stood,
-)
 from lightning_hessian.operators.linear_graph import LinearGraph
 
 aten = torch.ops.aten
@@ -68,7 +61,6 @@ _ELSEWHERE: dict[Any, Any] = {
     aten.addmm_.default: aten.addmm.default,
     aten.baddbmm_.default: aten.baddbmm.default,
     aten.addcmul_.default: aten.addcmul.default,
-    scattered: scattered_anew,
 }
 """What writes to memory, and what does the same in memory of its own."""
 
@@ -82,10 +74,7 @@ def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """
     with torch.no_grad():
         graph = LinearGraph(traced, inputs)
-        for rule in (
-            _drop_zero, write_where_maxima_stood, mask_what_is_selected, _accumulate, _overwrite,
-            choose_form,
-        ):  # fmt: skip
+        for rule in (_drop_zero, _accumulate, _overwrite):
             for node in graph.operations:
                 rule(graph, node)
             graph.sweep()

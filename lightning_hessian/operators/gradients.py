@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -71,9 +72,9 @@ class GradientRows(Protocol):
 class MiniBatchGradients:
     """The gradients of mini-batches at the present parameters, computed when they are asked for.
 
-    They must be asked for inside ``isolation.isolated(module)``, and the parameters must not
-    change meanwhile. The same gradient comes out whenever it is asked for: batches and random
-    layers are seeded by the number of the mini-batch.
+    They must be asked for inside `isolated`, and the parameters must not change meanwhile. The same
+    gradient comes out whenever it is asked for: batches and random layers are seeded by the number
+    of the mini-batch.
 
     Args:
         module: The module.
@@ -113,6 +114,10 @@ class MiniBatchGradients:
         self.losses = np.full(len(minibatches), np.nan)
         self.num_computed = 0
         self.on_product: Callable[[int], None] | None = None  # told how many, after each piece
+
+    def isolated(self) -> AbstractContextManager[None]:
+        """Return the block in which gradients are asked for; afterwards nothing has changed."""
+        return self._objective.isolated()
 
     def precondition(self, scale: Tensor) -> None:
         """Multiplies every gradient from now on by ``scale`` [n], entry by entry."""
@@ -161,6 +166,9 @@ class MiniBatchGradients:
                 "it uses."
             )
         parts = derivatives([loss], leaves)
+        if self._objective.is_written():  # by a hook: once more, on copies that it does not reach
+            self._fill(row, index)
+            return
         torch.cat([part.reshape(-1).to(row) for part in parts], out=row)
         self.losses[index] = float(loss.detach())
 

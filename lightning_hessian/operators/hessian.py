@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from lightning_hessian.operators.batched import BatchedProducts
+from lightning_hessian.operators.checks import Checks
+from lightning_hessian.operators.costs import Cost, counted
 from lightning_hessian.operators.engines import (
     ENGINES,
     LINEARIZE_TO_GRAPH_MEMORY,
     LINEARIZING_TO_GRAPH_MEMORY,
     Product,
+    Restricted,
     autograd,
-    check_dependence,
-    explain,
+    explained,
     finite_difference,
-    linearize,
-    recompute,
+    live_entries,
     retained_bytes,
 )
-from lightning_hessian.operators.linear import check_finite
-from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.operators.loss_graph import read_graphs
+from lightning_hessian.operators.memory import (
+    OutOfMemoryError,
+    free_bytes,
+    is_out_of_memory,
+    short_of_memory,
+)
 from lightning_hessian.probe.objective import Objective
-from lightning_hessian.results import MeasurementError
+from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
-_LEAST_TRIAL_SECONDS = 0.5
-"""Work on one batch below which the making of a linearisation is not even tried."""
-
-_DIFFERENCE_TOLERANCE = 0.01
-"""Relative error at which finite differences are refused."""
-
-_HIDDEN_TOLERANCE = 0.05
-"""Relative difference from finite differences at which a custom function is found out."""
+_MOST_SAVED = 0.5
+"""The share of a product by a retained graph that a linearisation saves at most."""
 
 
 class HessianOperator:
@@ -46,17 +45,21 @@ class HessianOperator:
     while the operator is in use. In gradients over the probe batches, a product costs about one
     to two (``linearize``), two (``autograd``, ``finite_difference``) or four (``recompute``).
 
+    A product is checked when it is made, on the first batch of each structure; see `Checks`.
+
     Args:
         objective: The loss over the probe batches.
         engine: ``"linearize"`` keeps the gradient of each batch linearised (the cheapest
-            products, the most memory, and about a second to build), ``"autograd"`` keeps its
+            products, the most memory, and 10 to 30 gradients to build), ``"autograd"`` keeps its
             graph, ``"recompute"`` keeps nothing. ``"compile"`` compiles the linearisation (minutes
             to build). ``"finite_difference"`` needs first derivatives only, and is inexact.
             ``"auto"`` takes the one that will be done first among those that work and fit
-            ``memory_budget``, by a trial on one batch; where not all graphs fit, it keeps as many
-            as do and recomputes the others; where there is no second derivative it falls back to
-            finite differences, with a warning.
-        memory_budget: Bytes that ``"auto"`` may keep; by default half of what is free.
+            ``memory_budget``, by the operations that each runs for one batch, which are counted,
+            not timed: the same loss gets the same engine on every call. Where not all graphs fit,
+            it keeps as many as do and recomputes the others, to the same digits; where there is no
+            second derivative, or a wrong one, it falls back to finite differences, with a warning.
+        memory_budget: Bytes that ``"auto"`` may keep; by default half of what is free, so that
+            memory is all that can change the choice from one call to the next.
         expected_products: How many products will be taken, about; ``"auto"`` weighs with it
             whether a linearisation repays its making.
 
@@ -64,14 +67,15 @@ class HessianOperator:
         size: Order n.
         shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
         engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept.
-        self_check_error: Relative difference between a product of this engine and of a retained
-            or recomputed graph on the first batch (for finite differences, the difference between
-            one product and two that add up to it).
-        num_products: Products taken so far.
+        self_check_error: Largest relative difference between a product of this engine and of a
+            recomputed graph on a batch that was checked (for finite differences, the difference
+            between one product and two that add up to it).
+        num_products: Products taken so far, those of the checks left out.
         on_product: Told their number after every product; None for nobody.
 
     Raises:
         ValueError: Unknown engine.
+        NoSecondDerivativeError: The loss has no second derivative, or a wrong one; says where.
         MeasurementError: The loss cannot be differentiated twice by this engine; says why.
     """
 
@@ -98,22 +102,26 @@ class HessianOperator:
         self._engines: list[str] = []  # of each batch
         self._graph_bytes: int | None = None
         self._batched = BatchedProducts(objective.space, self._product_bytes)
-        self._custom = check_dependence(objective)
+        self._checks = Checks(objective, self.shard, read_graphs(objective))
         if engine != "auto":
             self._build([engine] * len(objective.batches))
             return
         budget = free_bytes(self.device) / 2 if memory_budget is None else memory_budget
+        short = False
         try:
             self._build_within(budget, expected_products)
-        except MeasurementError as error:
-            if error.__cause__ is None:  # not for want of a derivative
-                raise
+        except OutOfMemoryError:
+            short = True  # what the error holds is let go of with it
+        except NoSecondDerivativeError as error:
             self._build(["finite_difference"] * len(objective.batches))
             warnings.warn(
                 f"Finite differences of gradients serve instead of exact products (relative error "
                 f"about {self.self_check_error:.0e}): {error}",
                 stacklevel=2,
             )
+        if short:
+            self._products = []
+            self._build(["recompute"] * len(objective.batches))
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Returns H v for a vector [n_local], a new tensor [n_local]."""
@@ -127,8 +135,8 @@ class HessianOperator:
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns H v for each row v of [b, n_local], a new tensor [b, n_local].
 
-        Equal to `matvec` but for rounding. Costs less per vector where `BatchedProducts` finds
-        that it pays, and where graphs are recomputed: each is built once for all rows.
+        Equal to `matvec` but for rounding. Costs less per vector where `BatchedProducts` makes
+        several at once, and where graphs are recomputed: each is built once for all rows.
         """
         if len(vectors) == 1:
             return self.matvec(vectors[0])[None]
@@ -141,7 +149,7 @@ class HessianOperator:
                 split, flatten = self.objective.space.split, self.objective.space.flatten
                 found = torch.stack([flatten(product(split(vector))) for vector in vectors])
             else:
-                found = self._batched(product, vectors, trial=index == 0)
+                found = self._batched(product, vectors)
             total.add_(found, alpha=weight)
         self._count(len(vectors))
         return total
@@ -160,70 +168,78 @@ class HessianOperator:
     def _build_within(self, budget: float, expected_products: int) -> None:
         """Builds the best exact engine within a memory budget."""
         num_batches = len(self.objective.batches)
-        try:
+        with self._explained("autograd"):
             kept = max(1, self._product_bytes())
-        except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
-                raise
-            raise MeasurementError(explain("autograd", error)) from error
         fitting = min(num_batches, int(budget // kept))
         graphs = ["autograd"] * fitting + ["recompute"] * (num_batches - fitting)
+        made: dict[int, Product] = {}
         finished = (num_batches - 1) * LINEARIZE_TO_GRAPH_MEMORY
         if kept * (finished + LINEARIZING_TO_GRAPH_MEMORY) <= budget:
+            # The batch that counts most stands for all.
+            heaviest = max(range(num_batches), key=self.objective.weights.__getitem__)
             with self._explained("autograd"):
-                first = autograd(self.objective, 0)
-                paid = self._linearize_if_it_pays(first, expected_products)
-            if not paid:
-                self._build(graphs, first=first)
-        else:
-            self._build(graphs)
+                made[heaviest] = autograd(self.objective, heaviest)
+            if self._linearize_if_it_pays(made[heaviest], heaviest, expected_products):
+                return
+        self._build(graphs, made)
 
-    def _linearize_if_it_pays(self, graph: Product, expected_products: int) -> bool:
-        """Builds linearisations where a trial says that they are faster than retained graphs."""
-        before, vector = self._check_vectors()
-        retained, reference = self._timed(graph, vector)
-        if expected_products * retained < _LEAST_TRIAL_SECONDS:
-            return False
+    def _linearize_if_it_pays(self, graph: Product, index: int, expected_products: int) -> bool:
+        """Builds linearisations where they are cheaper than retained graphs, by what is counted.
+
+        Args:
+            graph: The product of a batch by its graph.
+            index: Of that batch.
+            expected_products: As above.
+        """
+        others = len(self.objective.batches) - 1
         try:
-            start = time.perf_counter()
-            trial = linearize(self.objective, 0)
-            building = time.perf_counter() - start
-            first, _ = self._timed(trial, before)
-            second, found = self._timed(trial, vector)
-            if expected_products * (retained - min(first, second)) <= building:
+            retained = self._cost(graph)
+            making = retained.seconds_to_linearize
+            if expected_products * retained.seconds * _MOST_SAVED <= making:
                 return False
-            error = self._compared("linearize", found, reference)
-            self._build(["linearize"] * len(self.objective.batches), first=trial, error=error)
+            trial = self._made("linearize", index)
+            saved = retained.seconds - self._cost(trial).seconds
+            if saved <= 0 or (others + 1) * expected_products * saved <= others * making:
+                return False
+            self._build(["linearize"] * (others + 1), {index: trial})
         except (RuntimeError, NotImplementedError, TypeError):
             # An operation without forward-mode derivative, random draws, or too little memory:
             # the retained graphs serve.
             return False
         return True
 
-    def _timed(self, product: Product, vector: Tensor) -> tuple[float, Tensor]:
-        """Returns the time of a product of the first batch, and the product."""
-        start = time.perf_counter()
-        found = self._first_product(product, vector)
-        float(found[:1].sum())  # waits for the device
-        return time.perf_counter() - start, found
+    def _cost(self, product: Product) -> Cost:
+        tangents = self.objective.space.split(self._checks.vectors[1])
+        return counted(lambda: product(tangents))[1]
 
-    def _build(
-        self, engines: list[str], first: Product | None = None, error: float | None = None
-    ) -> None:
-        """Makes the product of each batch by its engine, and checks the first.
+    def _build(self, engines: list[str], made: Mapping[int, Product] | None = None) -> None:
+        """Makes the product of each batch by its engine, and checks each kind.
 
         Args:
             engines: Of each batch.
-            first: The product of the first batch, where it has been made.
-            error: Its `self_check_error`, where it has been checked.
+            made: The products that have been made, by batch.
         """
         self.engine, self._engines = "+".join(dict.fromkeys(engines)), engines
+        made = made or {}
         with self._explained(self.engine):
             self._products = [
-                first if first and i == 0 else ENGINES[engine](self.objective, i)
-                for i, engine in enumerate(engines)
+                made[i] if i in made else self._made(engine, i) for i, engine in enumerate(engines)
             ]
-            self.self_check_error = self._checked(engines[0]) if error is None else error
+            self.self_check_error = self._checks.check(self._products, engines)
+
+    def _made(self, engine: str, index: int) -> Product:
+        """Returns the product of a batch by an engine."""
+        if engine in ("autograd", "recompute"):
+            return ENGINES[engine](self.objective, index)
+        if engine == "finite_difference":
+            eps = torch.finfo(self._checks.precision(index)).eps
+            product = finite_difference(self.objective, index, eps=eps)
+            skips = True  # it moves every entry, whatever backward says of it
+        else:
+            product = ENGINES[engine](self.objective, index)
+            skips = self._checks.skips_rows(index)
+        live = live_entries(self.objective, index) if skips else None
+        return product if live is None else Restricted(product, live)
 
     @contextmanager
     def _explained(self, engine: str) -> Iterator[None]:
@@ -231,89 +247,8 @@ class HessianOperator:
         try:
             yield
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
+            if isinstance(error, MeasurementError):
                 raise
-            raise MeasurementError(explain(engine, error)) from error
-
-    def _check_vectors(self) -> tuple[Tensor, Tensor]:
-        """Returns two vectors: a product with the first must not change that with the second."""
-        generator = torch.Generator().manual_seed(0)
-        drawn = self.shard.take(torch.randn(2, self.size, generator=generator))
-        before, vector = drawn.to(self.device, self.dtype)
-        return before, vector
-
-    def _checked(self, engine: str) -> float:
-        """Returns the difference from another way to the same product of the first batch.
-
-        Raises:
-            MeasurementError: The difference is larger than rounding explains.
-        """
-        before, vector = self._check_vectors()
-        self._first_product(self._products[0], before)
-        ours = self._first_product(self._products[0], vector)
-        if engine == "recompute":
-            return self._compared(engine, ours, ours)
-        if engine == "finite_difference":
-            # Products are linear in v, but the step is not: half the step, for twice the vector,
-            # would show nothing, so the vector is turned about its second half.
-            half = vector.clone()
-            half[len(half) // 2 :] = 0
-            rest = vector - half
-            parts = [self._first_product(self._products[0], v) for v in (half, rest)]
-            return self._compared(engine, ours, parts[0] + parts[1])
-        return self._compared(
-            engine, ours, self._first_product(recompute(self.objective, 0), vector)
-        )
-
-    def _compared(self, engine: str, ours: Tensor, reference: Tensor) -> float:
-        """Returns the difference between two ways to the product with the second check vector.
-
-        Raises:
-            MeasurementError: The difference is larger than rounding explains.
-        """
-        differences = engine == "finite_difference"
-        tolerance = _DIFFERENCE_TOLERANCE if differences else torch.finfo(self.dtype).eps ** 0.5
-        if self._custom and not differences:
-            self._check_custom_functions(self._check_vectors()[1], ours)
-        check_finite(ours, self._norm(ours), "A product with the Hessian")
-        scale = self._norm(reference)
-        error = self._norm(ours - reference) / scale if scale > 0 else self._norm(ours)
-        if not error <= tolerance:
-            remedy = (
-                "The loss is too rough for finite differences."
-                if differences
-                else "The loss may draw random numbers (dropout in mode='train'); use "
-                "hvp='autograd'."
-            )
-            raise MeasurementError(
-                f"hvp={engine!r} differs from a second computation of the same product by "
-                f"{error:.1e} (relative). {remedy}"
-            )
-        return error
-
-    def _check_custom_functions(self, vector: Tensor, ours: Tensor) -> None:
-        """Compares with finite differences, where these agree among themselves.
-
-        A custom autograd.Function (a Triton kernel, a C++ extension) may compute its backward
-        where autograd does not see it: then its share of the Hessian is silently missing.
-        """
-        coarse, fine = (
-            self._first_product(finite_difference(self.objective, 0, shrink=shrink), vector)
-            for shrink in (1.0, 4.0)
-        )
-        scale = self._norm(fine)
-        smooth = self._norm(coarse - fine) < 0.2 * _HIDDEN_TOLERANCE * scale
-        if smooth and self._norm(ours - fine) > _HIDDEN_TOLERANCE * scale:
-            message = (
-                f"{', '.join(self._custom)} has no double backward: a part of the second "
-                "derivative is hidden from autograd (products differ from finite differences of "
-                "gradients). Replace it for measuring, through loss_fn(module, batch) or "
-                "`hessian_loss`, or use hvp='finite_difference'."
-            )
-            raise MeasurementError(message) from RuntimeError("no second derivative")
-
-    def _norm(self, vector: Tensor) -> float:
-        return float(self.shard.norm(vector))
-
-    def _first_product(self, product: Product, vector: Tensor) -> Tensor:
-        return self.objective.space.flatten(product(self.objective.space.split(vector)))
+            if is_out_of_memory(error):
+                raise short_of_memory(error) from None
+            raise explained(engine, error) from error

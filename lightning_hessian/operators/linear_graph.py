@@ -16,16 +16,20 @@ from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 
-_PASSING = {operator.getitem, aten._unsafe_view.default}
-"""Operations that pass on memory without saying so."""
+_PASSING = {
+    operator.getitem,
+    aten._unsafe_view.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+}
+"""Operations that pass on memory without saying so.
+
+Recurrent cells write their activations into the parts that an unsafe split returns. A schema that
+does not say so would let the split be folded, and each product would then change the next.
+"""
 
 _SHAPE_ONLY = {aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
 """Operations that ask for no more than the shape of their operand."""
-
-
-_LEAST_ROOM = 2**24
-_ROOM_TO_CONSTANTS = 4
-"""Constants made of others may take so many bytes, or so many times what was there before."""
 
 
 class _Kind(NamedTuple):
@@ -47,28 +51,27 @@ class LinearGraph:
         graph: The graph; constants are its ``get_attr`` nodes.
         constants: Their values, by node.
         kinds: Shape, strides and precision of every tensor, by node.
-        device: Where it all happens.
     """
 
     def __init__(self, traced: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         self.graph = fx.Graph()
         self.constants: dict[fx.Node, Tensor] = {}
         self.kinds: dict[fx.Node, _Kind] = {}
-        self.device = inputs[0].device
         self._numbers = itertools.count()
-        self._room: int | None = None
-        self._derived: dict[Any, fx.Node] = {}
         self._nodes: dict[tuple[Any, ...], fx.Node] = {}
         self._owners: dict[fx.Node, fx.Node] = {}
         self._written: set[fx.Node] = set()
         self._evaluate(traced, iter(inputs))
 
     def _evaluate(self, traced: fx.GraphModule, inputs: Iterator[Tensor]) -> None:
-        """Runs the graph once, and copies what is not constant."""
-        anew = _made_anew(traced.graph)
+        """Runs the graph once, and copies what is not constant.
+
+        A constant that the traced code writes to is evaluated with all its writes, in their order.
+        What is not constant and reads it in between is given a copy of it as it is then.
+        """
+        memory = _Memory(traced.graph)
         values: dict[fx.Node, Any] = {}
         copies: dict[fx.Node, Any] = {}
-        varying: set[fx.Node] = set()
         last_reader = {read: node for node in traced.graph.nodes for read in node.all_input_nodes}
         done: dict[fx.Node, list[fx.Node]] = {}
         for read, node in last_reader.items():
@@ -77,7 +80,10 @@ class LinearGraph:
         def copy_of(node: fx.Node) -> Any:
             if node not in copies:  # a constant; a number that was one is written into the graph
                 value = values[node]
-                copies[node] = self.constant(value) if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):
+                    copies[node] = self.constant(value.clone() if memory.changes(node) else value)
+                else:
+                    copies[node] = value
             return copies[node]
 
         for node in traced.graph.nodes:
@@ -86,21 +92,19 @@ class LinearGraph:
                 break
             if node.op == "placeholder":
                 values[node] = next(inputs)
-                varying.add(node)
             elif node.op == "get_attr":
                 values[node] = operator.attrgetter(node.target)(traced)
             else:
                 arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*arguments, **keywords)
-                varies = not varying.isdisjoint(node.all_input_nodes)
-                varies &= node.target not in _SHAPE_ONLY
-                if varies or node in anew or _writes(node) or node.is_impure():
-                    varying.add(node)
-            if node in varying:
+            if node in memory.varying:
                 copies[node] = self.graph.node_copy(node, copy_of)
                 self._note_owner(copies[node])
                 if isinstance(values[node], Tensor):
                     self.kinds[copies[node]] = _kind(values[node])
+            else:
+                for changed in memory.written_by(node):
+                    copies.pop(changed, None)
             for read in done.get(node, () if node.users else (node,)):
                 del values[read]
 
@@ -108,8 +112,7 @@ class LinearGraph:
         """Notes whose memory a node of the trace shares, and whose it writes to."""
         if (source := _aliased(node)) is not None:
             self._owners[node] = self._owners.get(source, source)
-        if (target := _aliased(node, writing=True)) is not None:
-            self._written.add(self._owners.get(target, target))
+        self._written.update(self._owners.get(target, target) for target in _targets(node))
 
     def is_settled(self, *nodes: Any) -> bool:
         """Whether the traced code never writes to any of these, so that order does not matter."""
@@ -153,56 +156,6 @@ class LinearGraph:
         kinds = [self.kinds.get(node) if isinstance(node, fx.Node) else None for node in nodes]
         return None not in kinds and all(kind == kinds[0] for kind in kinds)
 
-    def is_contiguous(self, node: fx.Node) -> bool:
-        """Whether a tensor lies row by row."""
-        kind = self.kinds[node]
-        return torch.empty(kind.shape, device="meta").stride() == kind.strides
-
-    def example(self, node: fx.Node) -> Tensor:
-        """Returns a constant, or a tensor of the kind that a node makes, to try a rule on."""
-        if node in self.constants:
-            return self.constants[node]
-        return torch.ones(self.kinds[node].shape, dtype=self.kinds[node].dtype)
-
-    def derived(self, key: Any, num_bytes: int, make: Callable[[], Tensor]) -> fx.Node | None:
-        """Returns a constant that is made of others; None where it would take too much memory.
-
-        Args:
-            key: What it is made of, and how: it is made once.
-            num_bytes: How much memory it takes.
-            make: Makes it.
-        """
-        if self._room is None:
-            self._room = max(_LEAST_ROOM, _ROOM_TO_CONSTANTS * self.constant_bytes)
-        if key not in self._derived:
-            taken = sum(self.constants[node].nbytes for node in self._derived.values())
-            if taken + num_bytes > self._room:
-                return None
-            self._derived[key] = self.constant(make())
-        return self._derived[key]
-
-    def has_derived(self, key: Any) -> bool:
-        """Whether a constant is there that has been made of others."""
-        return key in self._derived
-
-    def forget_unused(self) -> None:
-        """Lets go of the derived constants that nothing reads."""
-        for key, node in list(self._derived.items()):
-            if not node.users:
-                del self._derived[key]
-                self._forget(node)
-
-    def _forget(self, node: fx.Node) -> None:
-        value = self.constants.pop(node)
-        del self._nodes[value.data_ptr(), self.kinds.pop(node)]
-        self.graph.erase_node(node)
-
-    @property
-    def constant_bytes(self) -> int:
-        """The memory that the constants hold."""
-        storages = [value.untyped_storage() for value in self.constants.values()]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
     @property
     def operations(self) -> list[fx.Node]:
         """The nodes that compute something, in their order."""
@@ -210,12 +163,13 @@ class LinearGraph:
 
     def sweep(self) -> None:
         """Removes what nothing reads."""
-        self.forget_unused()
         for node in reversed(list(self.graph.nodes)):
             if node.op == "call_function" and not node.users and not _writes(node):
                 self.graph.erase_node(node)
         for node in [node for node in self.constants if not node.users]:
-            self._forget(node)
+            value = self.constants.pop(node)
+            del self._nodes[value.data_ptr(), self.kinds.pop(node)]
+            self.graph.erase_node(node)
 
     def module(self) -> fx.GraphModule:
         """Returns the graph with its constants, ready to be called."""
@@ -226,44 +180,111 @@ class LinearGraph:
         return fx.GraphModule(root, self.graph)
 
 
-def _made_anew(graph: fx.Graph) -> set[fx.Node]:
-    """Returns the nodes whose memory is written to later, which must not be folded.
+class _Memory:
+    """Which nodes of a traced graph share memory, and which of them depend on the inputs.
 
-    A constant or an input that is written to is replaced by a copy.
+    A constant or an input that the graph writes to is replaced by a copy.
+
+    Attributes:
+        varying: The nodes that another input, or another draw, would change. Where such a value is
+            written to memory, all that lies in this memory varies.
     """
-    owners = set()
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._roots = _roots(graph)
+        written = {self._roots[target] for node in graph.nodes for target in _targets(node)}
+        for root in written:
+            if root.op != "call_function":
+                _copy_first(graph, root)
+        self._roots = _roots(graph)
+        self.varying = _varying(graph, self._roots)
+        self._views: dict[fx.Node, list[fx.Node]] = {}
+        self._writes_left: dict[fx.Node, int] = {}
+        for node, root in self._roots.items():
+            self._views.setdefault(root, []).append(node)
+            for target in _targets(node):
+                owner = self._roots[target]
+                self._writes_left[owner] = self._writes_left.get(owner, 0) + 1
+
+    def changes(self, node: fx.Node) -> bool:
+        """Whether the memory of a node is still to be written to."""
+        return self._writes_left.get(self._roots[node], 0) > 0
+
+    def written_by(self, node: fx.Node) -> list[fx.Node]:
+        """Notes that a node has run, and returns the nodes in the memory that it wrote to."""
+        owners = [self._roots[target] for target in _targets(node)]
+        for owner in owners:
+            self._writes_left[owner] -= 1
+        return [view for owner in owners for view in self._views[owner]]
+
+
+def _roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Returns for each node the one that made the memory in which its result lies."""
+    roots: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if _aliased(node, writing=True) is not None:
-            owner = node
-            while (source := _aliased(owner)) is not None:
-                owner = source
-            owners.add(owner)
-    fresh = set()
-    for owner in owners:
-        if owner.op == "call_function":
-            fresh.add(owner)
-            continue
-        with graph.inserting_after(owner):
-            copied = graph.call_function(torch.ops.aten.clone.default, (owner,))
-        owner.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
-        fresh.add(copied)
-    return fresh
+        source = _aliased(node)
+        roots[node] = node if source is None else roots[source]
+    return roots
 
 
-def _aliased(node: fx.Node, *, writing: bool = False) -> fx.Node | None:
-    """Returns the argument whose memory the result of a node shares, or that it writes to."""
-    if node.target in _PASSING and not writing:
+def _copy_first(graph: fx.Graph, node: fx.Node) -> None:
+    """Lets all readers of a node, and what writes to it, have a copy of it."""
+    with graph.inserting_after(node):
+        copied = graph.call_function(aten.clone.default, (node,))
+    node.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
+
+
+def _varying(graph: fx.Graph, roots: dict[fx.Node, fx.Node]) -> set[fx.Node]:
+    """Returns the nodes that depend on the inputs or on random draws."""
+    varying: set[fx.Node] = set()
+    while True:
+        before = len(varying)
+        for node in graph.nodes:
+            depends = not varying.isdisjoint(node.all_input_nodes)
+            depends &= node.target not in _SHAPE_ONLY
+            drawn = node.op == "placeholder" or _is_impure(node)
+            if depends or drawn or roots[node] in varying:
+                varying.add(node)
+                varying.update(roots[target] for target in _targets(node))
+        if len(varying) == before:
+            return varying
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    """Returns the argument whose memory the result of a node shares."""
+    if node.target in _PASSING:
         return node.all_input_nodes[0]
+    found = _arguments(node, lambda alias: True)
+    return found[0] if found else None
+
+
+def _targets(node: fx.Node) -> list[fx.Node]:
+    """Returns the arguments that an operation writes to."""
+    return _arguments(node, lambda alias: alias.is_write)
+
+
+def _arguments(node: fx.Node, wanted: Callable[[Any], bool]) -> list[fx.Node]:
+    """Returns the tensors among the arguments whose alias in the schema is wanted."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return None
+        return []
+    found = []
     for position, argument in enumerate(node.target._schema.arguments):
-        alias = argument.alias_info
-        if alias is None or (writing and not alias.is_write):
+        if argument.alias_info is None or not wanted(argument.alias_info):
             continue
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
         if isinstance(given, fx.Node):
-            return given
-    return None
+            found.append(given)
+        elif isinstance(given, (list, tuple)):
+            found += [entry for entry in given if isinstance(entry, fx.Node)]
+    return found
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers, or does more than compute and write a result."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.is_impure()
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return random or (node.is_impure() and not _writes(node))
 
 
 def _kind(tensor: Tensor) -> _Kind:

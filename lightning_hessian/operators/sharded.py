@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.distributed import RankError
-from lightning_hessian.operators.engines import autograd, explain
+from lightning_hessian.operators.engines import autograd, explained
 from lightning_hessian.operators.hessian import HessianOperator
-from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.operators.memory import free_bytes, is_out_of_memory, short_of_memory
 from lightning_hessian.probe.sharded import ShardedObjective
-from lightning_hessian.results import MeasurementError
+from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
 ENGINES = ("autograd", "recompute", "finite_difference")
 """Those that need no tracing: collectives stand in the middle of the derivative."""
@@ -62,22 +62,18 @@ class ShardedHessian(HessianOperator):
         """Returns H v for each row v of [b, n_local], one after the other: collectives in order."""
         return torch.stack([self.matvec(vector) for vector in vectors])
 
-    def _norm(self, vector: Tensor) -> float:
-        self.objective.ranks.stay_together()
-        return super()._norm(vector)
-
     def _build_within(self, budget: float, expected_products: int) -> None:
         """Keeps as many graphs as fit on every rank.
 
         Raises:
-            MeasurementError: With a cause where no rank can differentiate twice; without one where
-                some rank failed, on which the others must not go on alone.
+            NoSecondDerivativeError: No rank can differentiate twice.
+            RankError: Some rank failed, and the others must not go on alone.
         """
         try:
             with self.objective.ranks.together():
                 self._keep_graphs(budget)
         except RankError as error:
-            if error.everywhere and isinstance(error.__cause__, MeasurementError):
+            if error.everywhere and isinstance(error.__cause__, NoSecondDerivativeError):
                 raise error.__cause__ from error.__cause__.__cause__
             raise error from None
 
@@ -89,7 +85,9 @@ class ShardedHessian(HessianOperator):
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, MeasurementError):
                 raise
-            raise MeasurementError(explain("autograd", error)) from error
+            if is_out_of_memory(error):
+                raise short_of_memory(error) from None
+            raise explained("autograd", error) from error
         del product
         self.objective.ranks.stay_together()
         fitting = int(self.objective.ranks.least(budget // max(1, sum(kept.values()))))

@@ -28,7 +28,8 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
         inputs: What it is called with.
 
     Raises:
-        RuntimeError: It turns a tensor into a number, on which the graph would then depend.
+        RuntimeError: It turns a tensor into a number, on which the graph would then depend, or it
+            draws from a random generator of its own.
     """
     recorder = _Recorder()
     placeholders = [recorder.graph.placeholder(f"input_{i}") for i in range(len(inputs))]
@@ -86,6 +87,8 @@ class _Recorder(TorchDispatchMode):
         return outputs
 
     def _noted(self, value: Any) -> Any:
+        if isinstance(value, torch.Generator):
+            raise RuntimeError("The loss draws from a generator of its own; it cannot be traced.")
         return self.node_of(value) if isinstance(value, Tensor) else value
 
     def _note(self, node: fx.Node, outputs: Any) -> None:

@@ -7,7 +7,6 @@ import itertools
 import random
 import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,11 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_TORCH_INTERNAL = frozenset(vars(nn.Module()))
-_REGISTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _SPEECH = ("log", "log_dict", "print")
 _MOST_VISITED = 10_000
-_FOREIGN = ("builtins", "lightning", "numpy", "pytorch_lightning", "torch", "wandb")
 
 
 @contextmanager
@@ -44,6 +40,7 @@ def isolated(module: nn.Module, *, training: bool = False) -> Iterator[None]:
         device = next(module.parameters()).device.type
         stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_twice_differentiable(module))
+        stack.enter_context(_dense_gradients(module))
         yield
 
 
@@ -131,64 +128,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """A block after which every attribute of ``module`` and its submodules is as before.
-
-    A ``training_step`` may append to lists, update metrics and set buffers. Inside the block it
-    does so to copies: of tensors, of arrays, and of lists, dicts, sets and deques with what they
-    hold of these. What it registers is taken out again. In-place changes of parameters and buffers
-    are not covered: pass in copies of them (`torch.func.functional_call`).
-    """
-    saved = []
-    for submodule in module.modules():
-        attributes = vars(submodule)
-        registered = {name: copy.copy(attributes[name]) for name in _REGISTRIES}
-        saved.append((attributes, dict(attributes), registered))
-        for name, value in list(attributes.items()):
-            if name not in _TORCH_INTERNAL:
-                attributes[name] = _copied(value)
-    try:
-        yield
-    finally:
-        for attributes, before, registered in saved:
-            attributes.clear()
-            attributes.update(before)
-            for name, entries in registered.items():
-                attributes[name].clear()
-                attributes[name].update(entries)
-
-
-def _copied(value: Any, depth: int = 5) -> Any:
-    """Returns a copy of what a step might change in place; other values as they are."""
-    if isinstance(value, nn.Parameter) or depth == 0:
-        return value
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if not isinstance(value, (list, dict, set, deque)) and not _is_plain(value):
-        return value
-    result = copy.copy(value)
-    if isinstance(result, dict):
-        for key, entry in list(result.items()):
-            result[key] = _copied(entry, depth - 1)
-    elif isinstance(result, (list, deque)):
-        for i, entry in enumerate(list(result)):
-            result[i] = _copied(entry, depth - 1)
-    elif not isinstance(result, set):
-        attributes = vars(result)
-        attributes.update({name: _copied(entry, depth - 1) for name, entry in attributes.items()})
-    return result
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is an object of the user's own, such as a meter."""
-    if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
-        return False
-    return type(value).__module__.partition(".")[0] not in _FOREIGN
 
 
 @contextmanager
@@ -290,6 +229,20 @@ def _twice_differentiable(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def _dense_gradients(module: nn.Module) -> Iterator[None]:
+    """A block in which embeddings have dense gradients: sparse ones have no second derivative."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    found = [m for m in module.modules() if isinstance(m, kinds) and m.sparse]
+    try:
+        for embedding in found:
+            embedding.sparse = False
+        yield
+    finally:
+        for embedding in found:
+            embedding.sparse = True
 
 
 @contextmanager

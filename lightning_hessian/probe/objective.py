@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_hessian.distributed import ALONE, Ranks
-from lightning_hessian.probe.isolation import isolated, muted, seed_everything, untouched
+from lightning_hessian.probe.batch_weight import batch_weights
+from lightning_hessian.probe.held import ModuleState, Snapshot, kept, untouched
+from lightning_hessian.probe.isolation import isolated, muted, seed_everything
 from lightning_hessian.probe.parameters import ParameterSpace, is_half, upcast
+from lightning_hessian.probe.recomputation import recomputing
 from lightning_hessian.results import MeasurementError
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -28,8 +31,9 @@ Mode: TypeAlias = Literal["eval", "train"]
 class Objective:
     """The mean loss over all probe samples, as a function of the parameters of a space.
 
-    A batch counts by what its loss is a mean over: its number of samples, or ``batch_weight``. So
-    a ragged last batch changes nothing. The module is never modified: parameters and copies of
+    A batch counts by what its loss is a mean over: its labels that are not -100, its number of
+    samples (`batch_weight` has the rule), or what ``batch_weight`` says. So a ragged last batch
+    changes nothing. The module is never modified: parameters and copies of
     the buffers are passed in, the batch is cloned, the generators are seeded alike for every
     evaluation of a batch (random layers see the same draws each time).
 
@@ -72,7 +76,7 @@ class Objective:
         with ranks.together():
             held = _dealt(batches, ranks)
             self.batches = tuple(_cloned(batch, space.device) for batch in held)
-            weights = _weights(self.batches, batch_weight)
+            weights = batch_weights(module, self.batches, batch_weight, ranks)
         self.num_samples = ranks.total(math.fsum(weights))
         if self.num_samples <= 0:
             raise ValueError(f"batch_weight gave {weights}; weights must be >= 0, with a sum > 0.")
@@ -86,17 +90,45 @@ class Objective:
         if ranks.world > 1:  # running statistics may differ: all evaluate with the first rank's
             for name, buffer in module.named_buffers():
                 self._agreed_buffers[name] = ranks.agreed(buffer.detach().clone())
-        self._writes: bool | None = None  # whether the loss changes parameters in place
+        self._snapshot: Snapshot | None = None
+        self._writes = False  # whether some evaluation has written to parameters
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """The block in which all evaluations take place; see `isolation.isolated`."""
+        """The block in which all evaluations take place; see `isolation.isolated`.
+
+        Afterwards all that the module holds is as before, whoever wrote to it.
+        """
         with isolated(self._module, training=self._training):
-            yield
+            before, self._snapshot = self._snapshot, Snapshot(self._module)
+            try:
+                yield
+            finally:
+                self._snapshot.restore()
+                self._snapshot = before
 
     def point(self) -> tuple[Tensor, ...]:
-        """Returns the present parameter values, detached, in the precision of the space."""
-        return self.space.values(self._module)
+        """Return the present parameter values, detached, in the precision of the space.
+
+        They share the memory of the parameters, but not the counter of its versions; where
+        something writes to parameters, they are copies.
+        """
+        if self._writes and self._snapshot is not None:
+            self.is_written()
+            return tuple(value.clone() for value in self.space.values(self._module))
+        return tuple(value.data for value in self.space.values(self._module))
+
+    def is_written(self) -> bool:
+        """Return whether a pass has written to parameters, for the first time.
+
+        They are put back then, and all passes from now on are given copies: what has been computed
+        should be computed again. To be asked after backward passes, as hooks may write too.
+        """
+        if self._snapshot is None or not self._snapshot.is_written():
+            return False
+        self._snapshot.put_back()
+        first, self._writes = not self._writes, True
+        return first
 
     def batch_loss(self, parameters: Sequence[Tensor], index: int) -> Tensor:
         """Returns the mean loss of one batch, a scalar, at the given parameter values.
@@ -108,18 +140,76 @@ class Objective:
         return self.loss(parameters, self.batches[index], number)
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
-        """Returns the same for any batch, which need not be held; ``index`` seeds random layers."""
-        call = self._prepared(batch, index)
-        state = self._state(parameters)
-        given = state
-        if self._writes is not False:
-            # Some losses clamp weights or move a teacher along: let them do it to copies.
-            state = {name: tensor.clone() for name, tensor in given.items()}
-        loss = functional_call(self._call, {f"module.{n}": t for n, t in state.items()}, call)
-        if self._writes is None:
-            parts = dict(self._module.named_parameters())
-            self._writes = any(not torch.equal(state[n], given[n]) for n in parts)
+        """Return the same for any batch, which need not be held; ``index`` seeds random layers."""
+        loss = self._evaluated(parameters, batch, index)
+        # Some losses clamp weights, renormalise rows or move a teacher along, perhaps for this
+        # batch only. Comparing costs less than copies, which every retained graph would keep. From
+        # the first that writes, all write to copies, and this one is evaluated again.
+        if self.is_written():
+            loss = self._evaluated(parameters, batch, index)
         return checked_loss(loss, index)
+
+    def _evaluated(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Any:
+        call = self._prepared(batch, index)
+        if self._writes:
+            self.is_written()
+        state = self._state(parameters)
+        if self._writes or self._snapshot is None:
+            state = {name: tensor.clone() for name, tensor in state.items()}
+        wanted = [tensor for tensor in parameters if tensor.requires_grad]
+        loss = self._called(state, parameters, call)
+        for tensor in wanted:  # a module may have frozen it for a while, as GANs do
+            if not tensor.requires_grad:
+                tensor.requires_grad_()
+        return loss
+
+    def _called(
+        self, state: Mapping[str, Tensor], parameters: Sequence[Tensor], call: tuple[Any, int]
+    ) -> Any:
+        """Return the loss, with tensors in the places of the module's own.
+
+        Args:
+            state: The tensors, by the name of what they stand for.
+            parameters: Those that the loss is a function of.
+            call: What the loss function is given beside the module.
+        """
+        own = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        given = {id(own[name]): tensor for name, tensor in state.items() if name in own}
+        block = self._surroundings(given, parameters)
+        named = {f"module.{name}": tensor for name, tensor in state.items()}
+        return functional_call(self._call, named, (*call, block))
+
+    @contextmanager
+    def _surroundings(
+        self, given: dict[int, Tensor], parameters: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """The block in which the loss function is called; what it does to the module is undone."""
+        hidden = [] if self._snapshot is None else self._snapshot.hidden
+        parts = [*self._module.modules(), *hidden]
+        writes = self._writes or self._snapshot is None
+        constant = {id(t): t for t in parameters}
+        last: ModuleState | None = None
+
+        def note() -> Callable[[], AbstractContextManager[None]]:
+            nonlocal last
+            last = state = ModuleState(parts, given=constant, parameters=writes, earlier=last)
+            return lambda: self._again(state, parts, parameters)
+
+        own = untouched(self._module, hidden=hidden, given=given, parameters=writes)
+        with own, muted(self._module), recomputing(note):
+            yield
+
+    @contextmanager
+    def _again(
+        self, state: ModuleState, parts: Sequence[nn.Module], parameters: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """The block in which a segment under activation checkpointing is computed again."""
+        with kept(parts), self._whole_units(parameters), state.in_place(), muted(self._module):
+            yield
+
+    def _whole_units(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """A block in which units find their parameters whole; here all parameters are."""
+        return nullcontext()
 
     def norm(self, parts: Sequence[Tensor]) -> float:
         """Returns the norm of a whole vector, from tensors in the shapes of the parameters."""
@@ -166,7 +256,7 @@ class Objective:
         """Returns what to evaluate the module with: parameters given, all others constant."""
         state = {n: upcast(b) for n, b in self._buffers().items()}
         for name, parameter in self._module.named_parameters():
-            constant = parameter.detach()
+            constant = parameter.data
             state[name] = upcast(constant) if self._upcast else constant
         state.update(zip(self.space.names, parameters, strict=True))
         return state
@@ -195,8 +285,8 @@ class _LossModule(nn.Module):
         self.module = module
         self._loss_fn = loss_fn
 
-    def forward(self, batch: Any, index: int) -> Tensor:
-        with untouched(self.module), muted(self.module):
+    def forward(self, batch: Any, index: int, block: AbstractContextManager[None]) -> Tensor:
+        with block:
             return self._loss_fn(self.module, batch, index)
 
 
@@ -274,29 +364,3 @@ def _dealt(batches: Iterable[Any], ranks: Ranks) -> list[Any]:
             "There is no probe batch: the loader or list of batches is empty. Give one at least."
         )
     return held
-
-
-def _weights(
-    batches: Sequence[Any], batch_weight: Callable[[Any], float] | None
-) -> tuple[float, ...]:
-    if batch_weight is not None:
-        weights = tuple(float(batch_weight(batch)) for batch in batches)
-        if not all(math.isfinite(w) and w >= 0 for w in weights):
-            raise ValueError(f"batch_weight gave {weights}; weights must be >= 0, with a sum > 0.")
-        return weights
-    sizes = [_num_samples(batch) for batch in batches]
-    known = tuple(size for size in sizes if size is not None)
-    if len(known) == len(batches):
-        return tuple(float(size) for size in known)
-    if len(batches) == 1:
-        return (1.0,)
-    raise ValueError(
-        f"The number of samples of probe batch {sizes.index(None)} cannot be told from its tensors "
-        "(their first dimensions differ, or there are none). Give batch_weight(batch) -> float."
-    )
-
-
-def _num_samples(batch: Any) -> int | None:
-    sizes: set[int] = set()
-    apply_to_collection(batch, Tensor, lambda t: sizes.add(t.shape[0]) if t.ndim else None)
-    return sizes.pop() if len(sizes) == 1 else None

@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.partition_rules import NAMED, BlockRule, partition_rules
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import glob, is_collection, nonempty_text
 
 Blocks: TypeAlias = str | Mapping[str, str | Sequence[str]] | Sequence[BlockRule]
 """A named partition, a mapping from block names to globs and slices, or rules."""
@@ -78,13 +80,14 @@ def partition(
         >>> partition(net, {"in": "0.*", "out": ["2.bias", "2.weight[0:1]"]}).sizes
         (8, 4)
     """
+    blocks = partition_choice("blocks", blocks)
     space = ParameterSpace.select(module, parameters)
     if isinstance(blocks, str):
         cuts = _by_rules(module, space, partition_rules(module, blocks))
     elif isinstance(blocks, Mapping):
         cuts = _by_mapping(module, space, blocks)
     else:
-        cuts = _by_rules(module, space, _checked(blocks))
+        cuts = _by_rules(module, space, blocks)
     if not cuts:
         raise ValueError(
             f"blocks={blocks!r} cuts none of the {len(space.names)} selected parameter tensors, of "
@@ -100,14 +103,23 @@ def partition(
     return found
 
 
-def _checked(blocks: Sequence[BlockRule]) -> list[BlockRule]:
-    rules = list(blocks) if isinstance(blocks, Sequence) else []
-    if not rules or not all(isinstance(rule, BlockRule) for rule in rules):
-        raise ValueError(
-            f"blocks={blocks!r} is no partition. Give one of {', '.join(NAMED)}, a mapping from "
-            "names to globs, or a list of BlockRule."
-        )
-    return rules
+def partition_choice(name: str, value: Any) -> Any:
+    """The rule of ``blocks``: a named partition, names with globs, or rules."""
+    if isinstance(value, str) and value in NAMED:
+        return value
+    if isinstance(value, Mapping) and value:
+        for key, patterns in value.items():
+            nonempty_text(f"{name}: a name of a block", key)
+            for pattern in patterns if is_collection(patterns) and patterns else [patterns]:
+                glob(f"{name}[{key!r}]", pattern)
+        return dict(value)
+    if is_collection(value) and value and all(isinstance(rule, BlockRule) for rule in value):
+        return list(value)
+    raise ArgumentError(
+        name,
+        value,
+        f"Give one of {', '.join(NAMED)}, a mapping from names to globs, or a list of BlockRule.",
+    )
 
 
 def _numbered(module: nn.Module, cuts: _Cuts) -> Partition:
@@ -149,14 +161,20 @@ def _cut(rule: BlockRule, block: str, shape: torch.Size) -> tuple[list[_Key], Te
             "Change `dim`, or leave `unit` and `parts` out."
         )
     piece, rest = divmod(shape[rule.dim], len(rule.units))
-    if rest:
+    if rest and not rule.sizes:
         raise ValueError(
             f"{rule} has {len(rule.parts)} parts, which do not divide {shape[rule.dim]}, the size "
             f"of dimension {rule.dim}. Give slices by a mapping instead."
         )
+    if rule.sizes and sum(rule.sizes) != shape[rule.dim]:
+        raise ValueError(
+            f"{rule} has parts of {sum(rule.sizes)} in all, but dimension {rule.dim} has "
+            f"{shape[rule.dim]}. Change `sizes`, or give slices by a mapping instead."
+        )
+    pieces = rule.sizes or (piece,) * len(rule.units)
     keys: list[_Key] = []
     along = []
-    for part, unit in zip(rule.parts or ("",), rule.units, strict=True):
+    for part, unit, piece in zip(rule.parts or ("",), rule.units, pieces, strict=True):
         group = f"{block}.{part}" if part else block
         along.append(torch.arange(piece) // (unit or piece) + len(keys))
         if unit is None:

@@ -8,28 +8,49 @@ implication II).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-_FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "in_proj")
-"""Children of an attention module that hold query, key and value one after the other."""
-
-_SEPARATE = {
-    "query": ("q_proj", "query", "to_q", "q", "wq", "q_lin"),
-    "key": ("k_proj", "key", "to_k", "k", "wk", "k_lin"),
-    "value": ("v_proj", "value", "to_v", "v", "wv", "v_lin"),
-}
-"""Children of an attention module that hold one of the three."""
-
-_NUM_HEADS = ("num_heads", "n_head", "n_heads", "num_attention_heads", "nhead", "heads")
-"""Attributes of an attention module that tell the number of heads."""
+from lightning_hessian.probe.arguments import a_module
+from lightning_hessian.probe.partition_heads import (
+    FUSED,
+    SEPARATE,
+    Heads,
+    fused_sizes,
+    heads_of,
+    separate_units,
+)
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import (
+    check_fields,
+    checked,
+    glob,
+    is_collection,
+    nonempty_text,
+    one_of,
+    optional,
+    texts,
+    whole_number,
+)
 
 _QKV = ("query", "key", "value")
 _ROWS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def _unit(name: str, value: Any) -> Any:
+    """The rule of ``unit``: a size from 1 on, None, or a tuple of these."""
+    size = optional(
+        whole_number(least=1, because="A block needs at least one index."), "for a single block"
+    )
+    if is_collection(value):
+        return tuple(size(name, one) for one in value)
+    return size(name, value)
 
 
 @dataclass(frozen=True)
@@ -45,11 +66,13 @@ class BlockRule:
             tuple gives one for each part.
         dim: The dimension along which the units lie: 0 for the outputs of ``nn.Linear`` and
             ``nn.Conv2d``, 1 for those of Hugging Face's ``Conv1D``, whose weight is transposed.
-        parts: Names of equal parts fused along ``dim``, such as ``("query", "key", "value")``;
-            units are counted anew in each.
+        parts: Names of parts fused along ``dim``, such as ``("query", "key", "value")``; units
+            are counted anew in each.
+        sizes: Their sizes along ``dim``; by default they are equal. With grouped queries, the
+            parts of a fused projection are not.
 
     Raises:
-        ValueError: A unit below 1, or not as many units as parts.
+        ValueError: A unit or size below 1, or not as many units or sizes as parts.
 
     Example:
         >>> BlockRule("wte.weight", "wte", unit=500)  # tokens in groups of 500
@@ -61,12 +84,33 @@ class BlockRule:
     unit: int | tuple[int | None, ...] | None = None
     dim: int = 0
     parts: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        names = texts("Give a tuple of names.", empty=True)
+        check_fields(
+            self,
+            {
+                "parameter": glob,
+                "block": optional(nonempty_text, "to leave the parameters out of every block"),
+                "unit": _unit,
+                "dim": whole_number(least=-64, most=63),
+                "parts": names,
+            },
+        )
         if len(self.units) != max(1, len(self.parts)):
-            raise ValueError(f"{self} has {len(self.units)} units for {len(self.parts)} parts.")
-        if any(unit is not None and unit < 1 for unit in self.units):
-            raise ValueError(f"{self} has a unit below 1; a block needs at least one index.")
+            raise ArgumentError(
+                "unit",
+                self.unit,
+                f"It has {len(self.units)} units for {len(self.parts)} parts; give one for each.",
+            )
+
+        if self.sizes and (len(self.sizes) != len(self.parts) or min(self.sizes) < 1):
+            raise ValueError(f"{self}: give each of the {len(self.parts)} parts a size from 1 on.")
+
+    def __repr__(self) -> str:
+        shown = [f.name for f in dataclasses.fields(self) if f.name != "sizes" or self.sizes]
+        return f"BlockRule({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def units(self) -> tuple[int | None, ...]:
@@ -76,6 +120,7 @@ class BlockRule:
         return (self.unit,) * max(1, len(self.parts))
 
 
+@checked({"module": a_module, "name": lambda name, value: one_of(*NAMED)(name, value)})
 def partition_rules(module: nn.Module, name: str) -> list[BlockRule]:
     """Returns the rules that a named partition stands for in ``module``.
 
@@ -84,7 +129,8 @@ def partition_rules(module: nn.Module, name: str) -> list[BlockRule]:
       each output channel of a convolution, with its bias; every other layer is one block.
     - ``"class"``: a block for each output of the last linear or convolutional layer in the order
       of definition. Nothing else is in a block.
-    - ``"head"``: query, key and value of each attention layer by head. Nothing else.
+    - ``"head"``: query, key and value of each attention layer by head, with grouped queries too
+      (`partition_heads`). Nothing else.
     - ``"embedding"``: a block for each row (token) of each embedding. Nothing else.
     - ``"adam_mini"``: query and key by head; embeddings and the last linear layer by token; every
       other weight by output neuron; norms by layer (Zhang et al., ICLR 2025, algorithm 3).
@@ -93,7 +139,8 @@ def partition_rules(module: nn.Module, name: str) -> list[BlockRule]:
     ``"class"``, of the embedding in the others.
 
     Raises:
-        ValueError: An unknown name, or a partition that the module does not have.
+        ValueError: An unknown name, a partition that the module does not have, or an attention
+            layer whose heads cannot be told (``"head"``, ``"adam_mini"``).
 
     Example:
         >>> for rule in partition_rules(nn.MultiheadAttention(8, 2), "head"):
@@ -101,11 +148,6 @@ def partition_rules(module: nn.Module, name: str) -> list[BlockRule]:
         in_proj_weight 4 ('query', 'key', 'value')
         in_proj_bias 4 ('query', 'key', 'value')
     """
-    if name not in NAMED:
-        raise ValueError(
-            f"blocks={name!r} is unknown. Choose from {', '.join(NAMED)}, or give a mapping from "
-            "names to globs, or a list of BlockRule."
-        )
     rules: dict[str, BlockRule] = {}
     for rule in NAMED[name](module):
         rules.setdefault(rule.parameter, rule)
@@ -165,15 +207,25 @@ def _by_head(module: nn.Module) -> Iterator[BlockRule]:
                     block = prefix or type(attention).__name__
                     yield _of_attention(attention, block, local, parameter, attention.head_dim)
             continue
-        heads = _num_heads(attention)
         inside = f"{prefix}." if prefix else ""
-        for child in _FUSED if heads else ():
-            if inside + child in layers:
-                yield from _heads_of(*layers[inside + child], inside + child, heads, _QKV)
-        for part, names in _SEPARATE.items() if heads else ():
-            for child in names:
-                if inside + child in layers:
-                    yield from _heads_of(*layers[inside + child], f"{inside}{part}", heads, ())
+        where = prefix or type(attention).__name__
+        heads = heads_of(attention)
+        for child in FUSED:
+            if inside + child in layers and (heads.queries or child != "in_proj"):
+                yield from _fused(*layers[inside + child], inside + child, heads, where)
+        found = {
+            part: inside + child
+            for part, names in SEPARATE.items()
+            for child in names
+            if inside + child in layers and "weight" in _output_dims(layers[inside + child][0])
+        }
+        if found and (heads.queries or len(found) == len(_QKV)):
+            sizes = {part: _num_outputs(layers[name][0]) for part, name in found.items()}
+            for part, unit in separate_units(heads, sizes, where).items():
+                layer, own = layers[found[part]]
+                for local, parameter in own.items():
+                    dim = _output_dims(layer)[local]
+                    yield BlockRule(parameter, f"{inside}{part}", unit, dim)
 
 
 def _by_adam_mini(module: nn.Module) -> Iterator[BlockRule]:
@@ -181,7 +233,7 @@ def _by_adam_mini(module: nn.Module) -> Iterator[BlockRule]:
     yield from _by_class(module)
     for rule in _by_head(module):
         if rule.parts:
-            yield BlockRule(rule.parameter, rule.block, (*rule.units[:2], 1), rule.dim, rule.parts)
+            yield dataclasses.replace(rule, unit=(*rule.units[:2], 1))
         elif rule.block is not None and not rule.block.endswith("value"):
             yield rule
     yield from _by_neuron(module)
@@ -243,26 +295,19 @@ def _of_attention(
     return BlockRule(parameter, f"{block}.{part}", unit)
 
 
-def _num_heads(attention: nn.Module) -> int:
-    """Returns the number of heads that a module says it has, 0 if it says nothing."""
-    for name in _NUM_HEADS:
-        heads = getattr(attention, name, None)
-        if isinstance(heads, int) and heads > 0:
-            return heads
-    return 0
+def _num_outputs(layer: nn.Module) -> int:
+    return layer.get_parameter("weight").shape[_output_dims(layer)["weight"]]
 
 
-def _heads_of(
-    layer: nn.Module, own: Mapping[str, str], block: str, heads: int, parts: tuple[str, ...]
+def _fused(
+    layer: nn.Module, own: Mapping[str, str], block: str, heads: Heads, where: str
 ) -> Iterator[BlockRule]:
-    """Cuts a projection by head: a fused one if it has parts, else one of query, key, value."""
+    """Cuts a fused projection by head; with grouped queries its parts are of different sizes."""
     dims = _output_dims(layer)
     if "weight" not in dims:
         return
-    outputs = layer.get_parameter("weight").shape[dims["weight"]]
-    if outputs % (heads * max(1, len(parts))):
-        return  # another layout, such as fewer heads for key and value
+    inputs = layer.get_parameter("weight").shape[1 - dims["weight"]]
+    unit, *sizes = fused_sizes(heads, _num_outputs(layer), inputs, where)
     for local, parameter in own.items():
-        yield BlockRule(
-            parameter, block, outputs // heads // max(1, len(parts)), dims[local], parts
-        )
+        uneven = tuple(sizes) if len(set(sizes)) > 1 else ()
+        yield BlockRule(parameter, block, unit, dims[local], _QKV, uneven)

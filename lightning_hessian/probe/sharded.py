@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hessian.distributed import Ranks
@@ -191,19 +190,25 @@ class ShardedObjective(Objective):
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
         """Returns the weighted loss of this rank's batch at the given shards."""
+        buffers = {name: upcast(buffer) for name, buffer in self._buffers().items()}
+        call = self._prepared(batch, index)
+        with self._whole_units(parameters):
+            loss = self._called(buffers, parameters, call)
+            return checked_loss(loss, index) * self._shares[index // self.ranks.world]
+
+    @contextmanager
+    def _whole_units(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """A block in which the forward of a unit gathers its parameters, and lets them go."""
         given = dict(zip(self._selected, parameters, strict=True))
 
         def leaf(member: nn.Parameter) -> Tensor:
             return given[member] if member in given else upcast(local(member.detach()))
 
         leaves = [[leaf(member) for member in bundle.members] for bundle in self._bundles]
-        buffers = {f"module.{name}": upcast(b) for name, b in self._buffers().items()}
-        call = self._prepared(batch, index)
         with ExitStack() as stack:
             for unit, bundles in self._units.items():
                 stack.enter_context(self._gathering(unit, bundles, leaves))
-            loss = functional_call(self._call, buffers, call)
-            return checked_loss(loss, index) * self._shares[index // self.ranks.world]
+            yield
 
     @contextmanager
     def _gathering(

@@ -121,8 +121,9 @@ def choose_points(
     """
     if mode not in ("min", "max"):
         raise ValueError(f"mode={mode!r} is neither 'min' nor 'max'.")
-    for key in filter(None, (group, size)):
-        table.require(key, config=True)
+    for argument, key in (("group", group), ("size", size)):
+        if key is not None:
+            table.require(key, config=True, argument=argument)
     names, steps, rows, groups, sizes, left_out = [], [], [], [], [], []
     keys = [*statistics, *monitors]
     for run in table:

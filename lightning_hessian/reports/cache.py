@@ -18,7 +18,7 @@ from lightning_hessian.results import UnreadableFileError, bounds
 from lightning_hessian.results.npz import read_npz
 from lightning_hessian.results.outside import parse_json, unreadable
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 2000
 """How many histories stay; the ones unused longest go first."""
 
@@ -97,9 +97,17 @@ def _run_of(arrays: dict[str, Any]) -> RunRecord:
     if values.shape != (len(keys), *steps.shape) or steps.ndim != 1:
         raise ValueError(f"{len(keys)} keys, {steps.shape} steps, {values.shape} values")
     texts = {name: meta[name] for name in ("run_id", "name", "source", "kind")}
-    problems = tuple(meta["problems"])
-    if not all(isinstance(text, str) for text in (*texts.values(), *keys, *problems)):
+    problems, identities = tuple(meta["problems"]), tuple(meta["identities"])
+    named = (*texts.values(), *keys, *problems, *identities)
+    if not all(isinstance(text, str) for text in named):
         raise TypeError("a name that is no text")
     config = flat_config(meta["config"])
     columns = dict(zip(keys, values, strict=True))
-    return RunRecord(**texts, config=config, steps=steps, columns=columns, problems=problems)
+    return RunRecord(
+        **texts,
+        config=config,
+        steps=steps,
+        columns=columns,
+        problems=problems,
+        identities=identities,
+    )

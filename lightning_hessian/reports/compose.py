@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import count
 
 from lightning_hessian.reports.across import AcrossRuns
 from lightning_hessian.reports.document import (
@@ -13,29 +15,35 @@ from lightning_hessian.reports.document import (
     Heading,
     Table,
     Text,
+    bold,
     code,
 )
 from lightning_hessian.reports.figures import (
+    Drawing,
     across_figure,
     has_band,
     over_runs_figure,
     run_figure,
     scaling_figure,
 )
-from lightning_hessian.reports.numbers import num_tests
+from lightning_hessian.reports.method import how_to_read
 from lightning_hessian.reports.report import CorrelationReport
 from lightning_hessian.reports.verdicts import (
     MINUS,
     NOTHING,
+    answer_within,
     interval_text,
+    is_sure,
+    judged,
     number,
     p_text,
     ranked,
     verdict_across,
     verdict_over,
-    verdict_within,
+    which_goes_with,
 )
-from lightning_hessian.reports.within import WithinRun, excludes_zero
+from lightning_hessian.reports.within import WithinRun
+from lightning_hessian.statistics.verdict import excludes_zero
 
 _SHOWN_RUNS = 60  # rows of the table of runs, and of problems
 _SINGLY = 3  # up to so many runs are told one by one
@@ -55,51 +63,55 @@ def compose(report: CorrelationReport) -> Document:
         blocks += _each_run(report)
     else:
         blocks += _over_runs(report)
-    blocks += _method(report)
+    blocks += _which_of_two(report)
+    blocks += [Heading("How to read this"), how_to_read(report)]
     blocks += _runs(report)
-    return Document(f"Which statistic goes with {monitors}?", tuple(blocks))
+    return Document(f"Which statistic goes with {monitors}?", tuple(_told_apart(blocks)))
+
+
+def _told_apart(blocks: Sequence[Block]) -> Iterator[Block]:
+    """Yields the blocks, with no two drawings of one name: they are files in one folder."""
+    seen: set[str] = set()
+    for block in blocks:
+        if isinstance(block, Drawing):
+            names = (f"{block.name}_{number}" if number > 1 else block.name for number in count(1))
+            name = next(name for name in names if name.casefold() not in seen)
+            seen.add(name.casefold())
+            block = replace(block, name=name)
+        yield block
 
 
 def _lead(report: CorrelationReport) -> str:
     rows = sum(pair.num_points for pair in report.within if pair.statistic == report.statistics[0])
     rows //= max(1, len(report.monitors))
     text = f"{_count(len(report.table), 'run')}, {_count(rows, 'measurement')}. "
-    return text + (_answer_across(report) if report.across else _answer_within(report.within))
+    if report.table.copies:
+        text += "Some were logged twice or copied; they are named at the end. "
+    return text + (
+        _answer_across(report)
+        if report.across
+        else answer_within(report.within, name=code, stress=bold)
+    )
 
 
 def _answer_across(report: CorrelationReport) -> str:
     sentences = []
     for monitor in report.monitors:
         pairs = [pair for pair in ranked(report.across) if pair.monitor == monitor]
-        sure = [p for p in pairs if excludes_zero(p.fisher) and p.holm < 0.05]
+        sure = [p for p in pairs if is_sure(p)]
         if sure:
-            named = ", ".join(f"`{p.statistic}` (r = {number(p.r)})" for p in sure)
-            sentences.append(f"Across runs, **{named}** went with `{monitor}`")
+            named = ", ".join(f"{bold(code(p.statistic))} (r = {number(p.r)})" for p in sure)
+            sentences.append(f"Across runs, {named} went with {code(monitor)}")
         else:
             best = next((p for p in pairs if not math.isnan(p.r)), None)
-            what = "" if best is None else f"; nearest: `{best.statistic}`, r = {number(best.r)}"
-            sentences.append(f"Across runs, **no statistic** went with `{monitor}`{what}")
+            what = (
+                "" if best is None else f"; nearest: {code(best.statistic)}, r = {number(best.r)}"
+            )
+            nothing = bold("no statistic")
+            sentences.append(f"Across runs, {nothing} went with {code(monitor)}{what}")
     tests = len(report.across)
     corrected = f" (corrected for {tests} pairs)" if tests > 1 else ""
     return ". ".join(sentences) + f"{corrected}."
-
-
-def _answer_within(pairs: Sequence[WithinRun]) -> str:
-    sure = [
-        pair
-        for pair in pairs
-        if excludes_zero((pair.differences.low, pair.differences.high)) and pair.holm < 0.05
-    ]
-    if not sure:
-        return (
-            "From one measurement to the next, **no statistic** was shown to move with what is "
-            "monitored."
-        )
-    named = ", ".join(
-        f"`{p.statistic}` with `{p.monitor}` (r of first differences {number(p.r_differences)})"
-        for p in ranked(sure)
-    )
-    return f"From one measurement to the next, these moved together: **{named}**."
 
 
 def _across(report: CorrelationReport) -> Iterator[Block]:
@@ -181,9 +193,37 @@ def _scaling(report: CorrelationReport) -> Iterator[Block]:
 def _scaling_words(interval: tuple[float, float], reason: str, size: str) -> str:
     if reason:
         return f"No fit: {reason}."
-    if not excludes_zero(interval):
+    if not excludes_zero(*interval):
         return f"No trend with {size} shown."
     return f"{'Grows' if interval[0] > 0 else 'Falls'} with {size} over these runs."
+
+
+def _which_of_two(report: CorrelationReport) -> Iterator[Block]:
+    """Yields which of the metric and the generalization gap each statistic goes with."""
+    few = len(report.table) <= _SINGLY
+    within = which_goes_with(report.within) if few else []
+    found = [*which_goes_with(report.across), *which_goes_with(report.over), *within]
+    if not found:
+        return
+    yield Heading("Test loss or generalization?")
+    yield Text(
+        "A falling test loss is mostly training that goes on; the gap is the test loss minus that "
+        "on the training data. A statistic goes with one of them where the verdict above says so."
+    )
+    scopes = {"across": "across runs", "over": "within runs, all together"}
+    rows = tuple(
+        (
+            code(one.statistic),
+            *((scopes.get(one.scope) or one.run,) if len(report.table) > 1 else ()),
+            f"{one.monitor}: {one.with_monitor}",
+            f"gap: {one.with_gap}",
+            f"{one.sentence[0].upper()}{one.sentence[1:]}.",
+        )
+        for one in found
+    )
+    where = ("where",) if len(report.table) > 1 else ()
+    header = ("statistic", *where, "with the metric", "with the gap", "goes with")
+    yield Table(header, rows, words=len(header) - 1)
 
 
 def _over_runs(report: CorrelationReport) -> Iterator[Block]:
@@ -231,24 +271,23 @@ def _over_runs(report: CorrelationReport) -> Iterator[Block]:
 
 
 def _each_run(report: CorrelationReport) -> Iterator[Block]:
-    tests = num_tests(report)
     for run in report.table:
         for monitor in report.monitors:
             pairs = [p for p in report.within if (p.run, p.monitor) == (run.name, monitor)]
             title = f"{monitor} over the run"
             yield Heading(title if len(report.table) == 1 else f"{run.name}: {title}")
             if not pairs:
-                yield Text(f"No two rows have a statistic and `{monitor}`.")
+                yield Text(f"No two rows have a statistic and {code(monitor)}.")
                 continue
             pairs = ranked(pairs)
-            yield _run_table(pairs, tests[run.name])
+            yield _run_table(pairs)
             drawn = [pair for pair in pairs if not math.isnan(pair.r)][:_PANELS]
             if drawn:
                 yield run_figure(run, drawn, monitor)
             yield _more_within(pairs)
 
 
-def _run_table(pairs: Sequence[WithinRun], tests: int) -> Table:
+def _run_table(pairs: Sequence[WithinRun]) -> Table:
     rows = tuple(
         (
             code(p.statistic),
@@ -259,7 +298,7 @@ def _run_table(pairs: Sequence[WithinRun], tests: int) -> Table:
             p_text(p.differences.p_value),
             p_text(p.holm),
             str(p.num_points),
-            verdict_within(p, tests),
+            judged(p).sentence,
         )
         for p in pairs
     )
@@ -294,53 +333,6 @@ def _more_within(pairs: Sequence[WithinRun]) -> Table:
     return Table(header, rows)
 
 
-def _method(report: CorrelationReport) -> Iterator[Block]:
-    yield Heading("How to read this")
-    items = [
-        "**Correlation is not prediction, and neither is cause.** These are the runs that were "
-        "given; another task, model or range of hyperparameters may say otherwise.",
-        "**r** is Pearson's coefficient, **Spearman** and **Kendall** (tau-b) use ranks alone. "
-        "Fewer than 4 points or a constant series have no coefficient.",
-    ]
-    if report.across:
-        at = report.settings["at"]
-        row = {"last": "its last", "best": f"its best {report.monitors[0]}"}.get(at)
-        row = row or f"its last up to step {at:g}"
-        items += [
-            f"**Across runs**: one point a run, {row} measurement with the monitored metric. The "
-            "interval is Fisher's, p permutes runs. **Holm** keeps the chance of even one false "
-            f"finding among the {len(report.across)} pairs below 5 %, **BH** the share of false "
-            "ones among the findings. Runs that differ only in a seed are not independent "
-            "evidence on hyperparameters.",
-            "A statistic may go with the metric because both follow a third thing, such as the "
-            "learning rate or the size; coefficients within groups hold one such thing fixed.",
-        ]
-    items += [
-        "**Within a run** the measurements depend on one another. **95 % blocks** draws blocks of "
-        "neighbours instead of points; Fisher's interval takes all points to be independent and "
-        "is too narrow. **p shifts** slides one series along the other, around the end: its "
-        "smallest value is 1 / rows, and it means little for series that drift.",
-        "**First differences** are the changes from one measurement to the next, in which a common "
-        "trend cancels. Their p by blocks is what is corrected within a run. **r given step** "
-        "takes a straight line in the step out of both, which leaves a bent trend in.",
-        "**Lead and lag**: r of first differences with one series moved along the other; it is put "
-        "into words where the interval of the best lag, corrected for their number, leaves zero "
-        "out.",
-    ]
-    if report.scaling:
-        items.append(
-            "**Exponents** are slopes of least-squares lines in the log-log plot. That the law is "
-            "a power law they do not test; three sizes cannot show it."
-        )
-    if any(pair.statistic == "hessian/d_ks" for pair in report.within):
-        items.append(
-            "For comparison, Tang et al. (ICML 2025) report within single language-model runs "
-            "r = 0.923 and 0.980 of d_ks with test loss, against \u22120.714 and 0.247 of "
-            "sharpness (largest eigenvalue, trace); without intervals, from series that drift."
-        )
-    yield Bullets(tuple(items))
-
-
 def _runs(report: CorrelationReport) -> Iterator[Block]:
     yield Heading("Runs")
     chosen = {}
@@ -361,12 +353,19 @@ def _runs(report: CorrelationReport) -> Iterator[Block]:
     yield Table(header, rows, words=1)
     if len(report.table) > _SHOWN_RUNS:
         yield Text(f"{len(report.table) - _SHOWN_RUNS} more are in correlations.json.", muted=True)
+    if report.table.copies:
+        yield Text(bold("The same run, or not independent:"))
+        yield Bullets(_first(report.table.copies))
     left_out = [*report.table.problems, *(report.points.left_out if report.points else ())]
     if left_out:
-        yield Text("**Left out:**")
-        more = len(left_out) - _SHOWN_RUNS
-        tail = (f"and {more} more, in correlations.json",) if more > 0 else ()
-        yield Bullets((*left_out[:_SHOWN_RUNS], *tail))
+        yield Text(bold("Left out:"))
+        yield Bullets(_first(left_out))
+
+
+def _first(items: Sequence[str]) -> tuple[str, ...]:
+    more = len(items) - _SHOWN_RUNS
+    tail = (f"and {more} more, in correlations.json",) if more > 0 else ()
+    return (*items[:_SHOWN_RUNS], *tail)
 
 
 def _count(number_of: int, what: str) -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_hessian.reports.figures import Drawing
+from lightning_hessian.reports.outside import html_text, markdown_line, markdown_text, visible
+
+# What marks our own text up. Asterisks and backticks would do for words that we wrote, but those of
+# a run may hold any of them. These hold a number that is drawn anew in every process, so that no
+# text from outside can hold them.
+_BOLD, _END_BOLD, _CODE, _END_CODE = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(4))
+_MARKED = re.compile(f"({_BOLD}|{_END_BOLD}|{_CODE}.*?{_END_CODE})", re.DOTALL)
+_PLAIN_CODE = re.compile(r"[^`|\\<>&\s](?:[^`|\\<>&]*[^`|\\<>&\s])?")
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; ``**bold**``, ```code``` and nothing else.
+    """A paragraph, marked up by `bold`, `code` and `marked` and by nothing else.
 
     Attributes:
         text: The words.
@@ -82,18 +90,33 @@ class Document:
 
 
 def code(text: str) -> str:
-    """Returns a key or a path, marked as such."""
-    return "`" + text.replace("`", "'") + "`"
+    """Returns a key or a path, marked as such, whatever it holds."""
+    return f"{_CODE}{visible(text)}{_END_CODE}"
+
+
+def bold(text: str) -> str:
+    """Returns words that stand out."""
+    return f"{_BOLD}{text}{_END_BOLD}"
+
+
+def marked(text: str) -> str:
+    """Returns our own words with ``**bold**`` and backticks made into marks.
+
+    Never give it text from outside: what that holds would become markup.
+    """
+    text = re.sub(r"\*\*(.+?)\*\*", rf"{_BOLD}\1{_END_BOLD}", text)
+    return re.sub(r"`(.+?)`", rf"{_CODE}\1{_END_CODE}", text)
 
 
 def to_html(document: Document) -> str:
     """Returns one page that needs no network, follows light and dark, and prints."""
     body = "\n".join(_html_block(block) for block in document.blocks)
-    title = html.escape(document.title)
+    title = html_text(document.title)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
@@ -101,21 +124,21 @@ def to_html(document: Document) -> str:
 
 def to_markdown(document: Document, figure_folder: str = "figures") -> str:
     """Returns the report in GitHub's Markdown; figures are files in a folder beside it."""
-    parts = [f"# {_escaped_markdown(document.title)}"]
+    parts = [f"# {markdown_text(document.title)}"]
     parts += [_markdown_block(block, figure_folder) for block in document.blocks]
     return "\n\n".join(parts) + "\n"
 
 
 def _html_block(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"<h2>{_html_text(block.text)}</h2>"
+        return f"<h2>{_html_inline(block.text)}</h2>"
     if isinstance(block, Text):
-        return f"<p{' class=muted' if block.muted else ''}>{_html_text(block.text)}</p>"
+        return f"<p{' class=muted' if block.muted else ''}>{_html_inline(block.text)}</p>"
     if isinstance(block, Bullets):
-        return "<ul>" + "".join(f"<li>{_html_text(item)}</li>" for item in block.items) + "</ul>"
+        return "<ul>" + "".join(f"<li>{_html_inline(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Table):
         return _html_table(block)
-    caption = f"<figcaption>{html.escape(block.caption)}</figcaption>"
+    caption = f"<figcaption>{html_text(block.caption)}</figcaption>"
     return f"<figure>\n{block.inline}\n{caption}\n</figure>"
 
 
@@ -126,13 +149,13 @@ def _html_table(table: Table) -> str:
         for place in range(len(table.header))
     ]
     head = "".join(
-        f'<th scope="col" class="{kind}">{_html_text(cell)}</th>'
+        f'<th scope="col" class="{kind}">{_html_inline(cell)}</th>'
         for kind, cell in zip(classes, table.header, strict=True)
     )
     rows = "\n".join(
         "<tr>"
         + "".join(
-            f'<td class="{kind}">{_html_text(cell)}</td>'
+            f'<td class="{kind}">{_html_inline(cell)}</td>'
             for kind, cell in zip(classes, row, strict=True)
         )
         + "</tr>"
@@ -144,45 +167,70 @@ def _html_table(table: Table) -> str:
     )
 
 
-def _html_text(text: str) -> str:
-    escaped = html.escape(text, quote=False)
-    escaped = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)
-    return re.sub(r"`(.+?)`", r"<code>\1</code>", escaped)
+def _html_inline(text: str) -> str:
+    tags = {_BOLD: "<strong>", _END_BOLD: "</strong>"}
+    parts = _MARKED.split(text)
+    return "".join(
+        html_text(part)
+        if place % 2 == 0
+        else tags.get(part) or f"<code>{html_text(_inside(part))}</code>"
+        for place, part in enumerate(parts)
+    )
+
+
+def _inside(part: str) -> str:
+    return part.removeprefix(_CODE).removesuffix(_END_CODE)
 
 
 def _markdown_block(block: Block, folder: str) -> str:
     if isinstance(block, Heading):
-        return f"## {_escaped_markdown(block.text)}"
+        return f"## {_markdown_inline(block.text)}"
     if isinstance(block, Text):
-        return (
-            f"*{_escaped_markdown(block.text)}*" if block.muted else _escaped_markdown(block.text)
-        )
+        text = _markdown_inline(block.text)
+        return f"*{text}*" if block.muted else markdown_line(text)
     if isinstance(block, Bullets):
-        return "\n".join(f"- {_escaped_markdown(item)}" for item in block.items)
+        return "\n".join(f"- {markdown_line(_markdown_inline(item))}" for item in block.items)
     if isinstance(block, Table):
         return _markdown_table(block)
-    return f"![{_escaped_markdown(block.caption)}]({folder}/{block.name}.svg)"
+    return f"![{markdown_text(block.caption)}]({folder}/{block.name}.svg)"
 
 
 def _markdown_table(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(_escaped_markdown(c).replace("|", "\\|") for c in cells) + " |"
+        return "| " + " | ".join(map(_markdown_inline, cells)) + " |"
 
     numbers = len(table.header) - 1 - table.words
     rule = "|" + "|".join(["---", *["--:"] * numbers, *["---"] * table.words]) + "|"
     return "\n".join([line(table.header), rule, *map(line, table.rows)])
 
 
-def _escaped_markdown(text: str) -> str:
-    """Returns text in which what a run was called cannot become markup; code stays as it is."""
-    parts = re.split(r"(`[^`]*`|\*\*)", " ".join(text.split()))
-    return "".join(part if place % 2 else _plain_markdown(part) for place, part in enumerate(parts))
+def _markdown_inline(text: str) -> str:
+    """Returns text in which what a run was called cannot become markup."""
+    parts = _MARKED.split(" ".join(text.split()))
+    return "".join(
+        _spaced_markdown(part)
+        if place % 2 == 0
+        else "**"
+        if part in (_BOLD, _END_BOLD)
+        else _markdown_code(_inside(part))
+        for place, part in enumerate(parts)
+    )
 
 
-def _plain_markdown(text: str) -> str:
-    text = re.sub(r"([\\_*\[\]#`])", r"\\\1", text)
-    return text.replace("<", "&lt;").replace(">", "&gt;")
+def _spaced_markdown(text: str) -> str:
+    """Returns `markdown_text` of a part of a line, with the spaces at its ends kept."""
+    if not text.strip():
+        return text
+    before, after = len(text) - len(text.lstrip()), len(text) - len(text.rstrip())
+    return " " * min(before, 1) + markdown_text(text) + " " * min(after, 1)
 
+
+def _markdown_code(text: str) -> str:
+    """Returns a code span, or words where a span could end before its text does."""
+    return f"`{text}`" if _PLAIN_CODE.fullmatch(text) else markdown_text(text)
+
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing is loaded or run
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1b1c1d; --soft: #5b6068; --paper: #ffffff;

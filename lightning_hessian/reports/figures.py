@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import io
 import math
 import re
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_hessian.reports.across import Points, Scaling
+from lightning_hessian.reports.outside import html_text, visible
 from lightning_hessian.reports.run_table import RunRecord
 from lightning_hessian.reports.within import WithinRun
 from lightning_hessian.tracking.style import COLOURS, MARKERS, new_figure, quiet_grid
@@ -49,7 +49,7 @@ class Drawing:
         # Names that nothing refers to would stand in the page once for each figure.
         svg = re.sub(r' id="(?!m|p[0-9a-f]{9})[^"]*"', "", svg)
         svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-        label = html.escape(self.caption, quote=True)
+        label = html_text(self.caption)
         return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).replace(
             _INK, "currentColor"
         )
@@ -271,11 +271,11 @@ def _drawing(figure: Figure, name: str, caption: str) -> Drawing:
 
 def _plain(key: str) -> str:
     """Returns a key that matplotlib takes for words, dollar signs and all."""
-    return key.replace("$", r"\$")
+    return visible(key).replace("$", r"\$")
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_")
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_")[:80]  # a file's name has an end
 
 
 def has_band(scaling: Scaling) -> bool:

@@ -6,7 +6,6 @@ seconds, and it reloads itself until the run has ended.
 
 from __future__ import annotations
 
-import base64
 import difflib
 import json
 import math
@@ -15,19 +14,36 @@ import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_hessian.reports.media import figures_of, media_folder
 from lightning_hessian.reports.offline_run import EmptyRunError, OfflineRun, read_offline_run
+from lightning_hessian.reports.outside import visible
+from lightning_hessian.reports.report import logged_statistics, resolved_monitors
+from lightning_hessian.reports.run_table import RunRecord, columns_of
 from lightning_hessian.reports.spectra import spectra_of
-from lightning_hessian.statistics.correlation import Correlation
+from lightning_hessian.reports.verdicts import (
+    GAP,
+    answer_within,
+    judged,
+    ranked,
+    which_goes_with,
+)
+from lightning_hessian.reports.within import WithinRun, within_run
+from lightning_hessian.results.arguments import (
+    checked,
+    flag,
+    live_interval,
+    monitor_names,
+    path_name,
+)
 from lightning_hessian.tracking.dashboard import Lines, sections
-from lightning_hessian.tracking.history import History, Row, key_part
+from lightning_hessian.tracking.history import Row, key_part
 from lightning_hessian.tracking.loggers import STEP
-from lightning_hessian.tracking.scalars import CORRELATED
 
 _MOST_SPECTRA = 40
 _MOST_POINTS = 400
@@ -37,6 +53,15 @@ _KIND = re.compile(r"^(pearson|differences|spearman|num_points)_")
 _OURS = re.compile(r"(hessian\w*|gradient|correlation)/")
 
 
+@checked(
+    {
+        "folder": path_name,
+        "out": path_name,
+        "monitor": monitor_names,
+        "interval": live_interval,
+        "once": flag,
+    }
+)
 def follow(
     folder: Path, out: Path, *, monitor: Sequence[str], interval: float = 15.0, once: bool = False
 ) -> Path:
@@ -56,8 +81,7 @@ def follow(
         FileNotFoundError: There is no run at ``folder``.
         ValueError: There are several, or the file is none of W&B's; ``interval`` is not positive.
     """
-    if not (math.isfinite(interval) and interval > 0):
-        raise ValueError(f"interval={interval}; give a number of seconds above 0.")
+    folder, out = Path(folder), Path(out)
     page = out if out.suffix == ".html" else out / "live.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -71,10 +95,10 @@ def follow(
             continue
         ended = run.exit_code is not None
         text = live_page(
-            run, monitor, media=_media_folder(folder), refresh=None if ended or once else interval
+            run, monitor, media=media_folder(folder), refresh=None if ended or once else interval
         )
         unfinished = page.with_name(page.name + ".part")
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="replace")
         os.replace(unfinished, page)  # a browser never sees half a page
         if ended or once:
             return page
@@ -98,8 +122,11 @@ def live_page(
     """
     rows = _rows_by_step(run.rows)
     measured = measurements(run)
-    correlations = History(measured).correlations(CORRELATED, monitors)
-    notes = [*run.problems, *_missing(rows, monitors)]
+    keys = {key for row in rows for key in row}
+    watched = resolved_monitors(monitors, keys)
+    pairs = judged_pairs(run, watched)
+    figures, left_out = figures_of(run.rows, media)
+    notes = [*run.problems, *_missing(rows, watched), *left_out]
     try:
         spectra = spectra_of(run, notes).get("hessian", [])
     except ValueError as error:
@@ -115,20 +142,34 @@ def live_page(
         "measurements": len(measured),
         "step": int(rows[-1]["step"]) if rows else None,
         "notes": notes,
-        "cards": cards(measured, correlations, monitors),
-        "correlations": [_correlation(*pair, found) for pair, found in correlations.items()],
+        "cards": cards(measured, pairs, watched),
+        "correlations": [_correlation(pair) for pair in ranked(pairs) if not math.isnan(pair.r)],
+        "answer": answer_within(pairs),
+        "which": [asdict(found) for found in which_goes_with(pairs)],
         "spectra": [
             {"step": step, "values": [float(f"{v:.4g}") for v in found.leading]}
             for step, found in _evenly(spectra, _MOST_SPECTRA)
         ],
-        "sections": _panels(rows, monitors),
+        "sections": _panels([_with_gap(row) for row in rows], monitors),
         "latest": measured[-1] if measured else {},
-        "figures": _figures(run.rows, media),
+        "figures": figures,
     }
     template = Path(__file__).with_name("live_page.html").read_text(encoding="utf-8")
     # "</script>" in a name would end the script that holds the data.
     text = json.dumps(_finite(data), ensure_ascii=False).replace("<", "\\u003c")
     return template.replace("/*DATA*/ null", text)
+
+
+def judged_pairs(run: OfflineRun, monitors: Sequence[str]) -> list[WithinRun]:
+    """Returns every pair that the report of this run has, with the same verdicts.
+
+    Args:
+        run: What was read.
+        monitors: Keys of monitored metrics, as `resolved_monitors` returns them.
+    """
+    steps, columns = columns_of(run.rows)
+    record = RunRecord(run.run_id, run.name, run.run_id, "offline", {}, steps, columns)
+    return within_run(record, logged_statistics(columns, monitors), monitors)
 
 
 def measurements(run: OfflineRun) -> list[Row]:
@@ -164,15 +205,13 @@ class _Change:
 
 
 def cards(
-    rows: Sequence[Row],
-    correlations: Mapping[tuple[str, str], Correlation],
-    monitors: Sequence[str],
+    rows: Sequence[Row], pairs: Sequence[WithinRun], monitors: Sequence[str]
 ) -> list[dict[str, str]]:
     """Returns what the page says first: a question, the numbers, and what they say, each.
 
     Args:
         rows: The measurements.
-        correlations: Those of statistics with monitors.
+        pairs: Statistics with monitors, as `judged_pairs` returns them.
         monitors: The monitored metrics.
     """
     found = []
@@ -190,36 +229,23 @@ def cards(
         says = f"{factor:.3g} times the first measurement" if math.isfinite(factor) else ""
         says += f"; trace {trace}." if trace else "."
         found.append(_card("Is sharpness rising?", f"lambda_1 {sharpness}", says))
-    for monitor in monitors:
-        logged = any(monitor in row for row in rows)
-        found.append(_strongest(monitor, correlations, logged))
-    return found
+    names = {monitor.removeprefix("hessian/") for monitor in monitors}
+    logged = any(name in row for row in rows for name in names)
+    return [*found, *(_strongest(monitor, pairs, logged) for monitor in monitors)]
 
 
-def _strongest(
-    monitor: str, correlations: Mapping[tuple[str, str], Correlation], logged: bool
-) -> dict[str, str]:
-    """Returns the card of the statistic that correlates most with a metric."""
+def _strongest(monitor: str, pairs: Sequence[WithinRun], logged: bool) -> dict[str, str]:
+    """Returns the card of the statistic for which the evidence is strongest."""
     question = f"What goes with {monitor}?"
-    mine = {name: found for (name, metric), found in correlations.items() if metric == monitor}
+    mine = [pair for pair in pairs if pair.monitor == monitor and not math.isnan(pair.r)]
     if not mine:
         why = "r is computed from 4 measurements on." if logged else "No measurement has it yet."
         return _card(question, "not known yet", why)
-    name = max(mine, key=lambda key: abs(mine[key].r))
-    best = mine[name]
-    low, high = best.interval
-    differences = best.r_differences
-    if math.isnan(differences):
-        says = "r of differences from 5 points on: two curves that drift correlate anyway."
-    else:
-        says = f"r of differences {differences:.2f}: "
-        says += (
-            "they also move together from one measurement to the next."
-            if abs(differences) >= 0.5 and differences * best.r > 0
-            else "the common trend explains most of r."
-        )
+    best = ranked(mine)[0]
+    low, high = best.fisher
+    name = best.statistic.removeprefix("hessian/")
     numbers = f"{name}: r = {best.r:.2f} [{low:.2f}, {high:.2f}], n = {best.num_points}"
-    return _card(question, numbers, says)
+    return _card(question, numbers, judged(best).sentence)
 
 
 def _card(question: str, numbers: str, says: str) -> dict[str, str]:
@@ -230,16 +256,24 @@ def _rows_by_step(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Returns the numbers of rows that have a step, merged by it, in its order; the last wins."""
     found: dict[int, Row] = {}
     for row in rows:
-        step = row.get(STEP)
-        if not isinstance(step, (int, float)) or not math.isfinite(step):
+        step = _number(row.get(STEP))
+        if step is None or not math.isfinite(step):
             continue
         numbers = {
-            key: float(value)
+            key: number
             for key, value in row.items()
-            if isinstance(value, (int, float)) and not key.startswith("_") and key != STEP
+            if not key.startswith("_") and key != STEP and (number := _number(value)) is not None
         }
         found.setdefault(int(step), {"step": float(step)}).update(numbers)
     return [found[step] for step in sorted(found)]
+
+
+def _number(value: Any) -> float | None:
+    """Returns a number as a float, None for what is none or has no place in one."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else None
+    except OverflowError:  # JSON knows whole numbers of any length
+        return None
 
 
 def _panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]]:
@@ -298,44 +332,27 @@ def _labels(keys: Sequence[str], monitors: Sequence[str]) -> list[str]:
     return names
 
 
-def _correlation(statistic: str, monitor: str, found: Correlation) -> dict[str, Any]:
-    low, high = found.interval
+def _correlation(pair: WithinRun) -> dict[str, Any]:
+    """Returns a row of the page's table; ``low`` and ``high`` are Fisher's."""
     return {
-        "statistic": statistic,
-        "monitor": monitor,
-        "r": found.r,
-        "low": low,
-        "high": high,
-        "differences": found.r_differences,
-        "spearman": found.spearman,
-        "n": found.num_points,
+        "statistic": pair.statistic.removeprefix("hessian/"),
+        "monitor": pair.monitor,
+        "r": pair.r,
+        "low": pair.fisher[0],
+        "high": pair.fisher[1],
+        "differences": pair.r_differences,
+        "differences_low": pair.differences.low,
+        "differences_high": pair.differences.high,
+        "spearman": pair.spearman,
+        "holm": pair.holm,
+        "n": pair.num_points,
+        "verdict": judged(pair).sentence,
     }
 
 
-def _figures(rows: Sequence[Mapping[str, Any]], media: Path | None) -> list[dict[str, str]]:
-    """Returns the last figure of each kind, as data that the page holds."""
-    paths: dict[str, str] = {}
-    for row in rows:
-        for key, value in row.items():
-            if key.startswith("figures/") and key.endswith(".path"):
-                paths[key.removeprefix("figures/").removesuffix(".path")] = str(value)
-    found = []
-    for name, path in paths.items():
-        file = None if media is None else media / path
-        if file is not None and file.is_file():
-            data = base64.b64encode(file.read_bytes()).decode("ascii")
-            found.append({"name": name.replace("_", " "), "data": f"data:image/png;base64,{data}"})
-    return found
-
-
-def _media_folder(folder: Path) -> Path | None:
-    """Returns the ``files`` folder of the one run at a path, as `read_offline_run` takes it."""
-    if folder.is_file():
-        return folder.parent / "files"
-    for place in ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb"):
-        for file in folder.glob(place):
-            return file.parent / "files"
-    return None
+def _with_gap(row: Row) -> Row:
+    """Returns a row that has the gap under the name by which it is asked for, too."""
+    return row if "gap" in row or GAP not in row else {**row, "gap": row[GAP]}
 
 
 def _missing(rows: Sequence[Row], monitors: Sequence[str]) -> list[str]:
@@ -364,9 +381,11 @@ def _evenly(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Returns JSON's own null for NaN and infinities, which it has no number for."""
+    """Returns JSON's own null for NaN and infinities, and texts that show what they are."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return visible(value)
     if isinstance(value, Mapping):
         return {key: _finite(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):

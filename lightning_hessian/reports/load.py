@@ -20,11 +20,21 @@ from lightning_hessian.reports.wandb_runs import (
     read_wandb_run,
     wandb_state,
 )
-from lightning_hessian.results import UnreadableFileError, bounds
+from lightning_hessian.results import ArgumentError, UnreadableFileError, bounds
+from lightning_hessian.results.arguments import (
+    Rule,
+    checked,
+    flag,
+    num_workers,
+    optional,
+    path_name,
+    paths,
+    texts,
+)
 from lightning_hessian.results.outside import printable, unreadable
 
 Source = str | PathLike[str]
-LONG_RUN_KEYS = ("hessian*/*", "gradient*/*", "*loss*", "*error*", "*acc*", "epoch")
+LONG_RUN_KEYS = ("hessian*/*", "gradient*/*", "*loss*", "*error*", "*acc*", "epoch", "identity/*")
 """What is read of a W&B run that is too long to be read whole, beside the monitors."""
 
 _THREADS = 8
@@ -36,6 +46,29 @@ class RunLeftOutWarning(UserWarning):
     """A run could not be read; the message names it and the reason."""
 
 
+def _cache(name: str, value: Any) -> Any:
+    """The rule of ``cache``: True, False, or a folder that may yet be made."""
+    return path_name(name, value) if isinstance(value, (str, PathLike)) else flag(name, value)
+
+
+def _filters(name: str, value: Any) -> Any:
+    """The rule of ``filters``."""
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return value
+    raise ArgumentError(name, value, "Give a mapping such as {'config.optimizer': 'adam'}.")
+
+
+RULES: dict[str, Rule] = {
+    "source": paths("Give a W&B path, a run folder or a CSV folder, or a list of these."),
+    "filters": optional(_filters, "for no filter"),
+    "keys": texts("Give a list of keys or globs.", empty=True),
+    "cache": _cache,
+    "progress": optional(flag, "to show it on a terminal"),
+    "workers": optional(num_workers, "for one process a core"),
+}
+
+
+@checked(RULES)
 def load_runs(
     source: Source | Iterable[Source],
     *,
@@ -78,12 +111,15 @@ def load_runs(
         >>> table.runs[0].series("val_loss").tolist()
         [0.9, 0.7]
     """
-    sources = [source] if isinstance(source, (str, PathLike)) else list(source)
-    if not sources:
-        raise ValueError("No run was named; give a W&B path, a run folder or a CSV folder.")
+    assert not isinstance(source, (str, PathLike))  # by its rule, a list
+    sources = list(source)
     folder = (default_folder() if cache else None) if isinstance(cache, bool) else Path(cache)
     kept, shown = RunCache(folder), Progress(progress)
     remote, local = _told_apart(sources)
+    if filters and not remote:
+        raise ArgumentError(
+            "filters", filters, "They choose among the runs of a W&B project, and none was named."
+        )
     runs: list[RunRecord] = []
     skipped: list[str] = []
     if local:
@@ -99,9 +135,9 @@ def load_runs(
         )
         runs += [run for run in found if isinstance(run, RunRecord)]
         skipped += [printable(run) for run in found if isinstance(run, str)]
-    for path in remote:
+    for place in remote:
         fetch = functools.partial(_fetch_cached, kept, (*LONG_RUN_KEYS, *keys))
-        listed = list_wandb_runs(path, filters)
+        listed = list_wandb_runs(place, filters)
         fetched = map_runs(fetch, listed, what="fetched", progress=shown, threads=_THREADS)
         runs += [run for run in fetched if isinstance(run, RunRecord)]
         skipped += [printable(run) for run in fetched if isinstance(run, str)]
@@ -118,9 +154,9 @@ def load_runs(
 def _told_apart(sources: Iterable[Source]) -> tuple[list[WandbPath], list[Path]]:
     remote, local = [], []
     for source in sources:
-        path = parse_wandb_path(source) if isinstance(source, str) else None
-        if path is not None and not Path(source).exists():
-            remote.append(path)
+        found = parse_wandb_path(source) if isinstance(source, str) else None
+        if found is not None and not Path(source).exists():
+            remote.append(found)
         else:
             local.append(Path(source))
     return remote, local

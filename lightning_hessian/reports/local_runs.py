@@ -14,6 +14,7 @@ from lightning_hessian.reports.csv_runs import read_csv
 from lightning_hessian.reports.hparams import read_hparams
 from lightning_hessian.reports.offline_run import read_offline_run
 from lightning_hessian.reports.run_table import RunRecord, cleaned, columns_of, flat_config
+from lightning_hessian.reports.same_run import identities_beside, identities_in
 from lightning_hessian.reports.tensorboard_events import read_events
 from lightning_hessian.results import UnreadableFileError, bounds
 from lightning_hessian.results.outside import inside, printable, reason, unreadable
@@ -155,6 +156,7 @@ def _read_rows(run: LocalRun) -> RunRecord:
         steps,
         columns,
         (*broken, *problems),
+        identities_beside(run.folder),
     )
 
 
@@ -195,6 +197,7 @@ def _read_offline(run: LocalRun) -> RunRecord:
         steps,
         columns,
         (*broken, *problems),
+        identities_in(rows),
     )
 
 

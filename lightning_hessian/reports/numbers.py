@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_hessian.reports.verdicts import verdict_across, verdict_over, verdict_within
+from lightning_hessian.reports.outside import csv_cell
+from lightning_hessian.reports.verdicts import judged, verdict_across, verdict_over, which_goes_with
 
 if TYPE_CHECKING:
     from lightning_hessian.reports.report import CorrelationReport
@@ -36,7 +37,9 @@ def write_csv(report: CorrelationReport, path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         for row in correlation_rows(report):
-            writer.writerow({key: "" if _is_nan(value) else value for key, value in row.items()})
+            writer.writerow(
+                {key: "" if _is_nan(value) else csv_cell(value) for key, value in row.items()}
+            )
 
 
 def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
@@ -61,7 +64,6 @@ def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
             "verdict": verdict_across(pair, len(report.across), report.settings.get("group")),
             "reason": pair.reason,
         }
-    tests = num_tests(report)
     for within in report.within:
         lead = within.lead
         yield {
@@ -88,7 +90,7 @@ def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
             **({} if lead is None else _ends("lead", lead.interval)),
             "holm": within.holm,
             "bh": within.bh,
-            "verdict": verdict_within(within, tests[within.run]),
+            "verdict": judged(within).sentence,
             "reason": within.reason,
         }
 
@@ -96,7 +98,6 @@ def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
 def write_json(report: CorrelationReport, path: Path) -> None:
     """Writes everything that the report knows; a number that does not exist is null."""
     points = report.points
-    tests = num_tests(report)
     content = {
         "format": FORMAT,
         "settings": dict(report.settings),
@@ -114,6 +115,7 @@ def write_json(report: CorrelationReport, path: Path) -> None:
             for run in report.table
         ],
         "skipped": list(report.table.skipped),
+        "copies": list(report.table.copies),
         "points": None
         if points is None
         else {
@@ -129,25 +131,19 @@ def write_json(report: CorrelationReport, path: Path) -> None:
             | {"verdict": verdict_across(pair, len(report.across), report.settings.get("group"))}
             for pair in report.across
         ],
+        "goes_with": [
+            asdict(found)
+            for pairs in (report.across, report.over, report.within)
+            for found in which_goes_with(pairs)
+        ],
         "scaling": [asdict(scaling) for scaling in report.scaling],
         "over_runs": [
             asdict(over) | {"verdict": verdict_over(over, len(report.over))} for over in report.over
         ],
-        "within": [
-            asdict(pair) | {"verdict": verdict_within(pair, tests[pair.run])}
-            for pair in report.within
-        ],
+        "within": [asdict(pair) | {"verdict": judged(pair).sentence} for pair in report.within],
     }
     text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def num_tests(report: CorrelationReport) -> dict[str, int]:
-    """Returns how many pairs of each run have a p-value, which is what is corrected for."""
-    counts: dict[str, int] = {}
-    for pair in report.within:
-        counts[pair.run] = counts.get(pair.run, 0) + (not math.isnan(pair.differences.p_value))
-    return counts
+    path.write_text(text + "\n", encoding="utf-8", errors="replace")  # lone surrogates
 
 
 def _ends(name: str, interval: tuple[float, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from lightning_hessian.reports.transaction_log import (
     TransactionLog,
     check_file_header,
 )
-from lightning_hessian.results import UnreadableFileError, bounds
+from lightning_hessian.results import UnreadableFileError, arguments, bounds
 from lightning_hessian.results.outside import (
     check_integer,
     encodable,
@@ -91,6 +91,7 @@ class OfflineRun:
         return [row for row in self.rows if all(row.get(key) is not None for key in wanted)]
 
 
+@arguments.checked({"path": arguments.path_name, "summary": arguments.flag})
 def read_offline_run(path: str | PathLike[str], *, summary: bool = True) -> OfflineRun:
     """The offline run at ``path``, as far as its file is whole.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,16 +17,35 @@ from lightning_hessian.reports.across import (
     choose_points,
     scaling_fits,
 )
-from lightning_hessian.reports.load import Source, load_runs
+from lightning_hessian.reports.load import RULES, Source, load_runs
 from lightning_hessian.reports.parallel import Progress
 from lightning_hessian.reports.run_table import RunTable
+from lightning_hessian.reports.same_run import each_run_once
+from lightning_hessian.reports.verdicts import GAP
 from lightning_hessian.reports.within import OverRuns, WithinRun, over_runs, within_runs
+from lightning_hessian.results.arguments import (
+    Rule,
+    checked,
+    monitor_names,
+    nonempty_text,
+    one_of,
+    optional,
+    path_name,
+    row_choice,
+    texts,
+)
 from lightning_hessian.tracking.gradient_scalars import CORRELATED as OF_GRADIENTS
 from lightning_hessian.tracking.scalars import CORRELATED as OF_SPECTRA
 
+LOSS = "hessian/loss"
+"""The mean loss on the probe."""
+
+DEFAULT_MONITORS = ("val_loss", "gap")
+"""What is monitored where nothing is asked for; the gap as far as a run logged it."""
+
 DEFAULT_STATISTICS = tuple(
     dict.fromkeys(
-        [f"hessian/{name}" for name in (*OF_SPECTRA, "block_off_diagonal_ratio")]
+        [f"hessian/{name}" for name in (*OF_SPECTRA, "block_off_diagonal_ratio", "loss")]
         + [f"gradient/{name}" for name in OF_GRADIENTS]
     )
 )
@@ -62,6 +81,7 @@ class CorrelationReport:
     over: tuple[OverRuns, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @checked({"out": path_name})
     def write(self, out: str | PathLike[str]) -> Path:
         """Writes report.html, report.md with its figures, correlations.csv and .json.
 
@@ -85,19 +105,39 @@ class CorrelationReport:
         document = compose(self)
         for drawing in document.drawings:
             file = folder / "figures" / f"{drawing.name}.svg"
-            file.write_text(drawing.standalone, encoding="utf-8")
-        (folder / "report.md").write_text(to_markdown(document), encoding="utf-8")
+            file.write_text(drawing.standalone, encoding="utf-8", errors="replace")
+        (folder / "report.md").write_text(to_markdown(document), encoding="utf-8", errors="replace")
         write_csv(self, folder / "correlations.csv")
         write_json(self, folder / "correlations.json")
         page = folder / "report.html"
-        page.write_text(to_html(document), encoding="utf-8")
+        page.write_text(to_html(document), encoding="utf-8", errors="replace")
         return page
 
 
+def _runs(name: str, value: Any) -> Any:
+    """The rule of ``runs``: a table, or what `load_runs` takes."""
+    return value if isinstance(value, RunTable) else RULES["source"](name, value)
+
+
+_REPORT_RULES: dict[str, Rule] = {
+    **RULES,
+    "runs": _runs,
+    "monitor": monitor_names,
+    "statistics": optional(
+        texts("Give keys or globs of statistics, such as 'hessian/*'."), "for those that are usual"
+    ),
+    "at": row_choice,
+    "mode": one_of("min", "max"),
+    "group": optional(nonempty_text, "for no groups"),
+    "size": optional(nonempty_text, "for no scaling fits"),
+}
+
+
+@checked(_REPORT_RULES)
 def correlation_report(
     runs: RunTable | Source | Iterable[Source],
     *,
-    monitor: str | Sequence[str] = "val_loss",
+    monitor: str | Sequence[str] = DEFAULT_MONITORS,
     statistics: Sequence[str] | None = None,
     at: str | float = "last",
     mode: str = "min",
@@ -108,9 +148,13 @@ def correlation_report(
 ) -> CorrelationReport:
     r"""Returns which statistics go with the monitored metrics, within runs and across them.
 
+    A run that was logged twice, or copied, counts once; a warning names it.
+
     Args:
         runs: What `load_runs` returned, or what it takes.
-        monitor: The metric, or metrics; the first decides which row is best.
+        monitor: The metric, or metrics; the first decides which row is best. ``"gap"`` is the
+            generalization gap, ``hessian/gap``; beside other metrics it is left out where no run
+            logged it.
         statistics: Keys or globs of statistics; by default those of the Hessian and gradients that
             the callbacks correlate. Every one more makes the correction for their number stricter.
         at: Which row stands for a run across runs: ``"last"``, ``"best"`` (by the monitor), or the
@@ -136,12 +180,11 @@ def correlation_report(
         ('hessian/d_ks', 0.8, -0.12, 5)
     """
     table = runs if isinstance(runs, RunTable) else load_runs(runs, progress=progress)
-    monitors = (monitor,) if isinstance(monitor, str) else tuple(dict.fromkeys(monitor))
-    if not monitors:
-        raise ValueError("No monitor was named; give a logged metric such as 'val_loss'.")
+    monitors = resolved_monitors(monitor, table.keys())
     for key in monitors:
-        table.require(key)
+        table.require(key, argument="monitor")
     chosen = _statistics(table, statistics, monitors)
+    table = each_run_once(table, chosen, monitors)
     shown = Progress(progress)
     points, across, scaling = None, [], []
     if len(table) >= MIN_RUNS or group or size:
@@ -164,24 +207,55 @@ def correlation_report(
     )
 
 
+def resolved_monitors(monitor: str | Sequence[str], keys: Collection[str]) -> tuple[str, ...]:
+    """Returns the keys under which monitored metrics were logged.
+
+    Args:
+        monitor: The metric, or metrics, as they were asked for; ``"gap"`` is ``hessian/gap``.
+        keys: What was logged.
+
+    Raises:
+        ValueError: None was named.
+
+    Example:
+        >>> resolved_monitors(("val_loss", "gap"), ["val_loss", "hessian/gap"])
+        ('val_loss', 'hessian/gap')
+        >>> resolved_monitors(("val_loss", "gap"), ["val_loss"])
+        ('val_loss',)
+    """
+    asked = (monitor,) if isinstance(monitor, str) else tuple(monitor)
+    if not asked:
+        raise ValueError("No monitor was named; give a logged metric such as 'val_loss'.")
+    found = tuple(
+        dict.fromkeys(GAP if key == "gap" and "gap" not in keys else key for key in asked)
+    )
+    there = tuple(key for key in found if key != GAP or GAP in keys)
+    return there or found
+
+
+def logged_statistics(keys: Collection[str], monitors: Sequence[str]) -> tuple[str, ...]:
+    """Returns the default statistics among the keys that were logged, monitors left out."""
+    return tuple(key for key in DEFAULT_STATISTICS if key in keys and key not in monitors)
+
+
 def _statistics(
     table: RunTable, patterns: Sequence[str] | None, monitors: Sequence[str]
 ) -> tuple[str, ...]:
     keys = [key for key in table.keys() if key not in monitors]  # noqa: SIM118 - not a dict
     if patterns is None:
-        found = [key for key in DEFAULT_STATISTICS if key in keys]
+        found = logged_statistics(keys, monitors)
         if not found:
             known = ", ".join(keys[:8]) or "nothing"
             raise ValueError(
                 "None of the runs logged a statistic of the Hessian or of gradients. Train with "
                 f"HessianSpectrumCallback, or name statistics by hand; logged: {known}."
             )
-        return tuple(found)
+        return found
     chosen: list[str] = []
     for pattern in patterns:
         matching = fnmatch.filter(keys, pattern)
         if not matching:
-            table.require(pattern)
+            table.require(pattern, argument="statistics")
             raise ValueError(f"{pattern!r} is a monitor already; a statistic is something else.")
         chosen += matching
     return tuple(dict.fromkeys(chosen))

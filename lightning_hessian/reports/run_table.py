@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lightning_hessian.reports.offline_run import finite_or_float
-from lightning_hessian.results import FloatArray, UnreadableFileError, bounds
+from lightning_hessian.reports.outside import csv_cell
+from lightning_hessian.results import ArgumentError, FloatArray, UnreadableFileError, bounds
 from lightning_hessian.results.outside import check_integer, encodable, printable
 
 STEP_KEYS = ("trainer/global_step", "step", "_step")
@@ -37,6 +38,7 @@ class RunRecord:
         steps: Steps of the rows [n], ascending, each once.
         columns: Values by key, each [n], NaN where a row has none.
         problems: What was left out of a damaged or live run, and why.
+        identities: Which fits wrote it, as the callbacks log it; records of one run share them.
     """
 
     run_id: str
@@ -47,6 +49,7 @@ class RunRecord:
     steps: FloatArray
     columns: dict[str, FloatArray]
     problems: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -64,10 +67,12 @@ class RunTable:
     Attributes:
         runs: One record a run; names are unique.
         skipped: What was found but could not be read at all, and why.
+        copies: Which records were taken for one run, in sentences.
     """
 
     runs: tuple[RunRecord, ...]
     skipped: tuple[str, ...] = field(default=())
+    copies: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -94,16 +99,18 @@ class RunTable:
         """Whether a config key has more than one value among the runs."""
         return len({run.config.get(config_key) for run in self.runs}) > 1
 
-    def require(self, key: str, *, config: bool = False) -> None:
+    def require(self, key: str, *, config: bool = False, argument: str = "key") -> None:
         """Raises ValueError, with the nearest names there are, where no run has a key."""
         known = self.config_keys() if config else self.keys()
         if key in known:
             return
         near = nearest(key, known)
         what = "has it in its config" if config else "logged it"
-        raise ValueError(
-            f"{key!r}: none of the {len(self)} run(s) {what}; "
-            + (f"nearest: {', '.join(near)}." if near else "they have no keys at all.")
+        raise ArgumentError(
+            argument,
+            key,
+            f"None of the {len(self)} run(s) {what}; "
+            + (f"nearest: {', '.join(near)}." if near else "they have no keys at all."),
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -124,9 +131,11 @@ class RunTable:
         """Writes the tidy rows to a CSV file; absent values are empty."""
         columns = ["run", "name", *(f"config.{key}" for key in self.config_keys()), "step"]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*columns, *self.keys()])
-            writer.writeheader()
-            writer.writerows(self.rows())
+            writer = csv.writer(file)
+            named = [*columns, *self.keys()]
+            writer.writerow(map(csv_cell, named))
+            for row in self.rows():
+                writer.writerow([csv_cell(row.get(key, "")) for key in named])
 
 
 def nearest(key: str, known: Sequence[str], count: int = 4) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hessian.reports.offline_run import OfflineRun, read_offline_run
-from lightning_hessian.results import UnreadableFileError, bounds
+from lightning_hessian.results import UnreadableFileError, arguments, bounds
 from lightning_hessian.results.outside import (
     Problems,
     inside,
@@ -26,6 +26,7 @@ Spectra = dict[str, list[tuple[int, StoredSpectrum]]]
 """By what was measured (``"hessian"``, ``"gradient"``): step and spectrum, in order of steps."""
 
 
+@arguments.checked({"path": arguments.path_name})
 def read_spectra(path: str | PathLike[str]) -> Spectra:
     """Return the spectra of all measurements of a run.
 

@@ -3,15 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from lightning_hessian.reports.across import AcrossRuns
-from lightning_hessian.reports.within import OverRuns, WithinRun, excludes_zero
-from lightning_hessian.statistics.dependence import MIN_BLOCK_POINTS
+from lightning_hessian.reports.within import OverRuns, WithinRun
+from lightning_hessian.statistics.verdict import (
+    LEVEL,
+    Verdict,
+    answer,
+    excludes_zero,
+    strength,
+    verdict,
+    which_of_two,
+)
 
 Pair = TypeVar("Pair", WithinRun, AcrossRuns)
-_HIGH = 0.5  # a coefficient that a reader would take for something
+GAP = "hessian/gap"
+"""Where the generalization gap is logged: the validation loss minus the loss on the probe."""
+
+
+@dataclass(frozen=True)
+class GoesWith:
+    """Whether a statistic goes with a monitored metric, with the generalization gap, or both.
+
+    Attributes:
+        scope: ``"within"`` a run, ``"across"`` runs (one point each) or ``"over"`` runs (the first
+            differences of all).
+        run: Name of the run, empty where it is about all of them.
+        statistic: Key of the statistic.
+        monitor: Key of the metric.
+        with_monitor: The verdict on the metric in a few words.
+        with_gap: That on the gap.
+        sentence: Which of the two.
+    """
+
+    scope: str
+    run: str
+    statistic: str
+    monitor: str
+    with_monitor: str
+    with_gap: str
+    sentence: str
+
+
 MINUS, NOTHING = "\u2212", "\u2013"
 
 
@@ -53,80 +89,76 @@ def ranked(pairs: Sequence[Pair]) -> list[Pair]:
     """Returns pairs with the strongest evidence first, then the largest abs(r); NaN last."""
 
     def key(pair: Pair) -> tuple[bool, int, float]:
-        if isinstance(pair, AcrossRuns):
-            clear = excludes_zero(pair.fisher), pair.holm < 0.05
-        else:
-            clear = excludes_zero((pair.differences.low, pair.differences.high)), pair.holm < 0.05
+        if isinstance(pair, WithinRun):
+            return strength(pair.movement)
+        clear = excludes_zero(*pair.fisher), pair.holm < LEVEL
         return math.isnan(pair.r), -sum(clear), -abs(pair.r)
 
     return sorted(pairs, key=key)
 
 
-def verdict_within(pair: WithinRun, num_tests: int) -> str:
-    """Returns what one run says of a statistic and a monitored metric.
+def judged(pair: WithinRun) -> Verdict:
+    """Returns the verdict of one run on a statistic and a monitored metric."""
+    return verdict(pair.movement, pair.monitor)
+
+
+def answer_within(
+    pairs: Sequence[WithinRun],
+    *,
+    name: Callable[[str], str] = str,
+    stress: Callable[[str], str] = str,
+) -> str:
+    """Returns what runs say of all their pairs in one sentence, as `statistics.verdict.answer`."""
+    found = [(pair.statistic, pair.monitor, pair.movement) for pair in pairs]
+    return answer(found, name=name, stress=stress)
+
+
+def is_sure(pair: AcrossRuns) -> bool:
+    """Whether a relation across runs is shown, after correction for the number of pairs."""
+    return excludes_zero(*pair.fisher) and pair.holm < LEVEL
+
+
+def which_goes_with(pairs: Sequence[WithinRun | AcrossRuns | OverRuns]) -> list[GoesWith]:
+    """Returns, for each statistic and each metric beside the gap, which of the two it goes with.
 
     Args:
-        pair: The numbers.
-        num_tests: How many pairs of the run were looked at.
+        pairs: Those with metrics and those with the gap, all of one kind.
     """
-    if math.isnan(pair.r):
-        return f"No coefficient: {_why(pair.reason)}."
-    differences = (pair.differences.low, pair.differences.high)
-    if math.isnan(pair.r_differences):
-        why = pair.reason.partition("r_differences: ")[2]
-        return f"Too little to tell. First differences have no coefficient: {why}."
-    if math.isnan(differences[0]):
-        return (
-            f"Too little to tell: an interval of first differences takes {MIN_BLOCK_POINTS + 1} "
-            f"measurements, and there are {pair.num_points}."
+    gaps = {(_run(pair), pair.statistic): pair for pair in pairs if pair.monitor == GAP}
+    found = []
+    for pair in pairs:
+        gap = gaps.get((_run(pair), pair.statistic))
+        if pair.monitor == GAP or gap is None:
+            continue
+        metric, other = _brief(pair), _brief(gap)
+        sentence = which_of_two(metric[0], other[0])
+        scope = {WithinRun: "within", AcrossRuns: "across"}.get(type(pair), "over")
+        found.append(
+            GoesWith(scope, _run(pair), pair.statistic, pair.monitor, metric[1], other[1], sentence)
         )
-    level = excludes_zero((pair.block.low, pair.block.high))
-    if excludes_zero(differences):
-        return _moves(pair, level, num_tests) + _lead(pair)
-    if level:
-        way = "the same way" if pair.r > 0 else "opposite ways"
-        return (
-            f"Both drift {way} over the run, as a trend that they share would make them; first "
-            "differences show nothing." + _lead(pair)
-        )
-    if abs(pair.r) >= _HIGH:
-        return (
-            "Nothing shown: r is far from zero, but two series that drift give that without any "
-            "link, and first differences show nothing." + _lead(pair)
-        )
-    return "Nothing shown, neither over the run nor by first differences." + _lead(pair)
+    return found
+
+
+def _run(pair: Any) -> str:
+    return pair.run if isinstance(pair, WithinRun) else ""
+
+
+def _brief(pair: WithinRun | AcrossRuns | OverRuns) -> tuple[Verdict | bool | None, str]:
+    """Returns whether a relation is shown, and the same in a few words."""
+    if isinstance(pair, WithinRun):
+        found = judged(pair)
+        return found, found.label
+    if isinstance(pair, AcrossRuns):
+        shown = None if math.isnan(pair.r) else is_sure(pair)
+        words = "higher with higher" if pair.r > 0 else "higher with lower"
+    else:
+        shown = None if math.isnan(pair.holm) else pair.holm < LEVEL
+        words = "move " + ("together" if pair.num_positive * 2 > pair.num_runs else "oppositely")
+    return shown, words if shown else "no coefficient" if shown is None else "not shown"
 
 
 def _why(reason: str) -> str:
     return reason.partition("; r_differences")[0].removeprefix("r, spearman: ")
-
-
-def _moves(pair: WithinRun, level: bool, num_tests: int) -> str:
-    way = "together" if pair.r_differences > 0 else "in opposite ways"
-    text = f"From one measurement to the next they move {way}"
-    if level and pair.r * pair.r_differences > 0:
-        text += ", as they do over the whole run"
-    elif level:
-        text += ", though over the whole run it is the other way round"
-    elif abs(pair.r) >= _HIGH:
-        text += "; over the whole run drift alone could give this r"
-    else:
-        text += "; over the whole run nothing is shown"
-    if num_tests > 1:
-        holds = "holds" if pair.holm < 0.05 else "does not hold"
-        text += f". After correction for {num_tests} pairs this {holds}"
-    return text + "."
-
-
-def _lead(pair: WithinRun) -> str:
-    if pair.lead is None or not pair.lead.is_clear or pair.lead.lag == 0:
-        return ""
-    lag = pair.lead.lag
-    which = "later" if lag > 0 else "earlier"
-    return (
-        f" Its changes agree best with those of {pair.monitor} {abs(lag)} measurement"
-        f"{'s' if abs(lag) > 1 else ''} {which}."
-    )
 
 
 def verdict_across(pair: AcrossRuns, num_tests: int, group: str | None = None) -> str:
@@ -139,11 +171,11 @@ def verdict_across(pair: AcrossRuns, num_tests: int, group: str | None = None) -
     """
     if math.isnan(pair.r):
         return f"No coefficient: {_why(pair.reason)}."
-    if not excludes_zero(pair.fisher):
+    if not excludes_zero(*pair.fisher):
         return "Not told from zero." + _groups(pair, group)
     text = _goes(pair, pair.r)
     if num_tests > 1:
-        holds = ", also" if pair.holm < 0.05 else ", but not"
+        holds = ", also" if pair.holm < LEVEL else ", but not"
         text += f"{holds} after correction for {num_tests} pairs"
     elif pair.p_value >= 0.05:
         text += f", though permutations give p {_equals(pair.p_value)}"
@@ -160,7 +192,7 @@ def _goes(pair: AcrossRuns, r: float) -> str:
 def _groups(pair: AcrossRuns, group: str | None) -> str:
     if group is None or math.isnan(pair.r_within_groups):
         return ""
-    clear, whole = excludes_zero(pair.within_interval), excludes_zero(pair.fisher)
+    clear, whole = excludes_zero(*pair.within_interval), excludes_zero(*pair.fisher)
     if not clear:
         return f" Within the groups of {group} it is not told from zero." if whole else ""
     if not whole:
@@ -178,7 +210,7 @@ def verdict_over(pair: OverRuns, num_tests: int) -> str:
         pair: The numbers.
         num_tests: How many pairs were looked at.
     """
-    if not pair.holm < 0.05:
+    if not pair.holm < LEVEL:
         return "First differences show no common sign."
     way = "together" if pair.num_positive * 2 > pair.num_runs else "in opposite ways"
     corrected = f", also after correction for {num_tests} pairs" if num_tests > 1 else ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_hessian.reports.run_table import RunRecord, cleaned, columns_of, flat_config
+from lightning_hessian.reports.same_run import identities_in
 
 _PATH = re.compile(
     r"(?:https?://[^/]+/)?(?P<entity>[\w.-]+)/(?P<project>[\w.-]+)"
@@ -127,7 +128,15 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
     path = f"{run.entity}/{run.project}/{run.id}"
     return cleaned(
         RunRecord(
-            run.id, run.name or run.id, path, "wandb", config, steps, columns, tuple(problems)
+            run.id,
+            run.name or run.id,
+            path,
+            "wandb",
+            config,
+            steps,
+            columns,
+            tuple(problems),
+            identities_in(rows),
         )
     )
 

@@ -14,22 +14,15 @@ from lightning_hessian.reports.parallel import Progress, map_runs
 from lightning_hessian.reports.run_table import RunRecord, RunTable
 from lightning_hessian.statistics.correlation import fisher_interval, pearson
 from lightning_hessian.statistics.dependence import (
-    UNDEFINED,
     BlockInterval,
     LeadLag,
-    block_interval,
-    lead_lag,
     partial_correlation,
     shift_p_value,
 )
 from lightning_hessian.statistics.multiple_testing import benjamini_hochberg, holm
+from lightning_hessian.statistics.verdict import Movement, corrected, movement
 
 Interval = tuple[float, float]
-
-
-def excludes_zero(interval: Interval) -> bool:
-    """Whether an interval lies on one side of zero; False where it is NaN."""
-    return interval[0] > 0 or interval[1] < 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,7 @@ class WithinRun:
         reason: Why coefficients are NaN.
         holm: p-value of ``differences``, corrected by Holm for all pairs of this run.
         bh: The same by Benjamini and Hochberg.
+        num_tests: How many pairs of this run ``holm`` and ``bh`` correct for.
     """
 
     run: str
@@ -77,6 +71,22 @@ class WithinRun:
     reason: str
     holm: float = math.nan
     bh: float = math.nan
+    num_tests: int = 0
+
+    @property
+    def movement(self) -> Movement:
+        """What the verdict is given on."""
+        return Movement(
+            num_points=self.num_points,
+            r=self.r,
+            block=self.block,
+            r_differences=self.r_differences,
+            differences=self.differences,
+            lead=self.lead,
+            reason=self.reason,
+            corrected_p=self.holm,
+            num_tests=self.num_tests,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,11 +150,11 @@ def within_run(
         for statistic in statistics
         if np.sum(np.isfinite(run.series(statistic) + run.series(monitor))) >= 2
     ]
-    p_values = [pair.differences.p_value for pair in pairs]
-    corrected = zip(holm(p_values), benjamini_hochberg(p_values), strict=True)
+    found = corrected([pair.movement for pair in pairs])
+    shares = benjamini_hochberg([pair.differences.p_value for pair in pairs])
     return [
-        replace(pair, holm=float(h), bh=float(q))
-        for pair, (h, q) in zip(pairs, corrected, strict=True)
+        replace(pair, holm=one.corrected_p, bh=float(q), num_tests=one.num_tests)
+        for pair, one, q in zip(pairs, found, shares, strict=True)
     ]
 
 
@@ -152,9 +162,8 @@ def _pair(run: RunRecord, statistic: str, monitor: str) -> WithinRun:
     x, y = run.series(statistic), run.series(monitor)
     both = np.isfinite(x) & np.isfinite(y)
     x, y, steps = x[both], y[both], run.steps[both]
-    found = pearson(x, y)
+    found, moved = pearson(x, y), movement(x, y)
     defined, differenced = not math.isnan(found.r), not math.isnan(found.r_differences)
-    dx, dy = np.diff(x), np.diff(y)
     partial = partial_correlation(x, y, steps) if defined else math.nan
     return WithinRun(
         run=run.name,
@@ -163,16 +172,16 @@ def _pair(run: RunRecord, statistic: str, monitor: str) -> WithinRun:
         num_points=found.num_points,
         r=found.r,
         fisher=found.interval,
-        block=block_interval(x, y) if defined else UNDEFINED,
+        block=moved.block,
         shift_p=shift_p_value(x, y) if defined else math.nan,
         spearman=found.spearman,
         kendall=float(stats.kendalltau(x, y)[0]) if defined else math.nan,
         r_differences=found.r_differences,
-        differences=block_interval(dx, dy) if differenced else UNDEFINED,
-        differences_shift_p=shift_p_value(dx, dy) if differenced else math.nan,
+        differences=moved.differences,
+        differences_shift_p=shift_p_value(np.diff(x), np.diff(y)) if differenced else math.nan,
         partial=partial,
         partial_interval=fisher_interval(partial, found.num_points, num_controlled=1),
-        lead=lead_lag(dx, dy) if differenced else None,
+        lead=moved.lead,
         reason=found.reason,
     )
 

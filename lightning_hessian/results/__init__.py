@@ -1,6 +1,11 @@
 """The frozen records that travel from room to room, and the errors that a measurement raises."""
 
-from lightning_hessian.results.base import ArgumentError, FloatArray, MeasurementError
+from lightning_hessian.results.base import (
+    ArgumentError,
+    FloatArray,
+    MeasurementError,
+    NoSecondDerivativeError,
+)
 from lightning_hessian.results.blocks import BlockStructure
 from lightning_hessian.results.files import load_spectrum, save_spectrum
 from lightning_hessian.results.gradients import GradientStructure, RowTests
@@ -20,6 +25,7 @@ __all__ = [
     "GradientStructure",
     "HessianSpectrum",
     "MeasurementError",
+    "NoSecondDerivativeError",
     "PowerLawFit",
     "RowTests",
     "SpectralDensity",

@@ -14,6 +14,13 @@ class MeasurementError(RuntimeError):
     """A measurement could not be made; the message names the cause and the remedy."""
 
 
+class NoSecondDerivativeError(MeasurementError):
+    """The loss has no second derivative: an operation of it has none, or a wrong one.
+
+    Finite differences of gradients may serve; ``hvp="auto"`` falls back to them.
+    """
+
+
 class ArgumentError(ValueError, TypeError):
     """An argument that cannot be used; raised where it is given, before any work.
 
@@ -33,5 +40,17 @@ class ArgumentError(ValueError, TypeError):
     """
 
     def __init__(self, argument: str, value: object, remedy: str) -> None:
-        super().__init__(f"{argument}={reprlib.repr(value)} cannot be used. {remedy}")
-        self.argument = argument
+        super().__init__(f"{argument}={_shown(value)} cannot be used. {remedy}")
+        self.argument, self.value, self.remedy = argument, value, remedy
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
+        """Pickle by the three arguments, which processes that read runs send one another."""
+        return type(self), (self.argument, self.value, self.remedy)
+
+
+def _shown(value: object) -> str:
+    """Return a value in at most a few dozen characters on one line."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except Exception:  # noqa: BLE001 - a repr of the user's may raise anything, as may huge integers
+        return f"<{type(value).__name__}>"

@@ -116,12 +116,16 @@ class GradientStructure:
     eigenvectors: torch.Tensor | None = None
 
     @property
+    def rounding(self) -> float:
+        """What the rounding of the gradients adds to an eigenvalue of C, about."""
+        eps = float(np.finfo(self.dtype).eps)
+        return max(eps**2, float(np.finfo(np.float64).eps)) * self.second_moment_trace
+
+    @property
     def leading(self) -> FloatArray:
         """The eigenvalues of C that stand above the rounding of the gradients.
 
         Gradients rounded to a relative eps add eigenvalues of about eps^2 Tr(M). Power laws are
         fitted to what lies above ten times that.
         """
-        eps = float(np.finfo(self.dtype).eps)
-        floor = 10 * max(eps**2, float(np.finfo(np.float64).eps)) * self.second_moment_trace
-        return self.covariance[self.covariance > floor]
+        return self.covariance[self.covariance > 10 * self.rounding]

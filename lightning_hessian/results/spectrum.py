@@ -80,6 +80,18 @@ class HessianSpectrum:
         usable = self.converged & (self.eigenvalues > 0)
         return self.eigenvalues[: len(usable) if usable.all() else int(usable.argmin())]
 
+    @property
+    def leading_residuals(self) -> FloatArray:
+        """The residual bounds of ``leading``, as `eigengaps` takes them.
+
+        Under ``"pooled_slq"`` they are 0 where a Ritz value has not converged: the papers fit the
+        gaps of all, and only two that have converged can be told to be copies.
+        """
+        if self.protocol == "pooled_slq":
+            known = np.where(self.converged, self.residuals, 0.0)
+            return known[self.eigenvalues > 0]
+        return self.residuals[: len(self.leading)]
+
 
 @dataclass(frozen=True)
 class PowerLawFit:
@@ -92,12 +104,14 @@ class PowerLawFit:
         ks_distance: d_ks, Kolmogorov-Smirnov distance between fit and data (HPL eq. 15).
         critical_value: d_c at ``significance`` (HPL table 6); that of a fully specified
             distribution, hence too kind to a fitted one.
-        is_power_law: ``ks_distance < critical_value`` (HPL section 2.3).
+        is_power_law: ``ks_distance < critical_value`` (HPL section 2.3); None where there are too
+            few values for a verdict.
         p_value: That of the same distance when the exponent comes from the same data
             (Lilliefors' test for the exponential distribution, on the logarithms).
         cutoff: The smallest value fitted.
         num_values: K.
         significance: Level of ``critical_value``.
+        reason: Why there is no verdict, one sentence; None where there is one.
     """
 
     exponent: float
@@ -105,11 +119,12 @@ class PowerLawFit:
     slope: float
     ks_distance: float
     critical_value: float
-    is_power_law: bool
+    is_power_law: bool | None
     p_value: float
     cutoff: float
     num_values: int
     significance: float
+    reason: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +138,10 @@ class Eigengaps:
             order (figure 2a); about s + 1 by HPL eq. 13.
         rank_slope_std_error: Its standard error.
         num_zero: Gaps that are exactly zero and were left out of both fits.
+        num_below_bounds: Gaps that are not zero, but no larger than the two residual bounds
+            together, and were left out too: they may be rounding between copies of a repeated
+            eigenvalue.
+        fitted: Which gaps the fits rest on, bool [K - 1].
     """
 
     gaps: FloatArray
@@ -130,6 +149,8 @@ class Eigengaps:
     rank_slope: float
     rank_slope_std_error: float
     num_zero: int
+    num_below_bounds: int
+    fitted: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)

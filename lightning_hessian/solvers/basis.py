@@ -156,6 +156,14 @@ class KrylovBasis:
         with torch.cuda.stream(stream):
             return self.rows[part].to(self.device, non_blocking=True)
 
+    def combined(self, weights: Tensor) -> Tensor:
+        """Returns the combination of the first rows with weights [count], a vector [n_local]."""
+        weights = weights.to(self.device, self.dtype)
+        vector = torch.zeros(self.rows.shape[1], dtype=self.dtype, device=self.device)
+        for part, rows in self.blocks(len(weights)):
+            vector.addmv_(rows.T, weights[part])
+        return vector
+
     def remove_from(self, vectors: Tensor, count: int) -> None:
         """Subtracts, once and in place, from the rows of [b, n_local] their part in the span."""
         for _, rows in self.blocks(count):

@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from lightning_hessian.results import UnreadableFileError
 from lightning_hessian.results.npz import require_stored
 from lightning_hessian.results.outside import open_regular, unreadable
 from lightning_hessian.solvers.projected import Projected
+from lightning_hessian.solvers.termination import Terminated
 from lightning_hessian.solvers.thick_restart import Pending, RitzPairs, ThickRestart
 
 _MAGIC = b"LHLANCZ1"
@@ -47,7 +49,14 @@ def identity(run: ThickRestart) -> dict[str, Any]:
         "tol": run.tol,
         "seed": run.seed,
         "basis_dtype": run.storage.dtype,
+        "engine": _digits_of(getattr(run.operator, "engine", "exact")),
     }
+
+
+def _digits_of(engine: str) -> str:
+    """Return an engine without what changes no digit: whether a graph is kept or recomputed."""
+    parts = {"autograd" if part == "recompute" else part for part in engine.split("+")}
+    return "+".join(sorted(parts))
 
 
 def save(run: ThickRestart, path: Path) -> None:
@@ -58,12 +67,12 @@ def save(run: ThickRestart, path: Path) -> None:
     found = run.found
     header = {
         "identity": identity(run),
-        "capacity": run.basis.capacity,
+        "capacity": run.capacity,
         "generator": run.generator.get_state(),
         "numbers": run.projected.numbers[: run.count, : run.count].clone(),
         "rounded": run.projected.rounded,
         "off_diagonal": run.projected.off_diagonal,
-        "pending": [(p.vector.cpu(), p.coupling) for p in run.pending],
+        "pending": [(p.vector.cpu(), p.coupling, p.is_fresh) for p in run.pending],
         "recent": {i: row.cpu() for i, row in run.basis.recent.items()},
         "scale": run.scale,
         "num_products": run.num_products,
@@ -151,7 +160,7 @@ def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> Non
         ValueError: It does not; says what differs.
     """
     ours = identity(run)
-    theirs = header["identity"]
+    theirs = {"engine": ours["engine"]} | header["identity"]  # which older files do not name
     different = [
         f"{name} {theirs.get(name)!r} there, {value!r} here"
         for name, value in ours.items()
@@ -160,9 +169,12 @@ def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> Non
     if not different and header["shape"][1] != run.shard.length:
         different = [f"{header['shape'][1]} entries on this rank there, {run.shard.length} here"]
     if different:
+        # Where memory has changed what "auto" chose, the engine must be named.
+        known = theirs["engine"] != ours["engine"] and "+" not in theirs["engine"]
+        engine = f" (hvp={theirs['engine']!r})" if known else ""
         raise ValueError(
             f"The checkpoint {path} is of another run ({'; '.join(different)}). Give another "
-            "path, the same arguments, or delete it."
+            f"path, the same arguments{engine}, or delete it."
         )
 
 
@@ -184,7 +196,7 @@ def _load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
     projected.numbers, projected.rounded = header["numbers"], header["rounded"]
     projected.off_diagonal = header["off_diagonal"]
     run.projected = projected
-    run.pending = [Pending(v.to(device), coupling) for v, coupling in header["pending"]]
+    run.pending = [Pending(v.to(device), *rest) for v, *rest in header["pending"]]
     run.scale, run.num_products = header["scale"], header["num_products"]
     run.next_check, run.search_until = header["next_check"], header["search_until"]
     with open(path, "rb") as file:
@@ -229,24 +241,50 @@ def check_operator(run: ThickRestart, path: Path) -> None:
 
 @contextmanager
 def saved_on_error(run: ThickRestart, path: Path | None) -> Iterator[None]:
-    """A block whose run is saved if an exception ends it."""
+    """A block whose run is saved if an exception ends it; that exception is the one to see."""
     try:
         yield
     except BaseException:
         if path is not None and run.between_steps and run.count:
-            save(run, path)
+            try_to_save(run, path)
         raise
 
 
-def every(seconds: float, save: Callable[[], None], ranks: Ranks) -> Callable[[], None]:
-    """Returns a function that saves where this was last done so many seconds ago, on all ranks."""
+def try_to_save(run: ThickRestart, path: Path) -> None:
+    """Saves a run, or warns: a full disk must hide neither a result nor the cause of an error."""
+    try:
+        save(run, path)
+    except OSError as error:
+        warnings.warn(
+            f"The checkpoint {path} could not be written ({error}); the measurement goes on "
+            "without it.",
+            stacklevel=2,
+        )
+
+
+def every(
+    seconds: float, save: Callable[[], None], ranks: Ranks, ending: Callable[[], bool]
+) -> Callable[[], None]:
+    """Returns a function that saves where this was last done so many seconds ago, on all ranks.
+
+    Args:
+        seconds: How many.
+        save: Saves the run.
+        ranks: They save together, so that their parts are of the same time.
+        ending: Whether the process was asked to end: then it saves at once.
+
+    Raises:
+        Terminated: From the function, after it saved, on a rank that is to end.
+    """
     last = time.monotonic()
 
     def maybe() -> None:
         nonlocal last
-        if ranks.any(time.monotonic() - last >= seconds):
+        if ranks.any(ending() or time.monotonic() - last >= seconds):
             save()
             last = time.monotonic()
+        if ending():
+            raise Terminated
 
     return maybe
 

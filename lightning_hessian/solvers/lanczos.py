@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.results.arguments import file_to_write
 from lightning_hessian.solvers import checkpoint as checkpoints
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage, placed
+from lightning_hessian.solvers.termination import keeps_state_on_sigterm
 from lightning_hessian.solvers.thick_restart import RitzPairs, ThickRestart
 
 __all__ = ["RitzPairs", "default_basis", "default_bound", "lanczos"]
@@ -66,8 +68,9 @@ def lanczos(
         checkpoint: A file that holds the state of a run that was interrupted: by ``should_stop``,
             a bound, an exception, or the end of the process. If it exists, the run goes on from
             there, to the same digits as without the interruption; ``max_products`` counts what
-            was spent before. It is written every ``checkpoint_seconds`` and when the run is
-            interrupted, and deleted when the run is done. Ranks add their number to its name.
+            was spent before. It is written every ``checkpoint_seconds``, when the run is
+            interrupted, by SIGTERM too, and deleted when the run is done. Ranks add their number
+            to its name.
         checkpoint_seconds: How much work may be lost, at most.
         seed: Of the start vector.
         should_stop: Asked after every product; True ends the iteration with what there is.
@@ -98,11 +101,13 @@ def lanczos(
             f"{num_eigenvalues} eigenvalues need at least as many products; the bound is "
             f"{max_products}. Raise it or ask for fewer eigenvalues."
         )
+    if checkpoint is not None:
+        file_to_write("checkpoint", checkpoint)
     room = _room(operator, num_eigenvalues, max_products, max_basis, storage)
     file = None if checkpoint is None else checkpoints.file_of(checkpoint, operator)
     ranks = operator.shard.ranks
     with ranks.together():
-        run = _begun(operator, num_eigenvalues, tol, seed, *room, file)
+        run = _begun(operator, num_eigenvalues, tol, seed, *room, max_products, file)
     run.on_check = on_check
     if len(set(ranks.gathered(run.num_products))) > 1:
         raise ValueError(
@@ -115,13 +120,18 @@ def lanczos(
     def save() -> None:
         if file is not None:
             with ranks.together():
-                checkpoints.save(run, file)
+                checkpoints.try_to_save(run, file)
 
     should_stop = ranks.stopping(should_stop)
-    after_step = None if file is None else checkpoints.every(checkpoint_seconds, save, ranks)
-    with checkpoints.saved_on_error(run, file):
+    if file is None:
+        return run.run(max_products, num_checks, should_stop, None, on_stop=save)
+    with (
+        keeps_state_on_sigterm(lambda: ranks.world == 1 and run.between_steps) as ending,
+        checkpoints.saved_on_error(run, file),
+    ):
+        after_step = checkpoints.every(checkpoint_seconds, save, ranks, ending)
         found = run.run(max_products, num_checks, should_stop, after_step, on_stop=save)
-    if file is not None and found.stopped not in ("bound", "interrupted"):
+    if found.stopped not in ("bound", "interrupted"):
         file.unlink(missing_ok=True)
     return found
 
@@ -133,28 +143,32 @@ def _room(
     max_basis: int | None,
     storage: BasisStorage,
 ) -> tuple[BasisStorage, int]:
-    """Returns where the basis goes, and how many vectors it holds.
+    """Returns where the basis goes, and how many vectors it holds at a restart.
+
+    The bound on products has no say in the latter: a run that is taken up with a higher bound has
+    to restart where one without interruption does.
 
     Raises:
         ValueError: ``max_basis`` is too small.
         MeasurementError: What is needed does not fit.
     """
-    least = min(num_eigenvalues + 3, max_products, operator.size)
+    restarting = min(num_eigenvalues + 3, operator.size)
+    least = min(restarting, max_products)
     if max_basis is None:
         wanted = default_basis(num_eigenvalues)
         if not storage.restarts:  # the basis has to hold all steps
             wanted = 3 * wanted
         return placed(
-            storage, min(wanted, max_products, operator.size), least, operator.shard,
+            storage, min(wanted, operator.size), restarting, operator.shard,
             dtype=operator.dtype, device=operator.device,
         )  # fmt: skip
-    max_basis = min(max_basis, max_products, operator.size)
+    max_basis = min(max_basis, operator.size)
     if max_basis < least:
         raise ValueError(
             f"A basis of {max_basis} vectors is too small for {num_eigenvalues} eigenvalues; "
             f"it must hold at least {least}."
         )
-    return storage, max_basis
+    return storage, max(max_basis, restarting)
 
 
 def _begun(
@@ -164,6 +178,7 @@ def _begun(
     seed: int,
     storage: BasisStorage,
     capacity: int,
+    max_products: int,
     file: Path | None,
 ) -> ThickRestart:
     """Returns a run in its first state, or in the one that the file holds.
@@ -172,9 +187,10 @@ def _begun(
         ValueError: The file is of another run, or damaged.
     """
     header = checkpoints.header_of(file) if file is not None and file.exists() else None
+    rows = max_products
     if header is not None:
-        capacity = max(capacity, header["capacity"])  # a bound may have been raised
-    run = ThickRestart(operator, num_eigenvalues, tol, capacity, seed, storage)
+        capacity, rows = header["capacity"], max(rows, header["shape"][0])
+    run = ThickRestart(operator, num_eigenvalues, tol, capacity, seed, storage, rows)
     if header is not None and file is not None:
         checkpoints.check_identity(header, run, file)
         checkpoints.load(run, header, file)

@@ -80,6 +80,12 @@ class Projected:
                 self.off_diagonal = None
         self.count = j + 1
 
+    def lose(self, coupling: Tensor) -> None:
+        """Counts as rounding what products with the basis vectors hold outside it, at most [m]."""
+        before = torch.zeros_like(coupling)
+        before[: len(self.rounded)] = self.rounded
+        self.rounded = torch.hypot(before, coupling.abs())
+
     def restart(self, values: Tensor, rounding: Tensor) -> None:
         """Begins anew with Ritz vectors as the basis."""
         k = self.count = len(values)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_hessian.distributed import Shard
 from lightning_hessian.operators.memory import free_bytes
-from lightning_hessian.results import MeasurementError
+from lightning_hessian.results import ArgumentError, MeasurementError
+from lightning_hessian.results.arguments import existing_folder, memory, one_of, optional
 
 _TIERS = ("auto", "device", "cpu", "disk")
 _PROJECTED_NUMBERS = 4
@@ -64,21 +65,14 @@ class BasisStorage:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tier.partition(":")[0] not in _TIERS or (
-            ":" in self.tier and not self.tier.startswith("disk:")
-        ):
-            raise ValueError(
-                f"basis_storage={self.tier!r} is unknown; choose from {list(_TIERS)}, or "
-                "'disk:FOLDER'."
-            )
-        if self.folder is not None and not os.path.isdir(self.folder):
-            raise ValueError(
-                f"basis_storage={self.tier!r}: there is no folder {self.folder!r}. Make it first."
-            )
-        if self.dtype not in (None, "bfloat16"):
-            raise ValueError(f"basis_dtype={self.dtype!r} is unknown; use None or 'bfloat16'.")
-        if self.memory is not None and not self.memory > 0:
-            raise ValueError(f"basis_memory={self.memory}; give a number of bytes above 0.")
+        if not (isinstance(self.tier, str) and self.tier.startswith("disk:")):
+            one_of(*_TIERS, "disk:FOLDER")("basis_storage", self.tier)
+        if self.tier == "disk:FOLDER" and not os.path.isdir("FOLDER"):
+            raise ArgumentError("basis_storage", self.tier, "Name the folder behind 'disk:'.")
+        if self.folder is not None:
+            existing_folder("basis_storage, its folder", self.folder)
+        one_of(None, "bfloat16")("basis_dtype", self.dtype)
+        optional(memory)("basis_memory", self.memory)
 
     @property
     def folder(self) -> str | None:

@@ -4,62 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_hessian.operators.linear import SymmetricOperator, check_finite
-from lightning_hessian.results import FloatArray
 from lightning_hessian.solvers.basis import KrylovBasis
+from lightning_hessian.solvers.pairs import Pending, RitzPairs
 from lightning_hessian.solvers.projected import ROUNDING_MARGIN, Projected, Ritz
+from lightning_hessian.solvers.search import make_room
 from lightning_hessian.solvers.storage import BasisStorage
+
+__all__ = ["Pending", "RitzPairs", "ThickRestart"]
 
 _STORED_ROUNDING = 2.0**-9
 """Relative error of a number rounded to bfloat16, at most."""
 
-
-@dataclass(frozen=True, eq=False)
-class RitzPairs:
-    """Approximate eigenpairs at the top of a spectrum, and the lowest eigenvalue.
-
-    Attributes:
-        values: Ritz values, float64 [K], descending.
-        residuals: Bounds on the residual norms, float64 [K].
-        converged: ``residuals <= tol * abs(values)``, bool [K].
-        vectors: Orthonormal Ritz vectors, this rank's part [K, n_local], where the basis was and
-            in its precision; they share its memory.
-        lowest: The lowest Ritz value.
-        lowest_residual: Its residual bound.
-        num_products: Products with the operator, those before an interruption included.
-        stopped: Why the iteration ended: ``"converged"``, ``"exhausted"`` (the whole space was
-            searched), ``"precision"`` (what has not converged is held up by rounding),
-            ``"memory"`` (a basis that cannot restart is full), ``"bound"`` or ``"interrupted"``.
-    """
-
-    values: FloatArray
-    residuals: FloatArray
-    converged: NDArray[np.bool_]
-    vectors: Tensor
-    lowest: float
-    lowest_residual: float
-    num_products: int
-    stopped: str
-
-
-@dataclass
-class Pending:
-    """A unit vector orthogonal to the basis that is to join it.
-
-    ``coupling`` says how the products with the basis vectors lean on it: A v_i = (what lies in
-    the basis) + coupling[i] * vector + (the same for the other pending vectors).
-    """
-
-    vector: Tensor
-    coupling: Tensor
+_NEARLY_INSIDE = 0.1
+"""A pending vector of which no more is left outside the basis is made orthogonal to it anew."""
 
 
 class ThickRestart:
@@ -73,6 +36,7 @@ class ThickRestart:
         capacity: int,
         seed: int,
         storage: BasisStorage,
+        num_rows: int | None = None,
     ) -> None:
         self.operator = operator
         self.shard = operator.shard
@@ -80,10 +44,15 @@ class ThickRestart:
         self.tol = tol
         self.seed = seed
         self.storage = storage
+        # A bound on products may need fewer rows, but moves no restart: it may be raised later.
+        self.capacity = capacity
         self.basis = KrylovBasis(
-            capacity, self.shard, dtype=operator.dtype, device=operator.device, storage=storage
-        )
+            capacity if num_rows is None else min(num_rows, capacity),
+            self.shard, dtype=operator.dtype, device=operator.device, storage=storage,
+        )  # fmt: skip
         self.eps = torch.finfo(operator.dtype).eps
+        # Less than this of a unit vector is rounding: it is counted as such, not followed.
+        self._negligible = 10 * self.eps if storage.restarts else _STORED_ROUNDING
         self.generator = torch.Generator().manual_seed(seed)
         # Where vectors are rounded, what is measured with them is less exact than the recurrence.
         self.projected = Projected() if storage.restarts else Projected(tridiagonal_from=0)
@@ -122,46 +91,53 @@ class ThickRestart:
             self.pending.append(self._random())
         last = self.num_products >= max_products  # taken up again with a bound that is reached
         interrupted = False
-        while True:
-            if not (last or self._is_due()):
+        while not last or self._is_due():
+            if not self._is_due():
                 self._step()
                 if after_step is not None:
                     after_step()
                 interrupted = should_stop is not None and should_stop()
                 last = interrupted or self.num_products >= max_products
-            if last or self._is_due():
-                ended = self._check(last, interrupted, num_checks, on_stop)
+            if self._is_due():
+                ended = self._check(num_checks)
                 if ended is not None:
                     return ended
+        on_stop()
+        return self._so_far("interrupted" if interrupted else "bound")
 
     def _is_due(self) -> bool:
         """Whether the projected problem is to be solved before the next step."""
-        return self.count == self.basis.capacity or self.count >= self.next_check
+        return self.count == self.capacity or self.count >= self.next_check
 
-    def _check(
-        self, last: bool, interrupted: bool, num_checks: int | None, on_stop: Callable[[], Any]
-    ) -> RitzPairs | None:
-        """Solves the projected problem; returns the pairs where this is the end."""
-        full = self.count == self.basis.capacity
+    def _check(self, num_checks: int | None) -> RitzPairs | None:
+        """Solves the projected problem; returns the pairs where this is the end.
+
+        Nothing here depends on bounds or interruptions, so that a run which is taken up again
+        goes the way of one that was not interrupted.
+        """
+        full = self.count == self.capacity
         ritz = self._ritz(self._restart_size() if full else self.wanted)
         if self.on_check is not None:
             self.on_check(self._num_converged(ritz))
+        self.between_steps = False
+        ended = self._ended(ritz, full, num_checks)
+        self.between_steps = True
+        return ended
+
+    def _ended(self, ritz: Ritz, full: bool, num_checks: int | None) -> RitzPairs | None:
+        """Goes on by what a check has found, or returns the pairs."""
         if self.found is not None:
             if not self._has_more(ritz, self.found):
-                over = last or self.num_products >= self.search_until
-                if over or self.count == self.operator.size:
-                    return dataclasses.replace(self.found, num_products=self.num_products)
-                self._restart_search()
+                if self.num_products >= self.search_until or self.count == self.operator.size:
+                    return self._confirmed(self.found)
+                make_room(self)
                 self._plan_search()
                 return None
             self.found = None
         stopped = self._verdict(ritz)
-        if stopped is None and full and not last and not self.storage.restarts:
+        if stopped is None and full and not self.storage.restarts:
             stopped = "memory"
-        if stopped is None and last:
-            stopped = "interrupted" if interrupted else "bound"
-            on_stop()
-        if stopped in ("converged", "precision") and num_checks != 0 and not last:
+        if stopped in ("converged", "precision") and num_checks != 0:
             room = num_checks or max(10, self.num_products // 5)
             self._restart(ritz, self.wanted)  # so that what comes next is new
             self.found = self._result(ritz, stopped)
@@ -170,25 +146,60 @@ class ThickRestart:
             self._plan_search()
             return None
         if stopped is not None:
+            trace = self._trace()
             self.basis.rotate(ritz.rotation[:, -self.wanted :].flip(1))
-            return self._result(ritz, stopped)
+            return dataclasses.replace(self._result(ritz, stopped), trace=trace)
         if full:
             self._restart(ritz, self._restart_size())
         self.next_check = self.count + max(5, self.count // 10)
         return None
 
+    def _so_far(self, stopped: str) -> RitzPairs:
+        """Returns the pairs of a run that ends before its time; it cannot go on afterwards."""
+        ritz = self._ritz(self.wanted)
+        if self.on_check is not None:
+            self.on_check(self._num_converged(ritz))
+        if self.found is not None and not self._has_more(ritz, self.found):
+            return dataclasses.replace(self.found, num_products=self.num_products, stopped=stopped)
+        self.between_steps = False
+        self.basis.rotate(ritz.rotation[:, -self.wanted :].flip(1))
+        return self._result(ritz, stopped)
+
+    def _confirmed(self, found: RitzPairs) -> RitzPairs:
+        """Returns what a search that is over was to confirm."""
+        whole = self.count == self.operator.size and found.stopped == "precision"
+        return dataclasses.replace(
+            found,
+            num_products=self.num_products,
+            stopped="exhausted" if whole else found.stopped,
+            trace=self._trace(),
+        )
+
+    def _trace(self) -> float | None:
+        """Returns the trace of the operator where the basis spans the whole space.
+
+        It is the sum of v^T A v over any orthonormal basis, whatever has converged; vectors that
+        are rounded when stored are not orthonormal enough to say so.
+        """
+        if self.count < self.operator.size or not self.storage.restarts:
+            return None
+        return float(self.projected.numbers.diagonal()[: self.count].sum())
+
     def _plan_search(self) -> None:
         """Sets the next check to the end of the search, or to where the basis is full."""
         left = self.search_until - self.num_products
-        self.next_check = min(self.count + left, self.basis.capacity)
+        self.next_check = min(self.count + left, self.capacity)
 
     def _step(self) -> None:
         """Takes a pending vector into the basis; the rest of its product becomes pending."""
         j = self.count
         joining = self.pending[0]
-        if len(self.pending) > 1 and j:  # it has waited; restore what orthogonality it has lost
+        if len(self.pending) > 1 and j and not joining.is_fresh:
+            # It has waited: restore what orthogonality it has lost, once.
+            self.between_steps = False
             self.basis.orthogonalize(joining.vector, j)
             joining.vector /= self.shard.norm(joining.vector)
+            joining.is_fresh = self.between_steps = True
         product = self.operator.matvec(joining.vector)
         self.between_steps = False
         self.num_products += 1
@@ -197,16 +208,18 @@ class ThickRestart:
         check_finite(column, beta, f"Product {self.num_products} with the operator")
         self.projected.add(column, expected)
         self.scale = max(self.scale, beta, float(column.abs().max()))
+        coupling = torch.zeros(self.count, dtype=torch.float64)
+        coupling[j] = beta
         if self.count == self.operator.size:
             self.pending.clear()
         elif beta > 10 * self.eps * self.scale:
-            coupling = torch.zeros(self.count, dtype=torch.float64)
-            coupling[j] = beta
             rest = Pending(product.div_(beta), coupling)
             # A search goes on from what is new; what is older waits until it has ended.
             self.pending.insert(0 if self.found is not None else len(self.pending), rest)
-        elif not self.pending:
-            self.pending.append(self._random())  # an invariant subspace
+        else:
+            self.projected.lose(coupling)
+            if not self.pending:
+                self.pending.append(self._random())  # an invariant subspace
         self.between_steps = True
 
     def _join(self, joining: Pending) -> Tensor:
@@ -224,9 +237,15 @@ class ThickRestart:
             expected += overlap * other.coupling
             other.vector.sub_(vector, alpha=overlap)
             left = float(self.shard.norm(other.vector))
-            if left > 1e-3:  # else it lies in the basis, but for rounding
-                coupling = torch.cat([left * other.coupling, torch.zeros(1, dtype=torch.float64)])
-                self.pending.append(Pending(other.vector.div_(left), coupling))
+            coupling = torch.cat([left * other.coupling, torch.zeros(1, dtype=torch.float64)])
+            if left <= self._negligible:
+                self.projected.lose(coupling)
+                continue
+            other.vector.div_(left)
+            if left < _NEARLY_INSIDE:  # then rounding, divided by little, is no longer little
+                self.basis.orthogonalize(other.vector, self.count + 1)
+                other.vector.div_(self.shard.norm(other.vector))
+            self.pending.append(Pending(other.vector, coupling))
         return expected
 
     def _random(self) -> Pending:
@@ -287,7 +306,7 @@ class ThickRestart:
             kept: How many of the best to keep.
         """
         m, given = self.count, len(ritz.values)
-        kept = max(min(kept, m - 1, self.basis.capacity - 2), min(self.wanted, m - 1))
+        kept = max(min(kept, m - 1, self.capacity - 2), min(self.wanted, m - 1))
         keep = [*range(given - 1, given - 1 - kept, -1), 0]  # the lowest too, for lambda_min
         self.basis.rotate(ritz.rotation[:, keep])
         rounding = ritz.rounding[keep]
@@ -298,24 +317,7 @@ class ThickRestart:
         self.projected.restart(ritz.values[keep], rounding)
         for pending in self.pending:
             pending.coupling = pending.coupling @ ritz.rotation[:, keep]
-
-    def _restart_search(self) -> None:
-        """Makes room for a search to go on in a full basis; what was found stays as it is.
-
-        The first rows are the wanted vectors and the lowest; of the space that the search has
-        built beside them, the best third is kept.
-        """
-        fixed, m = self.wanted + 1, self.count
-        _, rotation = torch.linalg.eigh(self.projected.numbers[fixed:m, fixed:m], UPLO="U")
-        rotation = self.shard.ranks.agreed(rotation)
-        kept = max(1, (m - fixed) // 3)
-        whole = torch.zeros(m, fixed + kept, dtype=torch.float64)
-        whole[range(fixed), range(fixed)] = 1
-        whole[fixed:, fixed:] = rotation[:, -kept:].flip(1)
-        self.basis.rotate(whole)
-        self.projected.compress(whole)
-        for pending in self.pending:
-            pending.coupling = pending.coupling @ whole
+            pending.is_fresh = False
 
     def _result(self, ritz: Ritz, stopped: str) -> RitzPairs:
         """Makes the record; the wanted vectors are the first rows of the basis."""

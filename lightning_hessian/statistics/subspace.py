@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import linalg
 
-from lightning_hessian.results import FloatArray
+from lightning_hessian.results import FloatArray, arguments
+from lightning_hessian.results.arguments import checked, real_values, significance_level
 from lightning_hessian.statistics.power_law import finite_values
 
 
@@ -33,6 +34,15 @@ class Proportionality:
     spread: float
 
 
+_RULES = {
+    "first": real_values,
+    "second": real_values,
+    "eigenvalues": arguments.finite_values,
+    "significance": significance_level,
+}
+
+
+@checked(_RULES)
 def principal_angles(first: ArrayLike, second: ArrayLike) -> FloatArray:
     """Return the angles between the spans of two sets of vectors, ascending, in radians.
 
@@ -57,6 +67,7 @@ def principal_angles(first: ArrayLike, second: ArrayLike) -> FloatArray:
     return linalg.subspace_angles(one.T, other.T)[::-1].copy()
 
 
+@checked(_RULES)
 def overlaps(first: ArrayLike, second: ArrayLike) -> FloatArray:
     """Return for each k how much the spans of the first k vectors of two sets have in common.
 
@@ -91,6 +102,7 @@ def overlaps(first: ArrayLike, second: ArrayLike) -> FloatArray:
     return np.minimum(within / np.arange(1, count + 1), 1.0)
 
 
+@checked(_RULES)
 def proportionality(first: ArrayLike, second: ArrayLike) -> Proportionality:
     """Return the ratio of two spectra by rank, with its geometric mean and spread.
 
@@ -123,6 +135,7 @@ def proportionality(first: ArrayLike, second: ArrayLike) -> Proportionality:
     return Proportionality(ratios, float(math.exp(logs.mean())), float(math.exp(logs.std(ddof=1))))
 
 
+@checked(_RULES)
 def num_outliers(eigenvalues: ArrayLike, *, significance: float = 0.05) -> int:
     """Return how many of the top eigenvalues stand off the power law of those below.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_hessian.statistics.correlation import Correlation, pearson
+from lightning_hessian.statistics.verdict import corrected, movement, verdict
 from lightning_hessian.tracking.history import History, Row
 from lightning_hessian.tracking.style import new_figure, quiet_grid, shades, symbol
 
@@ -14,22 +15,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 3
+_MOST_POINTS = 500
+"""More are not told apart on paper; a figure of 10,000 took 49 s."""
 
 
 def scatter_plot(
-    rows: Sequence[Row], statistics: Sequence[str], monitor: str, *, title: str | None = None
+    rows: Sequence[Row],
+    statistics: Sequence[str],
+    monitor: str,
+    *,
+    title: str | None = None,
+    monitors: Sequence[str] = (),
 ) -> Figure:
     """Returns each statistic against a monitored metric, one panel each, dark to light in time.
 
-    Above each panel: Pearson's r with its 95 % interval and n, and the r of first differences,
-    in which a common trend cancels. The interval takes the points as independent, which those of
-    one run are not.
+    Above each panel: Pearson's r with its 95 % interval and n, and the r of first differences, in
+    which a common trend cancels; in it the verdict on both (`statistics.verdict`). The interval
+    takes the points as independent, which those of one run are not.
 
     Args:
         rows: The measurements, as in ``callback.history``.
         statistics: Which; those that no row has beside the metric are left out.
         monitor: The metric.
         title: Of the figure.
+        monitors: All metrics that are looked at; the verdict corrects for their number too.
 
     Raises:
         ValueError: No row has one of the statistics and the metric.
@@ -40,6 +49,7 @@ def scatter_plot(
     drawn = [name for name in statistics if _pairs(found[name], metric)]
     if not drawn:
         raise ValueError(f"No measurement has a statistic beside {monitor!r}.")
+    labels = _labels(history, statistics, monitor, monitors)
     columns = min(_COLUMNS, len(drawn))
     lines = math.ceil(len(drawn) / columns)
     figure, panels = new_figure(
@@ -47,10 +57,12 @@ def scatter_plot(
     )
     for axes, name in zip(panels.flat, drawn, strict=False):
         pairs = _pairs(found[name], metric)
-        xs, ys = zip(*pairs, strict=True)
+        xs, ys = zip(*_thinned(pairs), strict=True)
         axes.plot(xs, ys, color="0.75", linewidth=0.8, zorder=1)
         axes.scatter(xs, ys, c=shades(len(xs)), s=22, zorder=2)
         axes.set_title(correlation_text(pearson(found[name], metric)), fontsize="small")
+        axes.text(0.03, 0.97, labels[name], transform=axes.transAxes, va="top",
+                  fontsize="small", bbox={"color": "white", "alpha": 0.7, "pad": 1})  # fmt: skip
         axes.set_xlabel(symbol(name))
         axes.locator_params(axis="x", nbins=4)
         quiet_grid(axes)
@@ -60,6 +72,20 @@ def scatter_plot(
         axes.remove()
     figure.suptitle(title or f"statistics against {monitor}", fontsize="medium")
     return figure
+
+
+def _labels(
+    history: History, statistics: Sequence[str], monitor: str, monitors: Sequence[str]
+) -> dict[str, str]:
+    """Returns the verdict on each statistic in a few words, corrected for all pairs."""
+    watched = dict.fromkeys([monitor, *monitors])
+    pairs = [(name, metric) for metric in watched for name in statistics]
+    moved = corrected([movement(history.series(n), history.series(m)) for n, m in pairs])
+    return {
+        name: verdict(found).label
+        for (name, metric), found in zip(pairs, moved, strict=True)
+        if metric == monitor
+    }
 
 
 def correlation_text(correlation: Correlation) -> str:
@@ -77,6 +103,12 @@ def correlation_text(correlation: Correlation) -> str:
     if math.isnan(correlation.r_differences):
         return text + "(r of differences from 5 points on)"
     return text + f"r of differences {correlation.r_differences:.2f}"
+
+
+def _thinned(pairs: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns at most 500 of the points, evenly spread in time, the last among them."""
+    step = -(-len(pairs) // _MOST_POINTS)
+    return pairs[::-1][::step][::-1]
 
 
 def _pairs(first: Sequence[float], second: Sequence[float]) -> list[tuple[float, float]]:

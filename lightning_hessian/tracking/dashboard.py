@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import checked, monitor_names, nonempty_text
 from lightning_hessian.tracking.gradient_scalars import CORRELATED as GRADIENT_CORRELATED
 from lightning_hessian.tracking.history import key_part
 from lightning_hessian.tracking.loggers import STEP
@@ -145,6 +147,22 @@ def _generalization(monitor: str) -> tuple[Panel, ...]:
     )
 
 
+def _part_of_path(name: str, value: Any) -> str:
+    """The rule of an entity or a project: a text without a slash."""
+    found = nonempty_text(name, value)
+    if "/" in found:
+        raise ArgumentError(name, value, "Give a name of W&B, without a slash.")
+    return found
+
+
+@checked(
+    {
+        "entity": _part_of_path,
+        "project": _part_of_path,
+        "monitor": monitor_names,
+        "name": nonempty_text,
+    }
+)
 def build_workspace(
     entity: str, project: str, *, monitor: str | Sequence[str] = "val_loss", name: str = NAME
 ) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from lightning_hessian.results import (
     SpectralDensity,
 )
 from lightning_hessian.statistics.correlation import MIN_POINTS
+from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.tracking.block_figures import block_heatmap, heterogeneity_heatmap
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 from lightning_hessian.tracking.density_figures import spectral_density_plot
@@ -21,6 +23,7 @@ from lightning_hessian.tracking.figures import (
     cutoff_plot,
     eigengap_plot,
     emergence_plot,
+    evenly_chosen,
     rank_plot,
 )
 from lightning_hessian.tracking.gradient_figures import spectra_plot
@@ -51,14 +54,19 @@ def hessian_drawings(
     """
     leading = spectrum.leading
     title = f"step {spectra[-1][0]}" if spectra else None
+    shown_spectra = evenly_chosen(spectra)
     found: dict[str, Drawing] = {}
     if (spectrum.eigenvalues > 0).any():
         named = {"Hessian": spectrum}
         found["rank"] = partial(rank_plot, named, significance=significance, title=title)
     if len(leading) > 1 and leading[0] > leading[-1]:
         found["cutoff"] = partial(cutoff_plot, leading, significance=significance, title=title)
-    if sum(leading[:-1] > leading[1:]) >= 3:
-        found["eigengaps"] = partial(eigengap_plot, leading, significance=significance, title=title)
+    residuals = spectrum.leading_residuals
+    with suppress(ValueError):  # too few gaps for a fit: the reason is told beside the scalars
+        eigengaps(leading, residuals, significance=significance)
+        found["eigengaps"] = partial(
+            eigengap_plot, leading, residuals, significance=significance, title=title
+        )
     shown = dict(densities or {})
     if blocks is not None and blocks.densities is not None:
         shown |= zip(blocks.names, blocks.densities, strict=True)
@@ -66,8 +74,8 @@ def hessian_drawings(
         found["density"] = partial(
             spectral_density_plot, leading, shown, significance=significance, title=title
         )
-    if sum(bool((values > 0).any()) for _, values in spectra) > 1:
-        found["emergence"] = partial(emergence_plot, spectra)
+    if sum(bool((values > 0).any()) for _, values in shown_spectra) > 1:
+        found["emergence"] = partial(emergence_plot, shown_spectra, count=len(spectra))
     if blocks is not None and (blocks.frobenius > 0).any():
         found["blocks"] = partial(block_heatmap, blocks)
     if blocks is not None and blocks.mean_heterogeneity is not None:
@@ -100,7 +108,9 @@ def correlation_drawings(
         monitors: The metrics.
     """
     return {
-        f"scatter_{key_part(monitor)}": partial(scatter_plot, rows, statistics, monitor)
+        f"scatter_{key_part(monitor)}": partial(
+            scatter_plot, rows, statistics, monitor, monitors=monitors
+        )
         for monitor in monitors
         if sum(monitor in row and any(x in row for x in statistics) for row in rows) >= MIN_POINTS
     }

@@ -103,7 +103,7 @@ def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float)
         color=colour,
         fontsize="small",
     )
-    text = f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit.ks_distance, fit.critical_value)}"
+    text = f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
     outliers = num_outliers(leading, significance=significance) if len(leading) >= 4 else 0
     if outliers:
         axes.scatter(
@@ -119,7 +119,11 @@ def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float)
 
 
 def eigengap_plot(
-    eigenvalues: ArrayLike, *, significance: float = 0.05, title: str | None = None
+    eigenvalues: ArrayLike,
+    residuals: ArrayLike | None = None,
+    *,
+    significance: float = 0.05,
+    title: str | None = None,
 ) -> Figure:
     """Returns the gaps between neighbours, by original rank and re-sorted, log-log (HPL fig. 2).
 
@@ -128,16 +132,17 @@ def eigengap_plot(
 
     Args:
         eigenvalues: lambda_k, real [K], those that a power law is fitted to.
+        residuals: Their residual bounds [K]: gaps below them are not drawn; see `eigengaps`.
         significance: Level of the verdict.
         title: Of the figure.
 
     Raises:
         ValueError: As `eigengaps`.
     """
-    found = eigengaps(eigenvalues, significance=significance)
+    found = eigengaps(eigenvalues, residuals, significance=significance)
     figure, (left, right) = new_figure(9.0, 3.9, ncols=2, sharey=True)
-    ranks = np.flatnonzero(found.gaps > 0) + 1
-    gaps = found.gaps[found.gaps > 0]
+    ranks = np.flatnonzero(found.fitted) + 1
+    gaps = found.gaps[found.fitted]
     left.scatter(ranks, gaps, s=12, color=COLOURS[0], alpha=0.7)
     logs = np.log(ranks)
     line = np.exp(np.log(gaps).mean() - found.rank_slope * (logs - logs.mean()))
@@ -152,7 +157,7 @@ def eigengap_plot(
     descending, order = np.sort(gaps)[::-1], np.arange(1, len(gaps) + 1)
     right.scatter(order, descending, s=12, color=COLOURS[0], alpha=0.7)
     fit = found.fit
-    label = f"$\\hat s$ = {fit.slope:.2f}, {verdict(fit.ks_distance, fit.critical_value)}"
+    label = f"$\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
     right.plot(order, _line(fit, order), color=COLOURS[1], linewidth=1.2, label=label)
     right.set(xscale="log", xlabel="rank of the gap by size")
     for axes in (left, right):
@@ -202,7 +207,7 @@ def cutoff_plot(
         whole.ks_distance,
         "^",
         color=COLOURS[1],
-        label=f"all: $K$ = {count}, {verdict(whole.ks_distance, whole.critical_value)}",
+        label=f"all: $K$ = {count}, {verdict(whole)}",
     )
     axes.set(xscale="log", xlabel="number of eigenvalues $K$", ylabel="KS distance")
     settled = np.nanmax(distances[ks >= min(5, count)])
@@ -215,8 +220,19 @@ def cutoff_plot(
     return figure
 
 
+def evenly_chosen(
+    spectra: Sequence[tuple[int, FloatArray]],
+) -> Sequence[tuple[int, FloatArray]]:
+    """Returns at most 60 of the spectra, evenly spread, the first and the last among them."""
+    places = np.unique(np.linspace(0, len(spectra) - 1, _MOST_CURVES).round().astype(int))
+    return [spectra[int(i)] for i in places] if len(spectra) else []
+
+
 def emergence_plot(
-    spectra: Sequence[tuple[int, FloatArray]], *, title: str | None = None
+    spectra: Sequence[tuple[int, FloatArray]],
+    *,
+    count: int | None = None,
+    title: str | None = None,
 ) -> Figure:
     """Returns the spectra of all measurements over one another, dark to light (HPL fig. 9 and 10).
 
@@ -224,19 +240,20 @@ def emergence_plot(
 
     Args:
         spectra: Step and eigenvalues, descending, of each measurement, in the order of training.
+        count: How many measurements there are, where ``spectra`` are but some of them.
         title: Of the figure.
 
     Raises:
         ValueError: None has a positive eigenvalue.
     """
-    drawn = [(step, values[values > 0]) for step, values in spectra if (values > 0).any()]
-    if not drawn:
+    chosen = [
+        (step, values[values > 0]) for step, values in evenly_chosen(spectra) if (values > 0).any()
+    ]
+    if not chosen:
         raise ValueError("There is no spectrum with positive eigenvalues to draw.")
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    places = np.unique(np.linspace(0, len(drawn) - 1, _MOST_CURVES).round().astype(int))
-    chosen = [drawn[i] for i in places]
     steps = [step for step, _ in chosen]
     norm = Normalize(min(steps), max(max(steps), min(steps) + 1))
     colours = ListedColormap(shades(256))
@@ -249,8 +266,9 @@ def emergence_plot(
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="optimizer step", shrink=0.9)
     quiet_grid(axes)
     few_ticks(axes)
-    count = f"{len(spectra)} measurement{'s' if len(spectra) > 1 else ''}"
-    axes.set_title(title or f"{count}, dark to light", fontsize="medium")
+    count = len(spectra) if count is None else count
+    told = f"{count} measurement{'s' if count > 1 else ''}"
+    axes.set_title(title or f"{told}, dark to light", fontsize="medium")
     return figure
 
 

@@ -113,7 +113,7 @@ def _draw(
     ranks = np.arange(1, len(values) + 1)
     if len(values) >= 2 and values[0] > values[-1]:
         fit = fit_power_law(values, significance=significance)
-        name += f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit.ks_distance, fit.critical_value)}"
+        name += f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
         line = fit.cutoff * (ranks[-1] / ranks) ** fit.slope
         axes.plot(ranks, line, color=colour, linewidth=1.2, zorder=3)
     axes.scatter(ranks, values, s=14, marker=marker, color=colour, alpha=0.6, label=name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lightning_hessian.results import GradientStructure
 from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.statistics.power_law import fit_power_law
 from lightning_hessian.statistics.subspace import num_outliers
+from lightning_hessian.tracking.scalars import eigengap_scalars, power_law_scalars
 
 CORRELATED = (
     "d_ks",
@@ -49,20 +52,14 @@ def gradient_scalars(
     absent: list[str] = []
     try:
         fit = fit_power_law(leading, significance=significance)
-        scalars |= {
-            "d_ks": fit.ks_distance,
-            "d_c": fit.critical_value,
-            "power_law": float(fit.is_power_law),
-            "p_value": fit.p_value,
-            "beta_hat": fit.exponent,
-            "beta_sigma": fit.exponent_std_error,
-            "s_hat": fit.slope,
-        }
+        scalars |= power_law_scalars(fit)
+        if fit.reason is not None:
+            absent.append(f"power_law is left out: {fit.reason}")
     except ValueError as error:
         absent.append(f"No power law was fitted to the covariance's eigenvalues: {error}")
     try:
-        gaps = eigengaps(leading, significance=significance)
-        scalars |= {"eigengap_d_ks": gaps.fit.ks_distance, "eigengap_s_hat": gaps.fit.slope}
+        rounding = np.full(len(leading), structure.rounding)
+        scalars |= eigengap_scalars(eigengaps(leading, rounding, significance=significance))
     except ValueError as error:
         absent.append(f"No power law was fitted to the covariance's eigengaps: {error}")
     try:

@@ -22,7 +22,8 @@ class History:
 
     def add(self, row: Mapping[str, float]) -> None:
         """Appends a row, which must have the key ``"step"``."""
-        self.rows = [old for old in self.rows if old["step"] < row["step"]]
+        while self.rows and self.rows[-1]["step"] >= row["step"]:
+            self.rows.pop()
         self.rows.append(dict(row))
 
     def series(self, key: str) -> list[float]:

@@ -49,6 +49,8 @@ class Adapter:
         text: ``text(logger, key, value, step)``.
         folder: ``folder(logger)``, where its run keeps files; None if it is not known.
         takes_files: Whether files stand in for what is None above.
+        readable_texts: Whether a report can read the texts back; else a file in ``folder`` holds
+            what it has to know.
     """
 
     define: Callable[[Any, Iterable[str]], None] | None = None
@@ -58,6 +60,7 @@ class Adapter:
         getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
     )
     takes_files: bool = True
+    readable_texts: bool = True
 
 
 def adapter(logger: Any) -> Adapter:
@@ -188,7 +191,9 @@ def _comet_text(logger: Any, key: str, value: str, step: int) -> None:
 
 ADAPTERS: Mapping[str, Adapter] = {
     "WandbLogger": Adapter(_wandb_define, _wandb_pictures, _wandb_text),
-    "TensorBoardLogger": Adapter(pictures=_tensorboard_pictures, text=_tensorboard_text),
+    "TensorBoardLogger": Adapter(
+        pictures=_tensorboard_pictures, text=_tensorboard_text, readable_texts=False
+    ),
     "MLFlowLogger": Adapter(pictures=_mlflow_pictures, text=_mlflow_text),
     "CometLogger": Adapter(pictures=_comet_pictures, text=_comet_text),
     "CSVLogger": Adapter(folder=lambda logger: logger.log_dir),

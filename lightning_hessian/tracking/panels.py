@@ -27,6 +27,25 @@ if TYPE_CHECKING:
 Drawings = Mapping[str, Callable[[], "Figure"]]
 """Figures by name, drawn when they are called for."""
 
+_MOST_KEPT = 1000
+"""Spectra that stay in memory and in checkpoints; the loggers have had all of them."""
+
+
+class _Spectra(Sequence[tuple[int, FloatArray]]):
+    """Step and leading eigenvalues of each measurement, decoded when they are asked for."""
+
+    def __init__(self, codes: Mapping[int, str]) -> None:
+        self._codes = list(codes.items())
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        step, code = self._codes[index]
+        return step, decode_spectrum(code).leading
+
 
 class Panels:
     """Hands figures and spectra to loggers, or writes them to files where these take none.
@@ -54,15 +73,20 @@ class Panels:
         self.seconds = 0.0
         self._codes: dict[int, str] = {}
         self._defined: set[tuple[int, str]] = set()
+        self._identity = ""  # that the loggers know
         self._undrawn: int | None = None  # step of a measurement that no figure shows yet
         self._warned: set[str] = set()
 
     # State -----------------------------------------------------------------------------------
 
     @property
-    def spectra(self) -> list[tuple[int, FloatArray]]:
-        """Step and leading eigenvalues of each measurement, in float32 digits."""
-        return [(step, decode_spectrum(code).leading) for step, code in self._codes.items()]
+    def spectra(self) -> Sequence[tuple[int, FloatArray]]:
+        """Step and leading eigenvalues of each measurement, in float32 digits.
+
+        Of more than 1000, every other one is dropped, the first and the last excepted, so that a
+        long run costs no more memory, and its checkpoints no more room, than a short one.
+        """
+        return _Spectra(self._codes)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the spectra so far, as texts."""
@@ -84,6 +108,40 @@ class Panels:
             self._try(f"defining the keys of {type(logger).__name__}", define, logger, new)
             self._defined.update((id(logger), key) for key in new)
 
+    def add_identity(
+        self, identity: str, log_step: int, loggers: Sequence[Any], folder: Path
+    ) -> None:
+        """Tells the loggers, once, which fit this is, so that its records are known for one run.
+
+        Args:
+            identity: Of the fit.
+            log_step: The step to log with.
+            loggers: Those of the Trainer.
+            folder: Where files go that no logger has a folder for.
+        """
+        if self.every is None or identity == self._identity:
+            return
+        self._identity = identity
+        key = f"identity/{self.prefix}"
+        with self._aside():
+            self.define(loggers, [key])
+            readable = [logger for logger in loggers if adapter(logger).readable_texts]
+            for logger in self._takers(readable, "text"):
+                text = adapter(logger).text
+                assert text is not None
+                what = f"logging the identity of the run to {type(logger).__name__}"
+                self._try(what, text, logger, key, identity, log_step)
+            places = self._folders(loggers, "text", folder)
+            places += [
+                Path(adapter(logger).folder(logger) or folder)
+                for logger in loggers
+                if not adapter(logger).readable_texts
+            ]
+            for place in dict.fromkeys(places):
+                self._try(
+                    "writing the identity of the run", write_text, place, key, identity, log_step
+                )
+
     def add_spectrum(
         self, code: str, step: int, log_step: int, loggers: Sequence[Any], folder: Path
     ) -> None:
@@ -99,8 +157,12 @@ class Panels:
         """
         if self.every is None:
             return
-        self._codes = {old: kept for old, kept in self._codes.items() if old < step}
+        while self._codes and next(reversed(self._codes)) >= step:
+            self._codes.popitem()
         self._codes[step] = code
+        if len(self._codes) > _MOST_KEPT:
+            kept = list(self._codes)[::2]
+            self._codes = {old: self._codes[old] for old in dict.fromkeys([*kept, step])}
         self._undrawn = step
         key = f"spectra/{self.prefix}"
         with self._aside():
@@ -115,7 +177,7 @@ class Panels:
 
     def draw(
         self,
-        drawings: Drawings,
+        drawings: Callable[[], Drawings],
         num_measurements: int,
         log_step: int,
         loggers: Sequence[Any],
@@ -126,7 +188,7 @@ class Panels:
         """Draws what is due and hands it over.
 
         Args:
-            drawings: The figures of the last measurement.
+            drawings: Returns the figures of the last measurement; asked only when they are due.
             num_measurements: How many the run has made, those before a resume among them.
             log_step: The step to log with.
             loggers: Those of the Trainer.
@@ -143,7 +205,8 @@ class Panels:
         step, self._undrawn = self._undrawn, None
         with self._aside():
             pictures = []
-            for name, drawing in drawings.items():
+            found = self._try("preparing figures", drawings) or {}
+            for name, drawing in found.items():
                 key = f"figures/{self.prefix}_{name}"
                 picture = self._try(f"drawing {name}", _picture, key, drawing, step, bool(folders))
                 pictures += [] if picture is None else [picture]

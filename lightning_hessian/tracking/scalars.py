@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_hessian.results import BlockStructure, HessianSpectrum
+from lightning_hessian.results import BlockStructure, Eigengaps, HessianSpectrum, PowerLawFit
 from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.statistics.power_law import fit_power_law
 
@@ -60,23 +60,46 @@ def spectrum_scalars(
         return scalars, absent
     try:
         fit = fit_power_law(leading, significance=significance)
-        scalars |= {
-            "d_ks": fit.ks_distance,
-            "d_c": fit.critical_value,
-            "power_law": float(fit.is_power_law),
-            "p_value": fit.p_value,
-            "beta_hat": fit.exponent,
-            "beta_sigma": fit.exponent_std_error,
-            "s_hat": fit.slope,
-        }
+        scalars |= power_law_scalars(fit)
+        if fit.reason is not None:
+            absent.append(f"power_law is left out: {fit.reason}")
     except ValueError as error:
         absent.append(f"No power law was fitted to the eigenvalues: {error}")
     try:
-        gaps = eigengaps(leading, significance=significance)
-        scalars |= {"eigengap_d_ks": gaps.fit.ks_distance, "eigengap_s_hat": gaps.fit.slope}
+        gaps = eigengaps(leading, spectrum.leading_residuals, significance=significance)
+        scalars |= eigengap_scalars(gaps)
     except ValueError as error:
         absent.append(f"No power law was fitted to the eigengaps: {error}")
     return scalars, absent
+
+
+def power_law_scalars(fit: PowerLawFit) -> dict[str, float]:
+    """Returns the statistics of a power law; without a verdict where values are too few for one.
+
+    Two values have the same distance whatever they are, so that it is no statistic of theirs.
+    """
+    scalars = {
+        "d_ks": fit.ks_distance,
+        "d_c": fit.critical_value,
+        "p_value": fit.p_value,
+        "beta_hat": fit.exponent,
+        "beta_sigma": fit.exponent_std_error,
+        "s_hat": fit.slope,
+    }
+    if fit.is_power_law is not None:
+        scalars["power_law"] = float(fit.is_power_law)
+    if fit.num_values == 2:
+        for name in ("d_ks", "d_c", "p_value"):
+            del scalars[name]
+    return scalars
+
+
+def eigengap_scalars(gaps: Eigengaps) -> dict[str, float]:
+    """Returns the statistics of eigengaps, and how many gaps were left out as rounding, if any."""
+    scalars = {"eigengap_d_ks": gaps.fit.ks_distance, "eigengap_s_hat": gaps.fit.slope}
+    if gaps.num_below_bounds:
+        scalars["eigengap_num_below_bounds"] = float(gaps.num_below_bounds)
+    return scalars
 
 
 def block_scalars(blocks: BlockStructure) -> dict[str, float]:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lightning_hessian.results import PowerLawFit
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's, told apart by colour-blind readers and in grey."""
 
@@ -99,15 +101,20 @@ def shades(count: int) -> list[tuple[float, float, float, float]]:
     return [colormaps["viridis"](0.9 * i / last) for i in range(count)]
 
 
-def verdict(ks_distance: float, critical_value: float) -> str:
-    """Returns d_ks beside d_c and what follows, in words.
+def verdict(fit: PowerLawFit) -> str:
+    """Returns d_ks beside d_c and what follows, in words; nothing follows from too few values.
 
     Example:
-        >>> verdict(0.02, 0.04)
-        '$d_{ks}$ = 0.020 < $d_c$ = 0.040, power law'
+        >>> from lightning_hessian.statistics.power_law import fit_power_law
+        >>> verdict(fit_power_law([16.0, 8.0, 4.0, 2.0, 1.0]))
+        '$d_{ks}$ = 0.232 < $d_c$ = 0.608, too few values to tell'
     """
-    sign, word = ("<", "power law") if ks_distance < critical_value else ("≥", "no power law")
-    return f"$d_{{ks}}$ = {ks_distance:.3f} {sign} $d_c$ = {critical_value:.3f}, {word}"
+    sign = "<" if fit.ks_distance < fit.critical_value else "≥"
+    words = {True: "power law", False: "no power law", None: "too few values to tell"}
+    return (
+        f"$d_{{ks}}$ = {fit.ks_distance:.3f} {sign} $d_c$ = {fit.critical_value:.3f}, "
+        f"{words[fit.is_power_law]}"
+    )
 
 
 def render(figure: Figure, kind: Literal["png", "svg", "pdf"] = "png", dpi: int = DPI) -> bytes:

@@ -188,7 +188,7 @@ def test_heads_of_gpt2_are_columns_of_the_transposed_weight():
 
 def test_heads_of_separate_projections():
     cut = partition(nn.ModuleDict({"attn": SeparateAttention()}), "head")
-    assert cut.sizes == (2 * 9,) * 4 + (9,) * 4 + (9,) * 4
+    assert cut.sizes == (2 * 9,) * 4 + (2 * 9,) * 2 + (2 * 9,) * 2
     assert cut.names[:2] == ("attn.query.0", "attn.query.1")
 
 
@@ -304,12 +304,12 @@ def test_rules_can_be_printed_and_given_back():
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ("neurons", r"blocks='neurons' is unknown.*'?layer'?, neuron"),
+        ("neurons", r"blocks='neurons'.*layer, neuron"),
         ("head", r"blocks='head' finds nothing to cut in Sequential.*mapping"),
         ("embedding", "finds nothing to cut"),
-        (3, "blocks=3 is no partition.*mapping"),
-        ([], "is no partition"),
-        ({}, "cuts none of"),
+        (3, "blocks=3 .*mapping"),
+        ([], r"blocks=\[\].*list of BlockRule"),
+        ({}, "blocks={}.*mapping"),
         ({"a": "5.*"}, r"'5.\*' matches no parameter.*Nearest"),
         ({"a": "0.*", "b": "*.weight"}, r"Blocks 'a' and 'b' overlap in '0.weight'"),
         ({"a": "4.weight[0:1, :, :]"}, r"slice of '4.weight\[0:1, :, :\]' does not fit.*\(2, 12\)"),
@@ -329,7 +329,7 @@ def test_too_many_blocks():
 
 
 def test_a_rule_without_sense():
-    with pytest.raises(ValueError, match="unit below 1"):
+    with pytest.raises(ValueError, match=r"unit=0.*at least 1"):
         BlockRule("*", "x", unit=0)
     with pytest.raises(ValueError, match="2 units for 3 parts"):
         BlockRule("*", "x", unit=(1, 2), parts=("a", "b", "c"))

@@ -232,11 +232,11 @@ def test_semicircle_moments():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: theory.class_ratio_limit(0), "gamma=0; it must be positive"),
+        (lambda: theory.class_ratio_limit(0), "gamma=0 .*positive"),
         (lambda: theory.class_ratio(1.0, 1), "num_classes=1"),
         (lambda: theory.marchenko_pastur(1.0, -1), "ratio=-1"),
         (lambda: theory.semicircle(1.0, 0), "variance=0"),
-        (lambda: theory.linear_mse_hessian([1.0, 2.0], 2), r"inputs has shape \(2,\)"),
+        (lambda: theory.linear_mse_hessian([1.0, 2.0], 2), r"inputs=.*shape is \(2,\)"),
     ],
 )
 def test_misuse(call, message):

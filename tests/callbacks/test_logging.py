@@ -26,11 +26,11 @@ MakeTrainer = Callable[..., Any]
 Row = dict[str, Any]
 
 ALWAYS = {
-    "d_ks", "d_c", "power_law", "p_value", "beta_hat", "beta_sigma", "s_hat", "lambda_1", "trace",
+    "d_ks", "d_c", "p_value", "beta_hat", "beta_sigma", "s_hat", "lambda_1", "trace",
     "trace_std_error", "eigengap_d_ks", "eigengap_s_hat", "num_eigenvalues", "num_converged",
     "num_hvps", "seconds",
 }  # fmt: skip
-SOMETIMES = {"lambda_min", "num_fitted"}
+SOMETIMES = {"lambda_min", "num_fitted", "power_law", "eigengap_num_below_bounds"}
 CORRELATED = ("d_ks", "s_hat", "lambda_1", "trace", "eigengap_d_ks", "eigengap_s_hat")
 EPOCHS = 6
 
@@ -251,7 +251,7 @@ def test_statistics_follow_from_one_another(measured: Any) -> None:
         assert row["beta_sigma"] == pytest.approx((row["beta_hat"] - 1) / np.sqrt(num_fitted))
         assert row["s_hat"] == pytest.approx(1 / (row["beta_hat"] - 1))
         assert row["d_c"] == pytest.approx(1.36 / np.sqrt(num_fitted), rel=1e-3)
-        assert row["power_law"] == float(row["d_ks"] < row["d_c"])
+        assert "power_law" not in row  # eight values are too few for a verdict
 
 
 def test_without_a_logger(make_trainer: MakeTrainer) -> None:

@@ -193,7 +193,7 @@ class Anything:
         ({"--num-eigenvalues": "500"}, "Ask for 1 to 26"),
         ({"--module-arg": "width=7"}, "size mismatch"),
         ({"--module-arg": "depth=7"}, "--module-arg depth: commands.trained:Net takes width"),
-        ({"--protocol": "quickly"}, "protocol='quickly' is unknown"),
+        ({"--protocol": "quickly"}, "--protocol: 'quickly' cannot be used"),
     ],
 )
 def test_a_wrong_argument_ends_in_a_remedy(run, tmp_path, capsys, change, message):

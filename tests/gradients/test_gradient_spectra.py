@@ -475,11 +475,11 @@ def test_the_gradients_there_are_when_time_is_up_are_used(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_gradients": 1, "tests": False}, "num_gradients=1 is too few.*Raise it"),
-        ({"num_gradients": 19}, "num_gradients=19 is too few: tests need 20"),
-        ({"batch_size": 60}, "num_gradients=2 is too few: tests need 20"),
+        ({"num_gradients": 1, "tests": False}, "num_gradients=1.*at least 2"),
+        ({"num_gradients": 19}, "num_gradients=19.*too few: tests need 20"),
+        ({"batch_size": 60}, "num_gradients=2 .*too few: tests need 20"),
         ({"num_eigenvalues": 0}, "num_eigenvalues=0"),
-        ({"preconditioner": "lion"}, "preconditioner='lion' is unknown"),
+        ({"preconditioner": "lion"}, "preconditioner='lion'.*'adam'"),
         ({"clip_norm": 0.0}, "clip_norm=0"),
         ({"mode": "test"}, "mode='test'"),
         ({"max_tested": 0}, "max_tested=0"),

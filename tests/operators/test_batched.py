@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_hessian.operators import batched
 from lightning_hessian.operators.batched import BatchedProducts
+from lightning_hessian.operators.costs import Cost
 from lightning_hessian.operators.hessian import HessianOperator
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -41,17 +42,19 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("engine", ["linearize", "autograd", "recompute", "finite_difference"])
-@pytest.mark.parametrize(("name", "tried"), [(name, True) for name in NETWORKS] + [("mlp", False)])
-def test_products_with_several_vectors_are_those_with_each(name, tried, engine, dtype):
+@pytest.mark.parametrize(("name", "size"), [(name, 4) for name in NETWORKS] + [("mlp", None)])
+def test_products_with_several_vectors_are_those_with_each(name, size, engine, dtype):
+    if (name, engine, dtype) == ("convolution", "finite_difference", torch.float32):
+        pytest.skip("stumbles over the kinks of the pooling layer, and is refused")
     objective, (_, dense) = objective_of(name, dtype), reference(name)
     with objective.isolated():
         operator = HessianOperator(objective, engine)
-        operator._batched = BatchedProducts(objective.space, operator._product_bytes, trial=tried)
+        operator._batched = BatchedProducts(objective.space, operator._product_bytes, size=size)
         vectors = torch.randn(30, operator.size, generator=torch.Generator().manual_seed(1))
         vectors = vectors.to(dtype)
         expected = torch.stack([operator.matvec(vector) for vector in vectors])
         found = operator.matmat(vectors)
-    if not tried:  # as by default on the CPU: to the bit
+    if size is None:  # as by default on the CPU: to the bit
         assert torch.equal(found, expected)
     assert operator.num_products == 60
     assert not found.requires_grad
@@ -62,29 +65,46 @@ def test_products_with_several_vectors_are_those_with_each(name, tried, engine, 
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_retained_graph_can_be_applied_in_one_batch(name, monkeypatch):
-    """Every kind of network, every chunk by vmap: no trial, no fall-back."""
-    monkeypatch.setattr(batched, "_WORTH", float("inf"))  # a larger chunk is always worth it
+def test_a_retained_graph_can_be_applied_in_one_batch(name):
+    """Every kind of network, every chunk by vmap: no fall-back."""
     objective, (_, dense) = objective_of(name), reference(name)
     with objective.isolated():
         operator = HessianOperator(objective, "autograd")
-        operator._batched = BatchedProducts(objective.space, operator._product_bytes, trial=True)
+        operator._batched = BatchedProducts(objective.space, operator._product_bytes, size=16)
         vectors = torch.randn(60, operator.size, dtype=torch.float64)
         found = operator.matmat(vectors)
-    assert (operator._batched.size, operator._batched.settled) == (16, True)
+    assert operator._batched.size == 16
     assert distance(found, vectors @ dense) < 1e-10
 
 
-def test_a_chunk_that_does_not_fit_the_memory_is_not_tried(monkeypatch):
-    monkeypatch.setattr(batched, "_WORTH", float("inf"))
+def undecided(objective: Objective, operator: HessianOperator) -> BatchedProducts:
+    """Returns what chooses a size, as on a device where the loop is not the rule."""
+    products = BatchedProducts(objective.space, operator._product_bytes)
+    products.size = None
+    return products
+
+
+def test_a_chunk_is_as_large_as_the_memory_allows(monkeypatch):
     objective = objective_of("mlp")
     with objective.isolated():
         operator = HessianOperator(objective, "autograd")
-        operator._batched = BatchedProducts(objective.space, operator._product_bytes, trial=True)
-        needed = operator._product_bytes()
-        monkeypatch.setattr(batched, "free_bytes", lambda device: 4 * 5 * needed)
-        operator.matmat(torch.randn(60, operator.size, dtype=torch.float64))
-    assert (operator._batched.size, operator._batched.settled) == (4, True)
+        vectors = torch.randn(60, operator.size, dtype=torch.float64)
+        sizes = []
+        for room in (1e9, 5, 0):
+            monkeypatch.setattr(
+                batched, "free_bytes", lambda _, room=room: 4 * room * operator._product_bytes()
+            )
+            products = undecided(objective, operator)
+            products(operator._products[0], vectors)
+            sizes.append(products.size)
+    assert sizes == [16, 5, 1]
+
+
+def test_products_that_fill_a_device_are_not_batched():
+    """By what they cost, which is counted: the same on every call."""
+    small, large = (Cost(100, flops, 10**5) for flops in (10**6, 10**10))
+    assert (small.vectors_at_once, large.vectors_at_once) == (16, 1)
+    assert Cost(0, 0, 0).vectors_at_once == 16
 
 
 def space_of(size: int) -> ParameterSpace:
@@ -97,10 +117,10 @@ def test_what_cannot_be_batched_is_looped_over():
             raise AssertionError
         return [tangents[0] ** 2]
 
-    products = BatchedProducts(space_of(5), lambda: 1, trial=True)
+    products = BatchedProducts(space_of(5), lambda: 1, size=16)
     vectors = torch.randn(40, 5, dtype=torch.float64)
-    assert torch.equal(products(squares, vectors, trial=True), vectors**2)
-    assert (products.size, products.settled) == (1, True)
+    assert torch.equal(products(squares, vectors), vectors**2)
+    assert products.size == 1
 
 
 def test_a_batched_product_that_differs_is_noticed():
@@ -108,33 +128,18 @@ def test_a_batched_product_that_differs_is_noticed():
         batching = torch._C._functorch.is_batchedtensor(tangents[0])
         return [tangents[0] * (3.0 if batching else 2.0)]
 
-    products = BatchedProducts(space_of(5), lambda: 1, trial=True)
+    products = BatchedProducts(space_of(5), lambda: 1, size=16)
     vectors = torch.randn(40, 5, dtype=torch.float64)
-    assert torch.equal(products(wrong, vectors, trial=True), 2 * vectors)
-    assert (products.size, products.settled) == (1, True)
-
-
-@pytest.mark.parametrize(
-    ("speed_of_4", "speed_of_16", "size"), [(0.5, 1.0, 1), (2.0, 1.5, 4), (2.0, 4.0, 16)]
-)
-def test_the_fastest_chunk_is_kept(monkeypatch, speed_of_4, speed_of_16, size):
-    """The clock is given; the choice must follow it."""
-    speed = {1: 1.0, 4: speed_of_4, 16: speed_of_16}
-    products = BatchedProducts(space_of(3), lambda: 1, trial=True)
-    for tried in (1, 1, 4, 4, 16, 16):
-        if not products.settled:
-            assert products._candidate() == tried
-            products._note(tried, 1 / speed[tried])
-    products._candidate()
-    assert (products.size, products.settled) == (size, True)
+    assert torch.equal(products(wrong, vectors), 2 * vectors)
+    assert products.size == 1
 
 
 @pytest.mark.parametrize("counts", [[1] * 7, [3, 1, 9], [50], [2, 2, 2, 40, 1]])
 def test_no_product_is_lost_or_swapped(counts):
-    products = BatchedProducts(space_of(4), lambda: 1, trial=True)
+    products = BatchedProducts(space_of(4), lambda: 1, size=16)
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     for count, seed in zip(counts, itertools.count()):
         generator = torch.Generator().manual_seed(seed)
         vectors = torch.randn(count, 4, dtype=torch.float64, generator=generator)
-        found = products(lambda t: [t[0] * weights], vectors, trial=True)
+        found = products(lambda t: [t[0] * weights], vectors)
         assert torch.equal(found, vectors * weights)

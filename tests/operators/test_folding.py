@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hessian.operators import convolutions, linear_graph
 from lightning_hessian.operators.folding import batchable, fold
 from lightning_hessian.operators.tracing import trace
 
@@ -142,17 +141,6 @@ def test_a_constant_that_is_written_over_is_made_anew():
     assert_same(function, product, (5, 5))
 
 
-def with_favourite(monkeypatch, favourite: str) -> None:
-    """Whatever the clock says, this form is the fastest, and what stands there the second."""
-
-    def seconds(work: Callable[[], Tensor]) -> float:
-        work()
-        name = getattr(getattr(work, "func", None), "__name__", "old")
-        return {favourite: 1.0, "old": 2.0}.get(name, 3.0)
-
-    monkeypatch.setattr(convolutions, "_seconds", seconds)
-
-
 def convolved(bias: bool, stride: int):
     """A convolution of constant images and its gradient by the weights, and shapes of inputs."""
     images = torch.randn(6, 2, 9, 8, dtype=torch.float64)
@@ -174,22 +162,12 @@ def convolved(bias: bool, stride: int):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("favourite", ["_convolved", "_by_patches", "_with_channels_last"])
-def test_convolutions_take_the_fastest_form(monkeypatch, bias, stride, favourite):
+def test_convolutions_of_constant_images(bias, stride):
     function, shapes = convolved(bias, stride)
-    with_favourite(monkeypatch, favourite)
-    product, operations = folded(function, *shapes)
-    assert favourite in operations
-    assert len(list(product.buffers())) == 2  # the images, and what one of both sees of them
-    assert_same(function, product, *shapes)
-
-
-def test_what_is_fast_stays(monkeypatch):
-    function, shapes = convolved(bias=True, stride=1)
-    with_favourite(monkeypatch, "none")
     product, operations = folded(function, *shapes)
     assert operations == ["convolution.default", "convolution_backward.default", "getitem"]
-    assert len(list(product.buffers())) == 1  # nothing is left of what was tried
+    assert len(list(product.buffers())) == 1  # the images
+    assert_same(function, product, *shapes)
 
 
 def pooled(stride: int):
@@ -215,14 +193,10 @@ def pooled(stride: int):
     return function, ((3, 2, 3, 3), (3,), tuple(values.shape))
 
 
-@pytest.mark.parametrize("favourite", ["_convolved_selected", "_by_selected", "none"])
-def test_pooling_by_maxima_touches_what_was_selected(monkeypatch, favourite):
-    function, shapes = pooled(stride=2)
-    with_favourite(monkeypatch, favourite)
-    product, operations = folded(function, *shapes)
-    assert (favourite in operations) == (favourite != "none")
-    assert "max_pool2d_with_indices_backward.default" not in operations
-    assert ("scattered" in operations) == (favourite != "_by_selected")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pooling_by_maxima(stride):
+    function, shapes = pooled(stride)
+    product, _ = folded(function, *shapes)
     assert_same(function, product, *shapes)  # what is kept from one call does no harm in the next
     several = [torch.randn(4, *shape, dtype=torch.float64) for shape in shapes]
     for found, expected in zip(
@@ -231,35 +205,68 @@ def test_pooling_by_maxima_touches_what_was_selected(monkeypatch, favourite):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_windows_that_overlap_are_added_up(monkeypatch):
-    function, shapes = pooled(stride=1)
-    with_favourite(monkeypatch, "none")
-    product, operations = folded(function, *shapes)
-    assert "max_pool2d_with_indices_backward.default" in operations
-    assert_same(function, product, *shapes)
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda y: y.unsafe_chunk(2, 1),
+        lambda y: y.unsafe_split(3, 1),
+        lambda y: y.unsafe_split_with_sizes([3, 2], 1),
+        lambda y: y.split(3, 1),
+        lambda y: y.unbind(1),
+    ],
+)
+def test_what_is_written_into_a_part_of_a_constant_is_made_anew(split):
+    """As the cells of recurrent networks write their activations into the parts of a product."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        parts = split(A @ B)
+        parts[0].sigmoid_()
+        parts[1].tanh_().mul_(2)
+        return [parts[0].sum() * x + parts[1].sum()]
+
+    product, _ = folded(function, (5, 5))
+    assert_same(function, product, (5, 5))
 
 
-def test_a_pooled_gradient_that_is_written_to_is_not_kept():
-    values = torch.randn(5, 3, 7, 6, dtype=torch.float64).relu()
-    at = nn.functional.max_pool2d(values, 2, return_indices=True)[1]
+def test_a_constant_that_is_written_to_is_read_as_it_was_at_that_moment():
+    kept = C.clone()
 
-    def writing(gradient: Tensor) -> list[Tensor]:
-        back = aten.max_pool2d_with_indices_backward(
-            gradient, values, [2, 2], [2, 2], [0, 0], [1, 1], False, at
-        )
-        back.view(5, 3, -1).add_(1.0)
-        return [back * 2]
+    def function(x: Tensor) -> list[Tensor]:
+        attention = A @ B
+        before = x * attention
+        attention.add_(kept)  # as masks are added to the scores of attention
+        between = x * attention[1:].sum()
+        attention[0].mul_(2)
+        attention.t()[1].copy_(kept[0])
+        after = x @ attention.softmax(1)
+        return [before, between, after, attention + x, attention]
 
-    product, operations = folded(writing, tuple(at.shape))
-    assert "scattered" not in operations
-    assert_same(writing, product, tuple(at.shape))
+    product, operations = folded(function, (5, 5))
+    assert not {"add_.Tensor", "copy_.default", "_softmax.default"} & set(operations)
+    assert_same(function, product, (5, 5))
+    assert torch.equal(kept, C)
 
 
-def test_constants_made_of_others_have_a_limit(monkeypatch):
-    function, shapes = pooled(stride=2)
-    with_favourite(monkeypatch, "_by_selected")
-    monkeypatch.setattr(linear_graph, "_LEAST_ROOM", 0)
-    monkeypatch.setattr(linear_graph, "_ROOM_TO_CONSTANTS", 0)
-    product, operations = folded(function, *shapes)
-    assert "_by_selected" not in operations
-    assert_same(function, product, *shapes)
+def test_constants_from_outside_and_inputs_are_not_written_to():
+    outside = A.clone()
+
+    def function(x: Tensor) -> list[Tensor]:
+        y = x * 1
+        outside_copy = outside.view(25)
+        outside_copy = outside_copy.clone()
+        outside_copy[:5].add_(1)
+        y[0].copy_(outside_copy[:5])
+        z = torch.zeros(5, 5, dtype=x.dtype)
+        z[1].copy_(y[1])  # what depends on the input makes all that lies there depend on it
+        return [y, z + outside, z.t() @ outside]
+
+    product, _ = folded(function, (5, 5))
+    assert_same(function, product, (5, 5))
+    assert torch.equal(outside, A)
+
+
+def test_what_is_drawn_is_drawn_anew():
+    product, operations = folded(lambda x: [x * torch.rand(5, 5, dtype=x.dtype)], (5, 5))
+    assert "rand.default" in operations
+    x = torch.ones(5, 5, dtype=torch.float64)
+    assert not torch.equal(product(x)[0], product(x)[0])

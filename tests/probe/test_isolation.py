@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hessian.measure import hessian_spectrum
-from lightning_hessian.probe.isolation import isolated, muted, untouched
+from lightning_hessian.probe.held import untouched
+from lightning_hessian.probe.isolation import isolated, muted
 
 ENGINES = ("auto", "linearize", "autograd", "recompute")
 

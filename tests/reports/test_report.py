@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import json
 import math
 from html.parser import HTMLParser
@@ -177,9 +176,9 @@ def test_two_series_that_do_move_together():
     loss = np.linspace(3, 1, 60) + 0.2 * rng.normal(size=60)
     run = record("run", val_loss=loss, hessian__d_ks=loss + 0.05 * rng.normal(size=60))
     (pair,) = correlation_report(RunTable((run,))).within
-    from lightning_hessian.reports.verdicts import verdict_within
+    from lightning_hessian.reports.verdicts import judged
 
-    words = verdict_within(pair, 1)
+    words = judged(pair).sentence
     assert words.startswith("From one measurement to the next they move together, as they do over")
 
 
@@ -229,9 +228,9 @@ def test_keys_that_no_run_has(table):
         ({"statistics": ["hessian/dks"]}, "'hessian/dks'.*nearest: hessian/d_ks"),
         ({"statistics": ["val_loss"]}, "is a monitor already"),
         ({"group": "optimiser"}, "'optimiser'.*in its config; nearest: optimizer"),
-        ({"at": "first"}, "neither 'last' nor 'best' nor a step"),
-        ({"mode": "maximum", "at": "best"}, "neither 'min' nor 'max'"),
-        ({"monitor": []}, "No monitor was named"),
+        ({"at": "first"}, "at='first'.*'last', 'best', or a step"),
+        ({"mode": "maximum", "at": "best"}, "mode='maximum'.*'min', 'max'"),
+        ({"monitor": []}, r"monitor=\[\].*logged metric"),
     ]:
         with pytest.raises(ValueError, match=words):
             correlation_report(table, **arguments)
@@ -316,9 +315,7 @@ def test_a_name_cannot_become_markup(tmp_path):
     rendered = rendered_markdown(tmp_path / "report.md")
     assert "<script" not in rendered
     assert "<b>" not in rendered
-    assert (
-        f"<td>{html.escape(name, quote=False)} 4</td>".replace("`c`", "<code>c</code>") in rendered
-    )
+    assert f"{name} 4" in Page(rendered).cells
 
 
 def rendered_markdown(path) -> str:
@@ -387,10 +384,13 @@ def test_the_command(logs, tmp_path, capsys):
         (["LOGS", "--monitor", "val_los"], "nearest: val_loss"),
         (["LOGS", "--statistic", "hesian/*"], "nearest: hessian/"),
         (["LOGS", "--group", "learning"], "in its config; nearest: lr"),
-        (["LOGS", "--at", "first"], "--at first: give last, best, or a step"),
+        (
+            ["LOGS", "--at", "first"],
+            "argument --at: 'first' cannot be used. Give 'last', 'best', or a step",
+        ),
         (["LOGS", "--filter", "oops"], "--filter oops: write KEY=VALUE"),
-        (["LOGS", "--workers", "0"], "--workers 0: at least one"),
-        (["LOGS", "--publish", "me"], "--publish me: give ENTITY/PROJECT"),
+        (["LOGS", "--workers", "0"], "--workers: '0' cannot be used. Give a whole number from 1"),
+        (["LOGS", "--publish", "me"], "--publish: 'me' is not ENTITY/PROJECT"),
     ],
 )
 def test_errors_name_the_remedy(arguments, words, logs, tmp_path, capsys):
@@ -409,3 +409,83 @@ def test_help_names_every_kind_of_run(capsys):
     text = capsys.readouterr().out
     for word in ("W&B path", "offline", "CSVLogger", "TensorBoard", "examples:", "--publish"):
         assert word in text
+
+
+def with_gap(seed: int, count: int = 40) -> RunRecord:
+    """A run whose block ratio goes with the gap, d_ks with the loss, and trace with neither."""
+    rng = np.random.default_rng(seed)
+    loss = np.linspace(3, 1, count) + 0.2 * rng.normal(size=count)
+    gap = np.linspace(0.1, 0.6, count) + 0.2 * rng.normal(size=count)
+    return record(
+        f"run{seed}",
+        val_loss=loss,
+        hessian__gap=gap,
+        hessian__loss=loss - gap,
+        hessian__d_ks=loss + 0.02 * rng.normal(size=count),
+        hessian__block_off_diagonal_ratio=gap + 0.02 * rng.normal(size=count),
+        hessian__trace=np.linspace(3, 1, count) + 0.2 * rng.normal(size=count),
+    )
+
+
+EXPECTED = {
+    "hessian/d_ks": "the metric alone: mostly training that goes on may make it",
+    "hessian/block_off_diagonal_ratio": "the generalization gap alone",
+    "hessian/trace": "neither",
+    "hessian/loss": "both",
+}
+
+
+def test_the_gap_is_monitored_beside_the_loss_where_it_was_logged(tmp_path):
+    table = RunTable((with_gap(0),))
+    report = correlation_report(table)
+    assert report.monitors == ("val_loss", "hessian/gap")
+    assert set(report.statistics) == set(EXPECTED)
+    assert correlation_report(table, monitor="gap").monitors == ("hessian/gap",)
+    assert correlation_report(table, monitor="val_loss").monitors == ("val_loss",)
+    for pair in report.within:
+        run = table.runs[0]
+        expected = stats.pearsonr(run.series(pair.statistic), run.series(pair.monitor))[0]
+        assert pair.r == pytest.approx(expected)
+        assert pair.num_tests == 8
+    bare = RunTable((record("run", val_loss=[3, 1, 2, 5, 4], hessian__d_ks=[1, 2, 1, 3, 2]),))
+    assert correlation_report(bare).monitors == ("val_loss",)
+    with pytest.raises(ValueError, match="'hessian/gap'"):
+        correlation_report(bare, monitor="gap")
+    own = record("own", gap=[3, 1, 2, 5, 4], hessian__d_ks=[1, 2, 1, 3, 2])
+    assert correlation_report(RunTable((own,)), monitor="gap").monitors == ("gap",)
+
+
+def test_the_report_says_which_of_the_two_a_statistic_goes_with(tmp_path):
+    correlation_report(RunTable((with_gap(0),))).write(tmp_path)
+    found = json.loads((tmp_path / "correlations.json").read_text())["goes_with"]
+    assert {one["statistic"]: one["sentence"] for one in found} == EXPECTED
+    text = (tmp_path / "report.md").read_text()
+    assert "## Test loss or generalization?" in text
+    for statistic, sentence in EXPECTED.items():
+        (line,) = [
+            line for line in text.splitlines() if line.startswith(f"| `{statistic}` | val\\_loss: ")
+        ]
+        assert line.endswith(f"| {sentence[0].upper()}{sentence[1:]}. |")
+
+
+def test_many_runs_say_it_across_and_within(tmp_path):
+    report = correlation_report(RunTable(tuple(map(with_gap, range(12)))), workers=1)
+    report.write(tmp_path)
+    found = json.loads((tmp_path / "correlations.json").read_text())["goes_with"]
+    said = {
+        scope: {one["statistic"]: one["sentence"] for one in found if one["scope"] == scope}
+        for scope in ("across", "over")
+    }
+    for statistic in ("hessian/d_ks", "hessian/block_off_diagonal_ratio", "hessian/trace"):
+        assert said["over"][statistic] == EXPECTED[statistic]
+    sure = {(p.statistic, p.monitor) for p in report.across if p.holm < 0.05}
+    assert ("hessian/block_off_diagonal_ratio", "hessian/gap") in sure
+    for statistic, sentence in said["across"].items():
+        both = [(statistic, monitor) in sure for monitor in ("val_loss", "hessian/gap")]
+        begins = {
+            (True, True): "both",
+            (True, False): "the metric alone",
+            (False, True): "the generalization gap alone",
+            (False, False): "neither",
+        }
+        assert sentence.startswith(begins[tuple(both)])

@@ -192,10 +192,10 @@ def test_a_disk_that_is_too_small_is_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tier": "tape"}, "'tape' is unknown"),
-        ({"tier": "cpu:0"}, "'cpu:0' is unknown"),
+        ({"tier": "tape"}, "basis_storage='tape'.*'disk'"),
+        ({"tier": "cpu:0"}, "basis_storage='cpu:0'.*'cpu'"),
         ({"tier": "disk:/no/such/folder"}, "no folder '/no/such/folder'"),
-        ({"dtype": "float16"}, "'float16' is unknown"),
+        ({"dtype": "float16"}, "basis_dtype='float16'.*'bfloat16'"),
         ({"memory": 0}, "bytes above 0"),
         ({"memory": float("nan")}, "bytes above 0"),
     ],

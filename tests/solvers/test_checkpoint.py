@@ -196,10 +196,52 @@ def test_a_write_that_fails_leaves_the_file_of_before(interrupted, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoints.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.warns(UserWarning, match=r"could not be written .*No space"):
         lanczos(
             MatrixOperator(matrix_of(SPECTRUM)), 10, checkpoint=interrupted,
             **(OPTIONS | {"max_products": 60}),
         )  # fmt: skip
     assert interrupted.read_bytes() == before
     assert [path.name for path in interrupted.parent.iterdir()] == ["run"]
+
+
+class Named(MatrixOperator):
+    """An operator whose products were made by some engine, with its rounding."""
+
+    def __init__(self, matrix, engine):
+        super().__init__(matrix)
+        self.engine = engine
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "remedy"),
+    [
+        ("linearize", "autograd", "hvp='linearize'"),
+        ("autograd+recompute", "finite_difference", "hvp='autograd'"),
+        ("linearize+autograd", "linearize", "delete it"),
+        ("autograd", "autograd+recompute", None),
+        ("recompute", "autograd", None),
+    ],
+)
+def test_a_run_goes_on_with_engines_of_the_same_digits_only(tmp_path, before, now, remedy):
+    matrix, file = matrix_of(SPECTRUM, torch.float64), tmp_path / "run"
+    lanczos(Named(matrix, before), 10, checkpoint=file, **OPTIONS | {"max_products": 20})
+    if remedy is None:
+        assert lanczos(Named(matrix, now), 10, checkpoint=file, **OPTIONS).stopped == "converged"
+        return
+    with pytest.raises(ValueError, match=rf"engine.*{now}.*{remedy}"):
+        lanczos(Named(matrix, now), 10, checkpoint=file, **OPTIONS)
+
+
+def test_a_file_that_names_no_engine_goes_on(tmp_path, monkeypatch):
+    matrix, file = matrix_of(SPECTRUM, torch.float64), tmp_path / "run"
+    identity = checkpoints.identity
+    with monkeypatch.context() as older:
+        older.setattr(
+            checkpoints,
+            "identity",
+            lambda run: {k: v for k, v in identity(run).items() if k != "engine"},
+        )
+        lanczos(Named(matrix, "autograd"), 10, checkpoint=file, **OPTIONS | {"max_products": 20})
+    found = lanczos(Named(matrix, "linearize"), 10, checkpoint=file, **OPTIONS)
+    assert found.stopped == "converged"

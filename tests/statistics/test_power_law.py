@@ -14,6 +14,7 @@ from scipy import stats
 
 from lightning_hessian.statistics import power_law
 from lightning_hessian.statistics.power_law import (
+    LEAST_FOR_VERDICT,
     critical_value,
     exponent_std_error,
     fit_power_law,
@@ -84,7 +85,8 @@ class TestAgainstOthers:
     def test_verdict_is_the_comparison(self, values):
         fit = fit_power_law(values)
         assert fit.critical_value == critical_value(len(values), 0.05)
-        assert fit.is_power_law == (fit.ks_distance < fit.critical_value)
+        expected = fit.ks_distance < fit.critical_value
+        assert fit.is_power_law == (expected if len(values) >= LEAST_FOR_VERDICT else None)
 
     def test_scale_and_order_do_not_matter(self, values):
         fit = fit_power_law(values)
@@ -155,14 +157,14 @@ def test_extreme_ranges():
         ([-1.0, 0.0, -3.0], {}, r"none of the 3 values is positive.*check the sign"),
         ([-1.0, 0.0, 2.0], {}, r"only 1 of the 3 values is positive.*compute more"),
         ([3.0, 2.0, 1.0, -1.0], {"k": 4}, r"k=4 .* only 3 of the 4 are positive; lower k"),
-        ([3.0, 2.0, 1.0], {"k": 1}, r"k=1: .*at least 2 values; raise k"),
-        ([3.0, 2.0, 1.0], {"k": 0}, r"k=0: "),
-        ([3.0, 2.0, 1.0], {"k": -2}, r"k=-2: "),
+        ([3.0, 2.0, 1.0], {"k": 1}, r"k=1 .*at least 2 values"),
+        ([3.0, 2.0, 1.0], {"k": 0}, r"k=0 "),
+        ([3.0, 2.0, 1.0], {"k": -2}, r"k=-2 "),
         ([5.0, 5.0, 5.0], {}, r"the 3 values to fit are all equal to 5.*larger k"),
         ([5.0, 5.0, 1.0], {"k": 2}, r"the 2 values to fit are all equal to 5"),
         ([1.0, np.nan, 2.0, np.inf], {}, r"2 of the 4 values are NaN or infinite.*leave them out"),
         ([1.0, 2.0, -np.inf], {}, r"1 of the 3 values are NaN or infinite"),
-        ([3.0, 2.0, 1.0], {"significance": 0.0}, r"significance=0.0 is not strictly between"),
+        ([3.0, 2.0, 1.0], {"significance": 0.0}, r"significance=0.0.*not strictly between"),
         ([3.0, 2.0, 1.0], {"significance": 1.0}, r"significance=1.0"),
         ([3.0, 2.0, 1.0], {"significance": 5}, r"significance=5"),
         ([3.0, 2.0, 1.0], {"significance": math.nan}, r"significance=nan"),
@@ -175,7 +177,7 @@ def test_errors_name_cause_and_remedy(values, options, message):
 
 
 def test_k_must_be_an_integer():
-    with pytest.raises(TypeError, match="float"):
+    with pytest.raises(TypeError, match=r"k=2\.5.*whole number"):
         fit_power_law([3.0, 2.0, 1.0], k=2.5)
 
 
@@ -255,7 +257,7 @@ class TestPValue:
         assert stats.kstest(p_values, "uniform").pvalue > 0.01
         assert stats.binomtest(int((p_values <= 0.05).sum()), 500, 0.05).pvalue > 0.01
         # The paper's critical value is that of a known exponent: it should reject 5 %, too.
-        assert sum(not fit.is_power_law for fit in fits) < 0.02 * len(fits)
+        assert sum(fit.ks_distance >= fit.critical_value for fit in fits) < 0.02 * len(fits)
 
     @pytest.mark.parametrize("size", [50, 1000])
     def test_is_uniform_when_the_largest_of_many_are_fitted(self, size):

@@ -1,0 +1,52 @@
+"""The rules of the callbacks' arguments: those of the measurements, and when to make them."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, time_limit
+from lightning_hessian.measure_arguments import RULES
+from lightning_hessian.probe.arguments import probe_data
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import (
+    Rule,
+    flag,
+    function_of,
+    monitor_names,
+    one_of,
+    optional,
+    whole_number,
+)
+
+
+def schedule(name: str, value: Any) -> Schedule:
+    """The rule of ``every_n_validations``: a number from 1 on, or a schedule object."""
+    if isinstance(value, numbers.Integral):
+        return EveryNValidations(value)  # type: ignore[arg-type]
+    if isinstance(value, type) or not isinstance(value, Schedule):
+        raise ArgumentError(
+            name,
+            value,
+            "Give a whole number of at least 1, or a schedule: an object with is_due(validation, "
+            "step, last_step).",
+        )
+    function_of("validation", "step", "last_step", returns="bool")("is_due", value.is_due)
+    return value
+
+
+CALLBACK_RULES: dict[str, Rule] = {
+    **RULES,
+    "monitor": monitor_names,
+    "every_n_validations": schedule,
+    "data": probe_data,
+    "num_batches": whole_number(least=1, most=10**9),
+    "layers": optional(RULES["layers"], "for no layers"),
+    "blocks": optional(RULES["blocks"], "for no block statistics"),
+    "time_budget": time_limit,
+    "during_validate": flag,
+    "on_error": one_of("warn", "raise"),
+    "figures": optional(whole_number(least=1), "for no figures"),
+    "progress": flag,
+}
+"""By the name of the argument, for every callback."""

@@ -1,0 +1,504 @@
+"""What a module holds: copied for an evaluation to write to, and put back after a measurement."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+INTERNAL = frozenset(vars(nn.Module()))
+"""Attributes that torch keeps in every module: registries, hooks, the mode."""
+
+_REGISTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+_FOREIGN = (
+    sys.stdlib_module_names - {"argparse", "collections", "types"}
+    | {"lightning", "lightning_hessian", "numpy", "pytorch_lightning", "torch", "wandb"}
+)  # fmt: skip
+_NOT_WRITTEN_TO = ("lightning.", "pytorch_lightning.", "torch.optim.", "torch.utils.data.")
+"""Where classes come from whose objects no forward pass writes to: they may hold all the data."""
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_DEEPEST = 12
+_MOST_VISITED = 100_000
+"""Objects within a module's attributes beyond which the walk ends: no model holds so many."""
+
+
+def is_own(value: Any) -> bool:
+    """Return whether a value is an object of the user's own, such as a meter."""
+    if isinstance(value, (nn.Module, type, types.ModuleType, *_FUNCTIONS)):
+        return False
+    if type(value).__module__.partition(".")[0] in _FOREIGN:
+        return False
+    if any(f"{kind.__module__}.".startswith(_NOT_WRITTEN_TO) for kind in type(value).__mro__):
+        return False
+    return hasattr(value, "__dict__") or bool(_slots(value))
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    """Return what an object holds in slots, by name."""
+    names = itertools.chain.from_iterable(
+        (slots,) if isinstance(slots, str) else slots
+        for kind in type(value).__mro__
+        if (slots := vars(kind).get("__slots__"))
+    )
+    wanted = [name for name in names if name not in ("__dict__", "__weakref__")]
+    return {name: getattr(value, name) for name in wanted if hasattr(value, name)}
+
+
+class Copier:
+    """Copies what an evaluation might write to; what is held twice is copied once.
+
+    Tensors keep their values only, not the graph they came from. Modules, functions and the
+    objects of libraries are passed on as they are.
+
+    Args:
+        given: What stands for a tensor, by the ``id`` of the tensor: an attribute that holds a
+            parameter, perhaps in a list, must see the one that the loss is a function of.
+        parameters: Whether parameters that nothing stands for are copied too.
+        flags: Whether copies of tensors that require grad do so too. What is computed again must
+            save as many tensors for its backward pass as at first.
+    """
+
+    def __init__(
+        self,
+        given: dict[int, Any] | None = None,
+        *,
+        parameters: bool = False,
+        flags: bool = False,
+    ) -> None:
+        self._flags = flags
+        self._copies: dict[int, tuple[Any, Any]] = {}
+        self._given = given or {}
+        self._parameters = parameters
+
+    def __call__(self, value: Any, depth: int = _DEEPEST) -> Any:
+        """Return a copy of a value, with copies of what it holds down to a depth."""
+        if id(value) in self._given:
+            return self._given[id(value)]
+        if id(value) in self._copies:
+            return self._copies[id(value)][1]
+        if depth == 0 or isinstance(value, (str, bytes, int, float, type(None))):
+            return value
+        return self._made(value, depth - 1)
+
+    def _noted(self, value: Any, made: Any) -> Any:
+        self._copies[id(value)] = (value, made)  # the value is kept, so that its id stays its own
+        return made
+
+    def _made(self, value: Any, depth: int) -> Any:
+        if isinstance(value, Tensor):
+            return self._noted(value, self._tensor(value))
+        if isinstance(value, np.ndarray):
+            return self._noted(value, value.copy())
+        if isinstance(value, _GENERATORS):
+            return self._noted(value, _generator_copied(value))
+        if isinstance(value, tuple):
+            entries = [self(entry, depth) for entry in value]
+            if all(map(_is_same, entries, value)):
+                return value
+            kind: Any = type(value)
+            made = kind(*entries) if hasattr(kind, "_fields") else kind(entries)
+            return self._noted(value, made)
+        if isinstance(value, (list, dict, set, deque)) or is_own(value):
+            return self._container(value, depth)
+        return value
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        if isinstance(value, nn.Parameter) and not self._parameters:
+            return value
+        made = value.detach().clone()
+        return made.requires_grad_() if self._flags and value.requires_grad else made
+
+    def _container(self, value: Any, depth: int) -> Any:
+        try:
+            made = self._noted(value, copy.copy(value))
+        except (TypeError, AttributeError, NotImplementedError, copy.Error):
+            return self._noted(value, value)  # what cannot be copied: `Snapshot` puts it back
+        if made is value:  # a class may say that its objects are not copied
+            return value
+        if isinstance(made, dict):
+            for key, entry in list(made.items()):
+                made[key] = self(entry, depth)
+        elif isinstance(made, (list, deque)):
+            for i, entry in enumerate(list(made)):
+                made[i] = self(entry, depth)
+        elif not isinstance(made, set):
+            for name, entry in _slots(made).items():
+                object.__setattr__(made, name, self(entry, depth))
+        if hasattr(made, "__dict__"):
+            attributes = vars(made)
+            attributes.update({name: self(part, depth) for name, part in attributes.items()})
+        return made
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    return first is second
+
+
+def _generator_copied(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        made = torch.Generator(generator.device)
+        made.set_state(generator.get_state())
+        return made
+    return copy.deepcopy(generator)
+
+
+class ModuleState:
+    """What the parts of a module hold at a moment, to be put in place again later for a while.
+
+    Args:
+        parts: The modules.
+        given: Tensors that are referred to and not copied, by their ``id``.
+        parameters: Whether parameters are copied too.
+        earlier: The same at an earlier moment; buffers with the same digits are held only once.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        *,
+        given: dict[int, Any] | None = None,
+        parameters: bool = False,
+        earlier: ModuleState | None = None,
+    ) -> None:
+        self._given, self._parameters = given, parameters
+        copied = Copier(given, parameters=parameters, flags=True)
+        self._parts: list[tuple[nn.Module, dict[str, Any]]] = []
+        for i, part in enumerate(parts):
+            before = {} if earlier is None else earlier._parts[i][1]["_buffers"]
+            buffers = part._buffers.items()
+            kept = {id(b): before[n] for n, b in buffers if n in before and _alike(before[n], b)}
+            self._parts.append((part, self._of(vars(part), copied, kept)))
+
+    def _of(
+        self, held: dict[str, Any], copied: Copier, kept: dict[int, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return the attributes of a part, its registries as new dictionaries."""
+        state = {name: value if name in INTERNAL else copied(value) for name, value in held.items()}
+        for name in _REGISTRIES:
+            state[name] = copy.copy(held[name])
+        for name, buffer in held["_buffers"].items():
+            found = (kept or {}).get(id(buffer))
+            state["_buffers"][name] = copied(buffer) if found is None else found
+        if self._parameters:
+            parts = {name: copied(part) for name, part in held["_parameters"].items()}
+            state["_parameters"].update(parts)
+        return state
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """A block in which the module holds a copy of this; afterwards it is as it was before."""
+        copied = Copier(self._given, parameters=self._parameters, flags=True)
+        with kept([part for part, _ in self._parts]):
+            for part, state in self._parts:
+                _put(vars(part), self._of(state, copied))
+            yield
+
+
+def _alike(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    return _has_digits(first) and _has_digits(second) and _equal(first, second)
+
+
+@contextmanager
+def kept(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """A block after which modules hold the same objects as before, whatever is in these."""
+    before = [(part, _shallow(vars(part))) for part in parts]
+    try:
+        yield
+    finally:
+        for part, state in before:
+            _put(vars(part), state)
+
+
+def _shallow(held: dict[str, Any]) -> dict[str, Any]:
+    """Return what a module holds, with copies of the registries but not of what is in them."""
+    return held | {name: copy.copy(held[name]) for name in _REGISTRIES}
+
+
+def _put(held: dict[str, Any], state: dict[str, Any]) -> None:
+    """Make a module hold a state; its registries stay the same dictionaries, with other entries."""
+    registries = {name: held[name] for name in _REGISTRIES}
+    held.clear()
+    held.update(state)
+    for name, entries in registries.items():
+        held[name] = entries
+        if entries is not state[name]:
+            entries.clear()
+            entries.update(state[name])
+
+
+@contextmanager
+def untouched(
+    module: nn.Module,
+    *,
+    hidden: Sequence[nn.Module] = (),
+    given: dict[int, Any] | None = None,
+    parameters: bool = False,
+) -> Iterator[None]:
+    """A block after which every attribute of ``module`` and its submodules is as before.
+
+    A ``training_step`` may append to lists, update metrics and set buffers. Inside the block it
+    does so to copies: of tensors, of arrays, of random generators, and of containers and objects
+    of the user's own with what they hold of these. What it registers is taken out again. In-place
+    changes of the module's registered parameters and buffers are not covered: pass in copies of
+    them (`torch.func.functional_call`).
+
+    Args:
+        module: The module.
+        hidden: Modules that it holds without having them registered (`Snapshot.hidden`), whose
+            buffers are copied too.
+        given: What stands for a parameter that an attribute holds, see `Copier`.
+        parameters: Whether the parameters of hidden modules are copied too.
+    """
+    copied = Copier(given, parameters=parameters)
+    parts = [*module.modules(), *hidden]
+    with kept(parts):
+        for part in parts:
+            for name, value in list(vars(part).items()):
+                if name not in INTERNAL:
+                    vars(part)[name] = copied(value)
+        for part in hidden:
+            for registry in (part._buffers, part._parameters):
+                registry.update({name: copied(value) for name, value in registry.items()})
+        yield
+
+
+class Snapshot:
+    """All that a module holds, with a copy of every digit, to be put back after a measurement.
+
+    It covers what no copy made for an evaluation can: what the backward passes write to, and what
+    is written to behind the module's back. It takes the memory of one copy of the parameters,
+    where the Krylov basis takes a hundred of them or more.
+
+    Args:
+        module: The module.
+
+    Attributes:
+        hidden: Modules that it holds in attributes, containers or objects, unregistered.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.hidden: list[nn.Module] = []
+        self._undo: list[Callable[[], None]] = []
+        self._shared: list[_Digits] = []
+        self._seen: dict[int, Any] = {}
+        for part in module.modules():
+            self._module(part)
+        self._attributes(module.modules())
+        self._attributes(self.hidden)  # grows while it is walked
+
+    def is_written(self) -> bool:
+        """Return whether parameters have other digits than when this was taken."""
+        # Tracing and vmap look on while this compares tensors that they know nothing of.
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            return any(digits.differ() for digits in self._shared)
+
+    def put_back(self) -> None:
+        """Give the parameters the digits that they had."""
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            for digits in self._shared:
+                digits.put_back()
+
+    def restore(self) -> None:
+        """Put everything back: digits in place, the same objects in the same places."""
+        with torch.inference_mode(False), torch.no_grad():
+            for undo in reversed(self._undo):
+                undo()
+
+    def _first_visit(self, value: Any) -> bool:
+        if id(value) in self._seen or len(self._seen) > _MOST_VISITED:
+            return False
+        self._seen[id(value)] = value
+        return True
+
+    def _module(self, part: nn.Module) -> None:
+        if not self._first_visit(part):
+            return
+        state, mode = _shallow(vars(part)), part.training
+        self._undo.append(lambda: _put(vars(part), state | {"training": mode}))
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            self._visit(tensor, 1)
+
+    def _attributes(self, parts: Iterable[nn.Module]) -> None:
+        for part in parts:
+            for name, value in vars(part).items():
+                if name not in INTERNAL:
+                    self._visit(value, _DEEPEST)
+
+    def _visit(self, value: Any, depth: int) -> None:
+        plain = (str, bytes, int, float, type(None))
+        if depth == 0 or isinstance(value, plain) or not self._first_visit(value):
+            return
+        if isinstance(value, Tensor):
+            self._tensor(value)
+        elif isinstance(value, np.ndarray):
+            content = value.copy()
+            self._undo.append(lambda: _put_array(value, content))
+        elif isinstance(value, nn.Module):
+            del self._seen[id(value)]
+            for part in value.modules():
+                if id(part) not in self._seen:
+                    self.hidden.append(part)
+                    self._module(part)
+        elif isinstance(value, _GENERATORS):
+            self._undo.append(_generator_undo(value))
+        elif isinstance(value, (list, dict, set, deque)):
+            self._undo.append(_container_undo(value))
+        for part in self._within(value):
+            self._visit(part, depth - 1)
+
+    def _within(self, value: Any) -> Iterable[Any]:
+        """Return what a value holds, having noted which attributes it holds it in."""
+        found: list[Any] = []
+        if isinstance(value, dict):
+            found += value.values()
+        elif isinstance(value, (list, tuple, deque)):
+            found += value
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                found += self._cell(cell)
+        elif isinstance(value, functools.partial):
+            found += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            found.append(value.__self__)
+        if is_own(value):
+            slots = _slots(value)
+            if slots:
+                self._undo.append(lambda: _put_slots(value, slots))
+            held = getattr(value, "__dict__", {})
+            self._undo.append(_container_undo(held))
+            found += [*slots.values(), *held.values()]
+        return found
+
+    def _cell(self, cell: types.CellType) -> list[Any]:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # empty so far
+            return []
+        self._undo.append(lambda: setattr(cell, "cell_contents", content))
+        return [content]
+
+    def _tensor(self, tensor: Tensor) -> None:
+        digits = _Digits(tensor)
+        if isinstance(tensor, nn.Parameter):
+            self._shared.append(digits)
+        self._undo.append(digits.put_back)
+        if tensor.is_leaf:
+            needed, gradient = tensor.requires_grad, tensor.grad
+            self._undo.append(lambda: _put_gradient(tensor, needed, gradient))
+            if gradient is not None and self._first_visit(gradient):
+                self._undo.append(_Digits(gradient).put_back)
+
+
+class _Digits:
+    """A tensor, where its memory lies, and a copy of that."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        # `.data` shares the memory but not the version counter, so that graphs do not complain.
+        self._place = tensor.data
+        local = _local(tensor)
+        self._copy = local.detach().clone() if _has_digits(local) else None
+
+    def differ(self) -> bool:
+        """Return whether some bit has changed."""
+        return self._copy is not None and not _equal(_local(self._tensor), self._copy)
+
+    def put_back(self) -> None:
+        """Write the copy back, where that changes anything."""
+        if self._copy is None:
+            return
+        if _local(self._tensor).data_ptr() != _local(self._place).data_ptr():
+            self._tensor.data = self._place
+        if self.differ():
+            with torch.inference_mode(self._tensor.is_inference()):
+                _local(self._tensor).data.copy_(self._copy)
+
+
+def _local(tensor: Any) -> Any:
+    """Return what of a tensor lies here, if it is distributed."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _has_digits(tensor: Tensor) -> bool:
+    """Return whether a tensor lies in memory row by row, in bits that can be compared."""
+    return not tensor.is_meta and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Return whether two tensors have the same bits; -0 is not 0 here, and NaN is NaN."""
+    first, second = first.detach(), second.detach()
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    if first.is_complex():
+        first, second = torch.view_as_real(first), torch.view_as_real(second)
+    bits = _BITS.get(first.element_size())
+    if bits is not None and first.dtype != torch.bool:
+        first, second = first.view(bits), second.view(bits)
+    return torch.equal(first, second)
+
+
+def _put_array(array: Any, content: Any) -> None:
+    if array.tobytes() != content.tobytes():
+        array[...] = content
+
+
+def _put_slots(value: Any, slots: dict[str, Any]) -> None:
+    for name, content in slots.items():
+        object.__setattr__(value, name, content)
+
+
+def _put_gradient(tensor: Tensor, needed: bool, gradient: Tensor | None) -> None:
+    if tensor.requires_grad != needed:
+        tensor.requires_grad_(needed)
+    if tensor.grad is not gradient:
+        tensor.grad = gradient
+
+
+def _container_undo(container: Any) -> Callable[[], None]:
+    """Return what gives a container the entries that it has now, if it has others then."""
+    before = copy.copy(container)
+
+    def undo() -> None:
+        if isinstance(container, set):
+            same = container == before
+        elif isinstance(container, dict):
+            same = list(container) == list(before) and all(
+                map(_is_same, container.values(), before.values())
+            )
+        else:
+            same = len(container) == len(before) and all(map(_is_same, container, before))
+        if not same:
+            container.clear()
+            add = container.update if isinstance(container, (set, dict)) else container.extend
+            add(before)
+
+    return undo
+
+
+def _generator_undo(generator: Any) -> Callable[[], None]:
+    if isinstance(generator, np.random.Generator):
+        state = copy.deepcopy(generator.bit_generator.state)
+        return lambda: setattr(generator.bit_generator, "state", state)
+    if isinstance(generator, random.Random):
+        kept = generator.getstate()
+        return lambda: generator.setstate(kept)
+    found = generator.get_state()
+    return lambda: generator.set_state(found)

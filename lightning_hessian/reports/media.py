@@ -1,0 +1,99 @@
+"""The figures of an offline run, as data that a page holds; never a file from anywhere else.
+
+A run names its figures by paths, and a run may come from anybody: a path may point out of its
+folder, through ``..`` or a link, at a device, or at something that is no picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+MOST_BYTES = 4 * 2**20
+"""Of one figure; ours have below 0.2 MiB, and a page holds all of them."""
+
+MOST_FIGURES = 40
+"""On one page; a run with every statistic and layer has about fifteen."""
+
+
+def figures_of(
+    rows: Sequence[Mapping[str, Any]], media: Path | None
+) -> tuple[list[dict[str, str]], list[str]]:
+    """Returns the last figure of each kind, and a sentence for each that was left out.
+
+    Args:
+        rows: Those of the run.
+        media: The run's ``files`` folder, None where there is none.
+    """
+    paths: dict[str, str] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("figures/") and key.endswith(".path") and isinstance(value, str):
+                paths[key.removeprefix("figures/").removesuffix(".path")] = value
+    found, left_out = [], []
+    if len(paths) > MOST_FIGURES:
+        left_out.append(f"{len(paths) - MOST_FIGURES} figures are left out of {len(paths)}")
+    for name, path in list(paths.items())[:MOST_FIGURES]:
+        try:
+            content = None if media is None else read_png(media, path)
+        except (OSError, ValueError) as error:
+            left_out.append(f"the figure {name!r} is left out: {_why(error)}")
+            continue
+        if content is not None:
+            data = base64.b64encode(content).decode("ascii")
+            found.append({"name": name.replace("_", " "), "data": f"data:image/png;base64,{data}"})
+    return found, left_out
+
+
+def read_png(folder: Path, path: str) -> bytes | None:
+    """Returns a PNG file in a folder; None where the folder has no such file (not written yet).
+
+    Args:
+        folder: The only folder that files may come from.
+        path: Relative to it, as the run names it.
+
+    Raises:
+        ValueError: It lies outside, by whatever way; it is no regular file, no PNG, or too large.
+        OSError: It cannot be read.
+    """
+    home = folder.parent.resolve() / folder.name
+    if home.is_symlink():
+        raise ValueError("the run's folder of files is a link")
+    real = Path(os.path.realpath(home / path))
+    if not real.is_relative_to(home) or real == home:
+        raise ValueError("it does not lie in the run's folder of files")
+    if not os.path.lexists(real):
+        return None
+    # Opening a pipe would wait for a writer; the file that is open is the one that is checked.
+    handle = os.open(
+        real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    )
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+    if not content.startswith(_PNG):
+        raise ValueError("it is no PNG")
+    return content
+
+
+def media_folder(folder: Path) -> Path | None:
+    """Returns the ``files`` folder of the one run at a path, as `read_offline_run` takes it."""
+    if folder.is_file():
+        return folder.parent / "files"
+    for place in ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb"):
+        for file in folder.glob(place):
+            return file.parent / "files"
+    return None
+
+
+def _why(error: Exception) -> str:
+    """Returns the cause without a path: what lies outside is not even named."""
+    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)

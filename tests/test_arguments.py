@@ -1,0 +1,467 @@
+"""Every argument of every public function refuses nonsense where it is given.
+
+The cases come from the signatures, so that a new argument is tested the day it is added: it fails
+until it has a rule, or its nonsense has an entry below with the reason why it is none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nonsense import HUGE, NONSENSE, is_fine, within
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_hessian
+from lightning_hessian import (
+    ArgumentError,
+    AtSteps,
+    BlockRule,
+    EveryNValidations,
+    GradientStructureCallback,
+    HessianSpectrumCallback,
+    MeasurementError,
+    block_structure,
+    correlation_report,
+    eigengaps,
+    fit_power_law,
+    gradient_structure,
+    hessian_spectrum,
+    layer_spectra,
+    load_runs,
+    partition_rules,
+    theory,
+)
+from lightning_hessian.cli import COMMANDS, main
+from lightning_hessian.metrics import PowerLawFit
+from lightning_hessian.reports.live import follow
+from lightning_hessian.reports.offline_run import read_offline_run
+from lightning_hessian.reports.spectra import read_spectra
+from lightning_hessian.results import arguments as rules
+from lightning_hessian.statistics import power_law, subspace
+from lightning_hessian.statistics.eigengaps import davis_kahan_bound
+
+
+class Net(nn.Module):
+    """A network of 19 parameters with a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def hessian_loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(self.layers(batch[0]), batch[1])
+
+
+def _loss(module: Any, batch: Any) -> torch.Tensor:
+    return module.hessian_loss(batch)
+
+
+torch.manual_seed(0)
+NET = Net()
+BATCHES = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(2)]
+MEASURED = {"model": NET, "loss_fn": _loss, "batches": BATCHES}
+MATRICES = {"inputs": [[1.0, 2.0]], "W": [[1.0, 1.0]], "V": [[1.0], [2.0]]}
+
+
+def _checked(callback: type) -> Callable[..., Any]:
+    """Returns what makes a callback and checks it against a module, as `fit` does first."""
+
+    def make(**given: Any) -> Any:
+        made = callback(**given)
+        made.check(NET)
+        return made
+
+    make.__signature__ = inspect.signature(callback)  # type: ignore[attr-defined]
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of nine rows in a folder of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = "".join(f"{i},{1 / (i + 1)},{0.1 + 0.01 * (i * 7 % 5)}\n" for i in range(9))
+    (folder / "metrics.csv").write_text("step,val_loss,hessian/d_ks\n" + rows)
+    return folder
+
+
+RUN = object()
+"""Stands for the folder of the fixture."""
+
+PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "hessian_spectrum": (hessian_spectrum, {**MEASURED, "num_eigenvalues": 2, "trace_probes": 2}),
+    "layer_spectra": (
+        layer_spectra,
+        {**MEASURED, "num_eigenvalues": 1, "trace_probes": 0, "layers": {"last": "layers.2.*"}},
+    ),
+    "block_structure": (block_structure, MEASURED),
+    "gradient_structure": (
+        gradient_structure,
+        {"model": NET, "loss_fn": _loss, "data": BATCHES, "num_gradients": 4, "batch_size": 2,
+         "num_eigenvalues": 2, "tests": False},
+    ),
+    "HessianSpectrumCallback": (_checked(HessianSpectrumCallback), {"num_eigenvalues": 2}),
+    "GradientStructureCallback": (
+        _checked(GradientStructureCallback),
+        {"num_gradients": 4, "tests": False},
+    ),
+    "AtSteps": (AtSteps, {"steps": [1]}),
+    "EveryNValidations": (EveryNValidations, {"n": 1}),
+    "BlockRule": (BlockRule, {"parameter": "*", "block": "all"}),
+    "partition_rules": (partition_rules, {"module": NET, "name": "layer"}),
+    "fit_power_law": (fit_power_law, {"values": [5.0, 3.0, 2.0, 1.0]}),
+    "eigengaps": (eigengaps, {"eigenvalues": [9.0, 5.0, 3.0, 2.0, 1.5, 1.0]}),
+    "load_runs": (load_runs, {"source": RUN, "cache": False}),
+    "correlation_report": (correlation_report, {"runs": RUN}),
+}  # fmt: skip
+"""What ``lightning_hessian`` exports, with arguments that work."""
+
+DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "power_law.critical_value": (power_law.critical_value, {"k": 9}),
+    "power_law.lilliefors_p_value": (power_law.lilliefors_p_value, {"ks_distance": 0.1, "k": 9}),
+    "power_law.optimal_cutoff": (
+        power_law.optimal_cutoff, {"values": np.arange(1.0, 30.0), "k_min": 5},
+    ),
+    "power_law.ks_distance_by_cutoff": (power_law.ks_distance_by_cutoff, {"values": [4.0, 2, 1]}),
+    "power_law.exponent_std_error": (power_law.exponent_std_error, {"exponent": 2.0, "k": 9}),
+    "power_law.slope": (power_law.slope, {"exponent": 2.0}),
+    "davis_kahan_bound": (
+        davis_kahan_bound, {"eigenvalues": [3.0, 2.0, 1.0], "perturbation_norm": 0.1},
+    ),
+    "subspace.num_outliers": (subspace.num_outliers, {"eigenvalues": [9.0, 5, 3, 2, 1.5]}),
+    "theory.linear_mse_hessian": (
+        theory.linear_mse_hessian, {"inputs": [[1.0, 2.0]], "num_classes": 2},
+    ),
+    "theory.linear_cross_entropy_hessian": (
+        theory.linear_cross_entropy_hessian, {"inputs": [[1.0, 2.0]], "V": [[1.0, 1.0]]},
+    ),
+    "theory.hidden_mse_hessian": (theory.hidden_mse_hessian, {**MATRICES, "targets": [[1.0, 0.0]]}),
+    "theory.hidden_cross_entropy_hessian": (
+        theory.hidden_cross_entropy_hessian, {**MATRICES, "labels": [1]},
+    ),
+    "theory.class_ratio_limit": (theory.class_ratio_limit, {"gamma": 1.0}),
+    "theory.class_ratio": (theory.class_ratio, {"gamma": 1.0, "num_classes": 3}),
+    "theory.hidden_ratio_mse": (theory.hidden_ratio_mse, {"gamma": 1.0, "num_classes": 3}),
+    "theory.marchenko_pastur": (theory.marchenko_pastur, {"x": [1.0], "ratio": 0.5}),
+    "theory.marchenko_pastur_edges": (theory.marchenko_pastur_edges, {"ratio": 0.5}),
+    "theory.semicircle": (theory.semicircle, {"x": [1.0]}),
+    "PowerLawFit": (PowerLawFit, {}),
+    "follow": (follow, {"folder": RUN, "out": "page", "monitor": "val_loss", "once": True}),
+    "read_spectra": (read_spectra, {"path": RUN}),
+    "read_offline_run": (read_offline_run, {"path": RUN}),
+}  # fmt: skip
+"""What the documentation names besides."""
+
+MISSING_FILES = {"source", "runs", "folder", "path"}
+"""Arguments of which a path that is not there raises FileNotFoundError, which names the path."""
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+
+
+def _call(name: str, run: Path, /, **changed: Any) -> Any:
+    function, base = {**PUBLIC, **DOCUMENTED}[name]
+    given = {key: run if value is RUN else value for key, value in {**base, **changed}.items()}
+    return function(**given)
+
+
+CASES = [
+    pytest.param(name, parameter, id=f"{name}-{parameter.name}")
+    for name, (function, _) in {**PUBLIC, **DOCUMENTED}.items()
+    for parameter in _parameters(function)
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_nonsense_is_refused_by_the_name_of_its_argument(
+    name: str, parameter: inspect.Parameter, run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    accepted, badly = [], []
+    for label, value in NONSENSE.items():
+        if is_fine(name, parameter, label):
+            continue
+        try:
+            with within(20):
+                _call(name, run, **{parameter.name: value})
+        except (ArgumentError, ValueError, MeasurementError) as error:
+            if parameter.name not in str(error):
+                badly.append(f"{label}: {error}")
+        except FileNotFoundError as error:
+            if parameter.name not in MISSING_FILES or "x" not in str(error):
+                badly.append(f"{label}: {error!r}")
+        else:
+            accepted.append(label)
+    assert not accepted, f"{name}({parameter.name}=...) takes {accepted}"
+    assert not badly
+
+
+def test_what_is_public_is_tested() -> None:
+    """Functions and callbacks; records are made by them, and errors are raised."""
+    records = {
+        "ArgumentError", "BlockStructure", "Eigengaps", "GradientStructure", "HessianSpectrum",
+        "MeasurementError", "PowerLawFit",
+    }  # fmt: skip
+    assert set(lightning_hessian.__all__) - records == set(PUBLIC)
+
+
+def _with_rules() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, (function, _) in {**PUBLIC, **DOCUMENTED}.items():
+        if inspect.isfunction(function) and hasattr(function, "rules"):
+            yield name, function.rules
+    for callback in (HessianSpectrumCallback, GradientStructureCallback):
+        yield callback.__name__, callback.__init__.rules  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("name", "table"), list(_with_rules()))
+def test_every_argument_has_a_rule(name: str, table: dict[str, Any]) -> None:
+    open_ones = [key for key, rule in table.items() if rule is None]
+    assert set(open_ones) <= {"self", "options"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_what_is_no_nonsense_is_taken_or_refused_in_words(
+    name: str, parameter: inspect.Parameter, run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """An entry of the list above must not stand for a hang or an error from deep inside."""
+    monkeypatch.chdir(tmp_path)
+    for label, value in NONSENSE.items():
+        if not is_fine(name, parameter, label):
+            continue
+        with within(60), suppress(ValueError, MeasurementError, OSError):
+            _call(name, run, **{parameter.name: value})
+
+
+GROUPS = {
+    "functions that measure": {
+        "hessian_spectrum", "layer_spectra", "block_structure", "gradient_structure",
+    },
+    "callbacks": {"HessianSpectrumCallback", "GradientStructureCallback"},
+    "schedules and partitions": {"AtSteps", "EveryNValidations", "BlockRule", "partition_rules"},
+    "runs and reports": {
+        "load_runs", "correlation_report", "follow", "read_spectra", "read_offline_run",
+    },
+}  # fmt: skip
+
+
+def table() -> str:
+    """Returns the table of docs/trust.md; what it counts as refused, the test above refuses."""
+    lines = [
+        "| | arguments | cases | refused | sense after all |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    everything = {**PUBLIC, **DOCUMENTED}
+    rest = set(everything) - set().union(*GROUPS.values())
+    for title, members in {**GROUPS, "statistics, theory, metric": rest}.items():
+        arguments = [(name, p) for name in members for p in _parameters(everything[name][0])]
+        fine = sum(is_fine(name, p, label) for name, p in arguments for label in NONSENSE)
+        cases = len(arguments) * len(NONSENSE)
+        lines.append(f"| {title} | {len(arguments)} | {cases} | {cases - fine} | {fine} |")
+    return "\n".join(lines)
+
+
+def test_the_documentation_has_the_table_of_these_cases() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "trust.md").read_text(encoding="utf-8")
+    part = text.partition("<!-- arguments: begin -->")[2].partition("<!-- arguments: end -->")[0]
+    assert table() in part, f"docs/trust.md, section Arguments, wants this table:\n{table()}"
+
+
+# Rules ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3)])
+def test_whole_numbers_become_ints(value: Any) -> None:
+    found = rules.whole_number(least=1)("count", value)
+    assert found == 3
+    assert type(found) is int
+
+
+@pytest.mark.parametrize(
+    "value", [3.0, "3", True, np.True_, torch.tensor(True), torch.tensor(2.5), [3], HUGE]
+)
+def test_what_is_no_whole_number_is_refused(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^count=.* cannot be used\. Give a whole number"):
+        rules.whole_number(least=1, most=100)("count", value)
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), Fraction(1, 2)])
+def test_real_numbers_are_taken(value: Any) -> None:
+    assert rules.tolerance("tol", value) == 0.5
+
+
+@pytest.mark.parametrize("value", [0, 1, 1e9, -0.1, math.nan, math.inf, "0.5", True, 1 + 0j, None])
+def test_a_tolerance_lies_between_0_and_1(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^tol=.*between 0 and 1"):
+        rules.tolerance("tol", value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, None, "x", 1.5, True])
+def test_a_seed_is_one_that_every_generator_takes(seed: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"seed=.*from 0 to 4,294,967,295"):
+        rules.seed_number("seed", seed)
+    for most in (0, rules.MOST_SEED):
+        np.random.default_rng(rules.seed_number("seed", most))
+        np.random.RandomState(most)
+        torch.Generator().manual_seed(most)
+
+
+class Callable2:
+    def __call__(self, module: Any, batch: Any, scale: float = 1.0) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("function", [lambda a, b: None, lambda *a: None, Callable2(), max])
+def test_functions_that_can_be_called_are_taken(function: Any) -> None:
+    assert rules.function_of("module", "batch")("loss_fn", function) is function
+
+
+@pytest.mark.parametrize(
+    "function", [lambda a: None, lambda a, b, c: None, lambda a, *, b: None, Callable2, "f", 5]
+)
+def test_functions_that_cannot_be_called_are_refused(function: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"loss_fn=.*loss_fn\(module, batch\)"):
+        rules.function_of("module", "batch")("loss_fn", function)
+
+
+class BadRepr:
+    def __repr__(self) -> str:
+        raise KeyError("no words")
+
+
+@pytest.mark.parametrize("value", [BadRepr(), HUGE, torch.zeros(50, 50), "x" * 10**6, NET])
+def test_a_message_is_one_short_line_whatever_the_value(value: Any) -> None:
+    text = str(ArgumentError("count", value, "Give a whole number."))
+    assert "\n" not in text
+    assert len(text) < 150
+    assert text.startswith("count=")
+
+
+def test_an_unknown_option_of_a_layer_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"num_eigenvalue=3.*no such argument.*'tol'"):
+        layer_spectra(**MEASURED, num_eigenvalue=3)
+    with pytest.raises(ArgumentError, match="parameters="):
+        layer_spectra(**MEASURED, parameters="*")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": Net}, "It is a class; give an instance, Net"),
+        ({"model": nn.Identity()}, "no parameter that requires grad"),
+        ({"batches": torch.zeros(3, 4)}, "list of batches"),
+        ({"batches": {"a": 1}}, "list of batches"),
+        ({"batches": [None]}, "Batch 0 is None"),
+        ({"batches": [*BATCHES, "ab"]}, "Batch 2 is 'ab'"),
+        ({"batches": [[]]}, r"Batch 0 is \[\]"),
+        ({"batches": DataLoader}, "It is a class"),
+        ({"parameters": "re:("}, "no regular expression"),
+        ({"parameters": [5]}, "Give a glob"),
+        ({"parameters": lambda name: True}, r"parameters\(name, parameter\) -> bool"),
+        ({"parameters": NET}, "Give a glob"),
+        ({"basis_storage": "disk:/no/such/folder"}, "no folder '/no/such/folder'"),
+        ({"checkpoint": "/no/such/folder/file"}, "no folder '/no/such/folder'"),
+        ({"checkpoint": "."}, "It is a folder"),
+    ],
+)
+def test_more_nonsense_for_a_measurement(arguments: dict[str, Any], words: str) -> None:
+    (name,) = arguments
+    with pytest.raises(ArgumentError, match=f"^{name}.*{words}"):
+        hessian_spectrum(**{**MEASURED, "num_eigenvalues": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    "layers", [{"a": None}, {"a/b": "*"}, {"": "*"}, {3: "*"}, {"a": 5}, ["a"]]
+)
+def test_names_of_layers(layers: Any) -> None:
+    with pytest.raises(ArgumentError, match="layers"):
+        layer_spectra(**MEASURED, layers=layers)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [TensorDataset(torch.zeros(4, 4)), DataLoader(TensorDataset(torch.zeros(4, 4))), BATCHES],
+)
+def test_what_gradients_are_drawn_from(data: Any) -> None:
+    GradientStructureCallback(data=data)
+
+
+def test_schedules() -> None:
+    assert AtSteps(range(0, 30, 10)).steps == (0, 10, 20)
+    assert AtSteps(np.array([1, 5])).steps == (1, 5)
+    for wrong in (AtSteps, object(), type("Own", (), {"is_due": lambda self: True})()):
+        with pytest.raises(ArgumentError, match=r"every_n_validations|is_due"):
+            HessianSpectrumCallback(every_n_validations=wrong)
+    for steps in ([1.5], [-1], [True], ["1"], "12", 5):
+        with pytest.raises(ArgumentError, match="steps="):
+            AtSteps(steps)
+
+
+# Bounds that would hang ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_gradients", [10**12, 10**7])
+def test_more_gradients_than_memory_holds_are_refused_with_the_number_that_fits(
+    num_gradients: int,
+) -> None:
+    with within(10), pytest.raises(ArgumentError, match=r"num_gradients=.*to \d+ at most"):
+        GradientStructureCallback(num_gradients=num_gradients)
+    with within(10), pytest.raises(ArgumentError, match=r"Lower num_gradients to 250 at most"):
+        gradient_structure(
+            NET, _loss, BATCHES, num_gradients=251, tests=False, memory_budget=1_000_000
+        )
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_every_command_refuses_nonsense(
+    command: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 and at most two lines, for an empty text and for words where numbers belong."""
+    base = {
+        "demo": [],
+        "measure": ["last.ckpt", "--module", "m.py:Net"],
+        "report": [str(run)],
+        "workspace": ["me/digits"],
+    }[command]
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    flags = sorted(set(re.findall(r"^ +(--[a-z-]+) [A-Z{]", capsys.readouterr().out, re.MULTILINE)))
+    assert flags
+    for flag in flags:
+        for nonsense in ("", "nan", "-1"):
+            if nonsense and flag in _TEXTS:
+                continue
+            assert main([command, *base, f"{flag}={nonsense}"]) == 2, (flag, nonsense)
+            lines = capsys.readouterr().err.strip().splitlines()
+            assert 1 <= len(lines) <= 2
+            assert flag in lines[0] or flag.strip("-") in lines[0]
+
+
+_TEXTS = {
+    "--out", "--parameters", "--module", "--data", "--loss", "--module-arg", "--data-arg",
+    "--monitor", "--statistic", "--group", "--size", "--filter", "--name", "--spec", "--publish",
+}  # fmt: skip
+"""Flags whose values are names; what they name is looked for later."""
