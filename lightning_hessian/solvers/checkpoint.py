@@ -137,6 +137,9 @@ def header_of(path: Path) -> dict[str, Any]:
             raise ValueError("its basis is cut short")
         if len(header["numbers"]) != rows:
             raise ValueError("its header is of another basis")
+        vectors = [vector for vector, *_ in header["pending"]]
+        if not all(part.isfinite().all() for part in (header["numbers"], *vectors)):
+            raise ValueError("it holds numbers that are not finite")
     header["begin"] = begin
     return header
 
@@ -221,9 +224,10 @@ def check_operator(run: ThickRestart, path: Path) -> None:
         return
     vector = run.basis[0]
     product = run.operator.matvec(vector)
-    row = run.projected.numbers[0, : run.count].square().sum()
-    row = row + sum(float(pending.coupling[0]) ** 2 for pending in run.pending)
-    length, along = float(row**0.5), float(run.projected.numbers[0, 0])
+    with unreadable(f"The checkpoint {path}", "Delete it to start anew."):
+        row = run.projected.numbers[0, : run.count].square().sum()
+        row = row + sum(float(pending.coupling[0]) ** 2 for pending in run.pending)
+        length, along = float(row**0.5), float(run.projected.numbers[0, 0])
     difference = max(
         abs(float(run.shard.norm(product)) - length),
         abs(float(run.shard.dot(vector, product)) - along),

@@ -175,8 +175,8 @@ def as_spectrum(file: Path, name: str, folder: Path) -> None:
 
 
 def as_lanczos(file: Path, name: str, folder: Path) -> None:
-    if said := message(lambda: resumed(file, 14)):
-        assert str(file) in said
+    # A digit damaged beneath its checksum may end as a MeasurementError instead.
+    resumed(file, 14)
 
 
 def as_cache(file: Path, name: str, folder: Path) -> None:
