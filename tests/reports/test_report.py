@@ -479,6 +479,8 @@ def test_many_runs_say_it_across_and_within(tmp_path):
     assert ("hessian/block_off_diagonal_ratio", "hessian/gap") in sure
     for statistic, sentence in said["across"].items():
         both = [(statistic, monitor) in sure for monitor in ("val_loss", "hessian/gap")]
+        # fmt: off
         begins = {(True, True): "both", (True, False): "the metric alone",
-                  (False, True): "the generalization gap alone", (False, False): "neither"}  # fmt: skip
+                  (False, True): "the generalization gap alone", (False, False): "neither"}
+        # fmt: on
         assert sentence.startswith(begins[tuple(both)])
