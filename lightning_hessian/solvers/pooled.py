@@ -53,8 +53,9 @@ def pooled_ritz_values(
     """Returns the Ritz values of some runs of m Lanczos steps from vectors of random signs.
 
     What HPL takes for eigenvalues of Transformers (C.1.5, C.2.2; stochastic Lanczos quadrature
-    after PyHessian): no convergence is asked for, and an eigenvalue that every run has found stands in
-    the list as often. Reorthogonalisation is full here, so that no run has copies of its own.
+    after PyHessian): no convergence is asked for, and an eigenvalue that every run has found
+    stands in the list as often. Reorthogonalisation is full here, so that no run has copies of
+    its own.
 
     Memory: m + 2 vectors, the same for all runs.
 
