@@ -167,13 +167,7 @@ class ThickRestart:
 
     def _confirmed(self, found: RitzPairs) -> RitzPairs:
         """Returns what a search that is over was to confirm."""
-        whole = self.count == self.operator.size and found.stopped == "precision"
-        return dataclasses.replace(
-            found,
-            num_products=self.num_products,
-            stopped="exhausted" if whole else found.stopped,
-            trace=self._trace(),
-        )
+        return dataclasses.replace(found, num_products=self.num_products, trace=self._trace())
 
     def _trace(self) -> float | None:
         """Returns the trace of the operator where the basis spans the whole space.

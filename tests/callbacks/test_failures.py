@@ -242,6 +242,7 @@ def test_the_warning_comes_at_the_measurement_that_failed(make_trainer: MakeTrai
     callback = small_callback(on_error="warn", num_eigenvalues=8)
     trainer = make_trainer(callback, max_epochs=6)
     found = _own_warnings(trainer, make_trainer(max_epochs=6), FailsAtTimes)
+    found = [message for message in found if "power_law is left out: 8 values" not in message]
     assert [re.findall(r"step (\d+)", message) for message in found] == [["8"], ["20"]]
     assert all("ArithmeticError: an epoch without a Hessian" in message for message in found)
     assert [row["epoch"] for row in callback.history] == [0, 2, 3, 5]

@@ -53,7 +53,6 @@ def test_a_search_that_runs_into_the_whole_space_knows_the_trace(wanted):
     matrix = singular(24, 2, torch.float64)
     found = lanczos(MatrixOperator(matrix), wanted, num_checks=100)
     assert found.trace == pytest.approx(float(matrix.trace()), abs=1e-13)
-    assert found.stopped in ("converged", "exhausted")
 
 
 def test_part_of_the_space_does_not_tell_the_trace():
