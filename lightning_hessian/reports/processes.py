@@ -94,6 +94,12 @@ class _Worker:
         self.at: int | None = None
         self.seconds: float | None = None
         self.until = float("inf")
+        # A fresh interpreter imports torch first, which is not the item's time.
+        self.is_ready = False
+
+    def _begin(self) -> None:
+        if self.is_ready and self.seconds is not None:
+            self.until = time.monotonic() + self.seconds
 
     def give(self, at: int | None, items: Sequence[Any], seconds: float | None) -> None:
         """Send the next item, if there is one."""
@@ -101,7 +107,7 @@ class _Worker:
         if at is None:
             return
         self.seconds = seconds
-        self.until = float("inf") if seconds is None else time.monotonic() + seconds
+        self._begin()
         # Where it died between two items, `outcome` finds the end of the pipe.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(items[at])
@@ -110,7 +116,11 @@ class _Worker:
         """Return what became of the item: ``"done"``, ``"raised"`` or ``"lost"``; None as yet."""
         try:
             if self.pipe.poll():
-                return self.pipe.recv()
+                kind, value = self.pipe.recv()
+                if kind != "ready":
+                    return kind, value
+                self.is_ready = True
+                self._begin()
         except (EOFError, OSError):
             self.process.join(1)
             return "lost", f"the process that read it died (exit code {self.process.exitcode})."
@@ -135,6 +145,7 @@ def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     parent = parent_process()
     ends = [] if parent is None else [parent.sentinel]
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        pipe.send(("ready", None))
         # Forked processes hold each other's pipes open, so that the end of the asking process may
         # not end the pipe.
         while pipe in wait([pipe, *ends]):
