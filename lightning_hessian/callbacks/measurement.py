@@ -19,6 +19,7 @@ from lightning_hessian.callbacks.surroundings import (
 )
 from lightning_hessian.distributed import ALONE, RankError
 from lightning_hessian.operators.fsdp1 import whole
+from lightning_hessian.probe.copies import StatefulDataError
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings
@@ -198,9 +199,17 @@ class MeasurementCallback(Callback):
         if self._enabled and trainer.state.fn == "validate":
             with whole(trainer.strategy.model):
                 self.check(pl_module)
+            if self._batches is None:
+                self._draw_probe(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the clock of the time budget."""
+        """Draws the probe batches before anything is trained, and starts the clock of the budget.
+
+        Raises:
+            StatefulDataError: Reading the data would change what training reads.
+        """
+        if self._enabled:
+            self._draw_probe(trainer, pl_module)
         self._clock = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -293,6 +302,26 @@ class MeasurementCallback(Callback):
         )
         if self._clock is not None:  # drawing is no training that would earn measurements
             self._clock += self._panels.seconds - before
+
+    def _draw_probe(self, trainer: Any, pl_module: Any) -> None:
+        """Draws the probe batches; a failure is met again, and told, at the first measurement.
+
+        Raises:
+            StatefulDataError: Reading the data would change what training reads; on all ranks.
+        """
+        self._ranks = trainer_ranks(trainer, pl_module)
+        failure: Exception | None = None
+        try:
+            batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
+        except Exception as error:  # noqa: BLE001 - told when a measurement needs the data
+            failure = error
+        refused = isinstance(failure, StatefulDataError)
+        if self._ranks.any(refused):
+            if self._ranks.world > 1:
+                self._ranks.fail(failure if refused else None)
+            assert failure is not None
+            raise failure
+        self._batches = None if self._ranks.any(failure is not None) else batches
 
     def _is_due(self, trainer: Any) -> bool:
         self._num_validations += 1

@@ -128,12 +128,14 @@ def _overfit_samples(trainer: Any, loaders: Any) -> int | None:
     return int(trainer.num_training_batches) * int(loaders.batch_size)
 
 
-def _draw(loaders: Any, num_batches: int, seed: int, first_samples: int | None) -> list[Any]:
-    """Draws from one loader, or from each of several, as training combines them."""
+def _draw(loaders: Any, num_batches: int, seed: int, first_samples: int | None) -> Any:
+    """Draw from one loader, or from each of several, as training combines them."""
     if isinstance(loaders, Mapping):
-        drawn = [draw_batches(v, num_batches, seed=seed) for v in loaders.values()]
+        drawn = [_draw(v, num_batches, seed, None) for v in loaders.values()]
         return [dict(zip(loaders, parts, strict=True)) for parts in zip(*drawn, strict=False)]
     if isinstance(loaders, (list, tuple)):
-        drawn = [draw_batches(v, num_batches, seed=seed) for v in loaders]
+        drawn = [_draw(v, num_batches, seed, None) for v in loaders]
         return [list(parts) for parts in zip(*drawn, strict=False)]
+    if type(loaders).__name__ == "CombinedLoader":  # an iterator, over loaders that are none
+        return _draw(loaders.iterables, num_batches, seed, first_samples)
     return draw_batches(loaders, num_batches, seed=seed, first_samples=first_samples)
