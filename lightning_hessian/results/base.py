@@ -35,3 +35,16 @@ class ArgumentError(ValueError, TypeError):
     def __init__(self, argument: str, value: object, remedy: str) -> None:
         super().__init__(f"{argument}={reprlib.repr(value)} cannot be used. {remedy}")
         self.argument = argument
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception, also of one whose text cannot be had.
+
+    Example:
+        >>> text_of(KeyError("name")), text_of(KeyError())
+        ("'name'", 'no message')
+    """
+    try:
+        return str(error).strip() or "no message"
+    except Exception:  # noqa: BLE001 - a __str__ of the user's own that raises
+        return "no message (its text could not be made)"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,8 @@ from torch import Tensor
 
 from lightning_hessian.distributed import Ranks
 from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.base import text_of
 from lightning_hessian.solvers.projected import Projected
 from lightning_hessian.solvers.thick_restart import Pending, RitzPairs, ThickRestart
 
@@ -197,15 +203,103 @@ def check_operator(run: ThickRestart, path: Path) -> None:
         )
 
 
+def check_writable(path: Path) -> None:
+    """Check that the state of a run can be written, before the work.
+
+    Raises:
+        ArgumentError: There is no such folder, or nothing can be written there.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise ArgumentError(
+            "checkpoint", str(path), f"It cannot be written ({error}). Give a file in a folder "
+            "that exists and can be written to."
+        ) from error  # fmt: skip
+
+
+def tell_unsaved(path: Path, error: Exception) -> None:
+    """Warn that the state could not be saved; the work itself goes on, or ends as it would."""
+    warnings.warn(
+        f"The state of the run could not be saved to {path} ({type(error).__name__}: "
+        f"{text_of(error)}); an interruption now loses it. Make room there, or give another path.",
+        stacklevel=3,
+    )
+
+
+class Terminated(SystemExit):
+    """The process was told to end by SIGTERM."""
+
+
 @contextmanager
-def saved_on_error(run: ThickRestart, path: Path | None) -> Iterator[None]:
-    """A block whose run is saved if an exception ends it."""
+def saved_on_error(run: ThickRestart, path: Path | None) -> Iterator[Callable[[], None]]:
+    """A block whose run is saved if an exception or SIGTERM ends it.
+
+    It is given a function to be called between two steps, where a SIGTERM that came within a step
+    takes effect. The exception that ended the block stands, whether or not it could be saved.
+    """
+    terminated = False
+
+    def keep() -> None:
+        if path is not None and run.between_steps and run.count:
+            try:
+                save(run, path)
+            except Exception as error:  # noqa: BLE001 - it must not hide what ended the run
+                tell_unsaved(path, error)
+
+    def on_signal() -> None:
+        nonlocal terminated
+        terminated = True
+        if run.between_steps:
+            raise Terminated(128 + signal.SIGTERM)
+
+    def between_steps() -> None:
+        if terminated:
+            raise Terminated(128 + signal.SIGTERM)
+
+    try:
+        with _sigterm(keep, on_signal) if path is not None else nullcontext():
+            try:
+                yield between_steps
+            except BaseException:
+                keep()
+                raise
+    except Terminated:
+        # The state is on disk and the default handler is back: end as the sender expects.
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+
+
+@contextmanager
+def _sigterm(keep: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """A block in which SIGTERM saves first, and then does what it would have done before.
+
+    A handler that stands there (Lightning's, which ends the run in good order) is called after
+    the state was saved, and comes back after the block. Only the main thread gets signals.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before is None or before == signal.SIG_IGN:
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if callable(before):
+            keep()
+            before(number, frame)
+        else:
+            end()
+
+    signal.signal(signal.SIGTERM, handle)
     try:
         yield
-    except BaseException:
-        if path is not None and run.between_steps and run.count:
-            save(run, path)
-        raise
+    finally:
+        if signal.getsignal(signal.SIGTERM) is handle:  # else someone has put another one there
+            signal.signal(signal.SIGTERM, before)
 
 
 def every(seconds: float, save: Callable[[], None], ranks: Ranks) -> Callable[[], None]:

@@ -67,7 +67,9 @@ def lanczos(
             a bound, an exception, or the end of the process. If it exists, the run goes on from
             there, to the same digits as without the interruption; ``max_products`` counts what
             was spent before. It is written every ``checkpoint_seconds`` and when the run is
-            interrupted, and deleted when the run is done. Ranks add their number to its name.
+            interrupted, and deleted when the run is done. SIGTERM counts as an exception: the
+            state is saved, then the handler of before is called, by default the end of the
+            process. Ranks add their number to its name.
         checkpoint_seconds: How much work may be lost, at most.
         seed: Of the start vector.
         should_stop: Asked after every product; True ends the iteration with what there is.
@@ -75,7 +77,7 @@ def lanczos(
 
     Raises:
         ValueError: K is not in 1..n, ``max_basis`` or ``max_products`` is too small for K, or the
-            checkpoint is of another run, or damaged.
+            checkpoint is of another run, or damaged, or cannot be written.
         MeasurementError: A product is NaN or infinite, or no basis for K fits the memory.
 
     Example:
@@ -102,6 +104,8 @@ def lanczos(
     file = None if checkpoint is None else checkpoints.file_of(checkpoint, operator)
     ranks = operator.shard.ranks
     with ranks.together():
+        if file is not None:
+            checkpoints.check_writable(file)
         run = _begun(operator, num_eigenvalues, tol, seed, *room, file)
     run.on_check = on_check
     if len(set(ranks.gathered(run.num_products))) > 1:
@@ -114,12 +118,21 @@ def lanczos(
 
     def save() -> None:
         if file is not None:
-            with ranks.together():
-                checkpoints.save(run, file)
+            try:
+                with ranks.together():
+                    checkpoints.save(run, file)
+            except Exception as error:  # noqa: BLE001 - a full disk must not cost the result
+                checkpoints.tell_unsaved(file, error)
 
     should_stop = ranks.stopping(should_stop)
-    after_step = None if file is None else checkpoints.every(checkpoint_seconds, save, ranks)
-    with checkpoints.saved_on_error(run, file):
+    now_and_then = None if file is None else checkpoints.every(checkpoint_seconds, save, ranks)
+    with checkpoints.saved_on_error(run, file) as between_steps:
+
+        def after_step() -> None:
+            between_steps()
+            if now_and_then is not None:
+                now_and_then()
+
         found = run.run(max_products, num_checks, should_stop, after_step, on_stop=save)
     if file is not None and found.stopped not in ("bound", "interrupted"):
         file.unlink(missing_ok=True)
