@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from lightning_hessian.distributed import Ranks
+from lightning_hessian.probe.copies import StatefulDataError
 from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
 
@@ -77,6 +79,31 @@ def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) ->
             loaders = _val_loader(trainer)
         batches = _draw(loaders, num_batches, seed, first_samples)
     return ProbeBatches(trainer, batches, seed)
+
+
+def early_batches(
+    trainer: Any, data: ProbeData, num_batches: int, seed: int, ranks: Ranks
+) -> ProbeBatches | None:
+    """Return the probe batches, drawn before training; all ranks call it.
+
+    None where that fails on some rank: it is tried again, and told, at the first measurement.
+
+    Raises:
+        StatefulDataError: Reading the data would change what training reads.
+        RankError: The same, of several ranks.
+    """
+    failure: Exception | None = None
+    try:
+        batches = probe_batches(trainer, data, num_batches, seed)
+    except Exception as error:  # noqa: BLE001 - told when a measurement needs the data
+        failure = error
+    refused = isinstance(failure, StatefulDataError)
+    if ranks.any(refused):
+        if ranks.world > 1:
+            ranks.fail(failure if refused else None)
+        assert failure is not None
+        raise failure
+    return None if ranks.any(failure is not None) else batches
 
 
 def _transferred(trainer: Any, batch: Any) -> Any:

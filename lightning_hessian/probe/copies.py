@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_hessian.probe.isolation import preserved_generators
 from lightning_hessian.probe.reachable import Reachable, belongs_to_lightning, reachable
 from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.base import text_of
 
 _COPIED_BYTES = 256 * 2**20
 """Tensors and arrays are copied up to so many bytes in all; above, the large ones are shared."""
@@ -74,7 +75,7 @@ def copied(
         try:
             copies = copy.deepcopy(parts, memo)
         except Exception as error:
-            what = f"{_kind(parts[0])} cannot be copied ({type(error).__name__}: {_text(error)})"
+            what = f"{_kind(parts[0])} cannot be copied ({type(error).__name__}: {text_of(error)})"
             raise StatefulDataError(data, f"{what}, and reading it may change it.") from error
         for number, value in memo.items():
             if number not in kept:
@@ -198,10 +199,3 @@ def _without_destructor(value: Any) -> None:
 
 def _kind(value: Any) -> str:
     return type(value).__qualname__.rpartition("<locals>.")[2]
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001 - an exception of the user's own whose text raises
-        return "no text"

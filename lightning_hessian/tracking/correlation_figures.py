@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from lightning_hessian.results import FloatArray
 from lightning_hessian.statistics.correlation import Correlation, pearson
 from lightning_hessian.tracking.history import History, Row
 from lightning_hessian.tracking.style import new_figure, quiet_grid, shades, symbol
@@ -14,12 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 3
+_MOST_POINTS = 500
+"""More than fit a panel a finger wide; coefficients are those of all points."""
 
 
 def scatter_plot(
     rows: Sequence[Row], statistics: Sequence[str], monitor: str, *, title: str | None = None
 ) -> Figure:
     """Returns each statistic against a monitored metric, one panel each, dark to light in time.
+
+    Of more than 500 measurements, as many are drawn, evenly chosen.
 
     Above each panel: Pearson's r with its 95 % interval and n, and the r of first differences,
     in which a common trend cancels. The interval takes the points as independent, which those of
@@ -46,7 +53,7 @@ def scatter_plot(
         3.1 * columns + 0.4, 2.9 * lines + 0.3, nrows=lines, ncols=columns, squeeze=False
     )
     for axes, name in zip(panels.flat, drawn, strict=False):
-        pairs = _pairs(found[name], metric)
+        pairs = _thinned(_pairs(found[name], metric))
         xs, ys = zip(*pairs, strict=True)
         axes.plot(xs, ys, color="0.75", linewidth=0.8, zorder=1)
         axes.scatter(xs, ys, c=shades(len(xs)), s=22, zorder=2)
@@ -79,7 +86,12 @@ def correlation_text(correlation: Correlation) -> str:
     return text + f"r of differences {correlation.r_differences:.2f}"
 
 
-def _pairs(first: Sequence[float], second: Sequence[float]) -> list[tuple[float, float]]:
-    return [
-        (a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a) and math.isfinite(b)
-    ]
+def _pairs(first: FloatArray, second: FloatArray) -> list[tuple[float, float]]:
+    both = np.isfinite(first) & np.isfinite(second)
+    return list(zip(first[both].tolist(), second[both].tolist(), strict=True))
+
+
+def _thinned(pairs: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most `_MOST_POINTS` of the pairs, evenly chosen, the first and last among them."""
+    places = np.unique(np.linspace(0, len(pairs) - 1, _MOST_POINTS).round().astype(int))
+    return [pairs[i] for i in places]
