@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--monitor",
         action="append",
         metavar="METRIC",
-        help="monitored metric; may be given several times (val_loss)",
+        help="monitored metric; may be given several times (val_loss and gap)",
     )
     parser.add_argument("--name", default="Hessian spectra", help="of the view (%(default)s)")
     parser.add_argument(
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     entity, slash, project = options.path.partition("/")
     if not (entity and slash and project) or "/" in project:
         raise ValueError(f"{options.path!r} is not ENTITY/PROJECT; write my-team/my-project.")
-    monitors = options.monitor or ["val_loss"]
+    monitors = options.monitor or ["val_loss", "gap"]
     workspace = build_workspace(entity, project, monitor=monitors, name=options.name)
     if options.spec is not None:
         options.spec.parent.mkdir(parents=True, exist_ok=True)
