@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hessian.results import MeasurementError
+from lightning_hessian.results.base import text_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -312,5 +313,5 @@ class Shard:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error).strip() or "no message"
+    text = text_of(error)
     return text if isinstance(error, MeasurementError) else f"{type(error).__name__}: {text}"

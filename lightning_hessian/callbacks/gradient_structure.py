@@ -46,7 +46,8 @@ class GradientStructureCallback(MeasurementCallback):
             where there are T of them, and else T of the same size drawn from their samples.
         num_eigenvalues: K, how many of the largest eigenvalues are fitted; well below T, since
             the end of a sampled spectrum falls off.
-        monitor: The metric, or metrics, to correlate the statistics with.
+        monitor: The metric, or metrics, to correlate the statistics with; ``"gap"`` is the
+            validation loss minus the loss on the probe, as in `HessianSpectrumCallback`.
         every_n_validations: Measure at every n-th validation, or a schedule object.
         data: Where gradients are taken: ``"train"``, ``"val"`` (the first loader), a DataLoader,
             or a list of batches. Training samples are drawn apart from training's own order.

@@ -19,6 +19,7 @@ from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition
 from lightning_hessian.results import BlockStructure, HessianSpectrum
 from lightning_hessian.results.arguments import checked, optional
+from lightning_hessian.results.base import text_of
 from lightning_hessian.solvers.block_norms import DENSE_ORDER, least_products
 from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.tracking.drawings import hessian_drawings
@@ -34,10 +35,13 @@ class HessianSpectrumCallback(MeasurementCallback):
     ``power_law``, ``p_value``, ``beta_hat``, ``beta_sigma``, ``s_hat``, ``lambda_1``,
     ``lambda_min`` (if found), ``trace``, ``trace_std_error``, ``eigengap_d_ks``,
     ``eigengap_s_hat``, ``num_eigenvalues``, ``num_converged``, ``num_fitted``, ``num_hvps``,
-    ``seconds``, and of the blocks ``block_off_diagonal_ratio``,
+    ``seconds``, ``loss`` (the mean loss on the probe), ``gap`` (with the correlations, since the
+    validation loss is known only then), and of the blocks ``block_off_diagonal_ratio``,
     ``block_off_diagonal_ratio_std_error``, ``block_off_diagonal_share``,
-    ``block_heterogeneity``, and where two layers are cut ``block_share_ww``, ``block_share_wv``,
-    ``block_share_vv``. From four measurements on also, under ``correlation/``,
+    ``block_heterogeneity``, where two layers are cut ``block_share_ww``, ``block_share_wv``,
+    ``block_share_vv``, and where neurons or classes are, the off-diagonal ratios
+    ``block_ratio_ww`` of the hidden neurons and ``block_ratio_vv`` of the classes (HBS, theorems
+    1 and 2). From four measurements on also, under ``correlation/``,
     ``pearson_<statistic>_<monitor>``, its interval ``pearson_low_...`` and ``pearson_high_...``,
     ``spearman_...``, ``differences_...`` (r of first differences), ``num_points_...`` and
     ``num_points``. A statistic that cannot be computed is absent, and a warning says why. Figures
@@ -48,7 +52,10 @@ class HessianSpectrumCallback(MeasurementCallback):
     Args:
         num_eigenvalues: K, how many of the largest eigenvalues are found and fitted; by default
             50, or 1000 under ``"pooled_slq"``.
-        monitor: The metric, or metrics, to correlate the statistics with.
+        monitor: The metric, or metrics, to correlate the statistics with. ``"gap"`` is the
+            generalization gap, with ``data="train"``: the validation loss minus the loss on the
+            probe. That loss is the first of the metrics here with "loss" in its name, else
+            ``val_loss``. A metric that is logged as ``gap`` goes before it.
         every_n_validations: Measure at every n-th validation, or a schedule object.
         data: What H is evaluated on: ``"train"``, ``"val"`` (the first loader), a DataLoader, or
             a list of batches. Training samples are drawn apart from training's own order.
@@ -112,7 +119,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         self,
         *,
         num_eigenvalues: int | None = None,
-        monitor: str | Sequence[str] = "val_loss",
+        monitor: str | Sequence[str] = ("val_loss", "gap"),
         every_n_validations: int | Schedule = 1,
         data: str | Iterable[Any] = "train",
         num_batches: int = 4,
@@ -236,7 +243,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         if self.last_blocks is not None:
             scalars["num_hvps"] += self.last_blocks.num_hvps
             scalars["seconds"] += self.last_blocks.seconds
-            scalars |= block_scalars(self.last_blocks)
+            scalars |= block_scalars(self.last_blocks, self.blocks)
         return scalars, absent
 
     def _options(self) -> dict[str, Any]:
@@ -328,7 +335,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             late = max_seconds is not None and time.monotonic() - started >= max_seconds
             if self.on_error == "raise" and not late:
                 raise
-            return f"No block statistics: {error}"
+            return f"No block statistics: {text_of(error)}"
         if self.last_blocks.heterogeneity is None:
             self._warn_once(
                 "heterogeneity",

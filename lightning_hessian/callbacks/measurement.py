@@ -11,17 +11,17 @@ from typing import Any
 
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.compat import Callback
-from lightning_hessian.callbacks.probe_data import ProbeData, probe_batches
+from lightning_hessian.callbacks.guard import Guard, sentence
+from lightning_hessian.callbacks.pairing import GAP, Pairs, checked_monitors, incomparable
+from lightning_hessian.callbacks.probe_data import ProbeData, early_batches, probe_batches
 from lightning_hessian.callbacks.schedule import Schedule, TimeBudget
 from lightning_hessian.callbacks.surroundings import (
     log_step,
     refuse_surroundings,
     trainer_ranks,
-    unknown_metric,
 )
 from lightning_hessian.distributed import ALONE, RankError
 from lightning_hessian.operators.fsdp1 import whole
-from lightning_hessian.results import MeasurementError
 from lightning_hessian.results.arguments import checked
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings
@@ -68,7 +68,7 @@ class MeasurementCallback(Callback):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        self.monitors: tuple[str, ...] = tuple(dict.fromkeys(monitor))  # by its rule, of texts
+        self.monitors = checked_monitors(tuple(dict.fromkeys(monitor)))  # by its rule, of texts
         assert not isinstance(every_n_validations, int)  # by its rule
         self.schedule = every_n_validations
         self.data = data
@@ -89,7 +89,8 @@ class MeasurementCallback(Callback):
         self._ranks = ALONE
         self._pending: dict[str, float] | None = None
         self._clock: float | None = None
-        self._metrics: dict[str, Any] = {}  # those of the validation before
+        self._pairs = Pairs(self.monitors, isinstance(data, str) and data == "train")
+        self._guard = Guard(on_error)
         self._enabled = True
         self._warned: set[str] = set()
 
@@ -152,11 +153,20 @@ class MeasurementCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues the history of a checkpoint."""
-        self._history = History(state_dict["history"])
-        self._num_validations = state_dict["num_validations"]
-        self._identity = state_dict.get("identity", self._identity)
+        """Continue the history of a checkpoint; with a new one where it is damaged."""
+        self._guard.attempt("reading the history of the checkpoint", self._load, state_dict)
+        self._guard.settle(ALONE)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        history = History.checked(state_dict["history"])
+        number = state_dict["num_validations"]
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"num_validations={number!r} is no count.")
+        identity = state_dict.get("identity", self._identity)
+        if not isinstance(identity, str):
+            raise ValueError(f"identity={identity!r} is no text.")
         self._panels.load_state_dict(state_dict)
+        self._history, self._num_validations, self._identity = history, number, identity
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, before anything is trained."""
@@ -164,7 +174,8 @@ class MeasurementCallback(Callback):
         if stage == "fit":
             self._identity = uuid.uuid4().hex  # that of a checkpoint is loaded after this
             self._batches = None
-            self._metrics = {}
+            self._pairs.forget()
+        self._guard.speaks = trainer.is_global_zero
         self._budget = TimeBudget(self._time_budget)
         self._clock = None
         if not self._enabled:
@@ -196,11 +207,19 @@ class MeasurementCallback(Callback):
         if self._enabled and trainer.state.fn == "validate":
             with whole(trainer.strategy.model):
                 self.check(pl_module)
+            if self._batches is None:
+                self._draw_probe(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Checks the arguments against the loaders, which are there now; starts the clock."""
+        """Draws the probe batches before anything is trained, and starts the clock of the budget.
+
+        Raises:
+            ArgumentError: Arguments that do not fit the loaders, which are there now.
+            StatefulDataError: Reading the data would change what training reads.
+        """
         if self._enabled:
             self.check_data(trainer)
+            self._draw_probe(trainer, pl_module)
         self._clock = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -218,94 +237,112 @@ class MeasurementCallback(Callback):
             self._note_cost(time.monotonic() - started)
         self._clock = time.monotonic()
         if self._pending is not None:
-            logged = {
-                name if "/" in name else f"{self.prefix}/{name}": value
-                for name, value in self._pending.items()
-            }
-            if trainer.is_global_zero:
-                self._panels.define(trainer.loggers, logged)
-            pl_module.log_dict(
-                logged,
-                on_step=False,
-                on_epoch=True,
-                # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
-                sync_dist=trainer.world_size > 1,
+            self._guard.attempt(
+                "logging the statistics", self._log, trainer, pl_module, self._pending
             )
+            self._guard.settle(self._ranks)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Pairs the measurement with the metrics of the same validation, and correlates."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        before, self._metrics = self._metrics, dict(trainer.callback_metrics)
-        if self._pending is None:
-            return
-        monitored = {}
-        for name in self.monitors:
-            if name not in self._metrics:
-                self._warn_once(name, unknown_metric(name, list(self._metrics)))
-            elif self._metrics[name] is not before.get(name):  # else it is an older one, kept
-                monitored[name] = float(self._metrics[name])
-        self._history.add(
-            {
-                "step": trainer.global_step,
-                "epoch": trainer.current_epoch,
-                **self._pending,
-                **monitored,
-            }
+        fresh = self._guard.attempt(
+            "reading the metrics", self._pairs.see, trainer.callback_metrics
         )
-        self._pending = None
-        if trainer.is_global_zero:
-            self._hand_over(trainer)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            found = self._guard.attempt("pairing", self._pairs.of, fresh or {}, pending)
+            monitored: dict[str, float] = found[0] if found else {}
+            missing: dict[str, str] = found[1] if found else {}
+            place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+            self._history.add({**place, **pending, **monitored})
+            for topic, reason in {**missing, **incomparable(self._history.rows)}.items():
+                self._warn_once(topic, reason)
+            if trainer.is_global_zero:
+                self._guard.attempt("handing over the results", self._hand_over, trainer)
+            self._guard.settle(self._ranks)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draws the last measurement, unless it was drawn when it was made."""
-        if self._enabled and trainer.is_global_zero and self._history.rows:
-            self._draw(trainer, last=True)
+        if self._enabled and self._history.rows:
+            if trainer.is_global_zero:
+                self._guard.attempt("drawing figures", self._draw, trainer, True)
+            self._guard.settle(self._ranks)
 
     # Inside ------------------------------------------------------------------------------------
 
+    def _log(self, trainer: Any, pl_module: Any, scalars: dict[str, float]) -> None:
+        """Logs the statistics in the row of the validation metrics."""
+        logged = {
+            name if "/" in name else f"{self.prefix}/{name}": value
+            for name, value in scalars.items()
+        }
+        if trainer.is_global_zero:
+            self._panels.define(trainer.loggers, logged)
+        pl_module.log_dict(
+            logged,
+            on_step=False,
+            on_epoch=True,
+            # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
+            sync_dist=trainer.world_size > 1,
+        )
+
     def _hand_over(self, trainer: Any) -> None:
         """Gives the loggers what is known only now: correlations, the spectrum, figures."""
-        scalars = correlation_scalars(self.correlations(), self.correlation_prefix)
+        attempt = self._guard.attempt
+        row = self._history.rows[-1]
+        found = attempt("correlating", self.correlations) or {}
+        scalars = correlation_scalars(found, self.correlation_prefix)
+        if GAP in row and self.prefix:
+            scalars[f"{self.prefix}/{GAP}"] = row[GAP]
         if scalars:
             self._panels.define(trainer.loggers, scalars)
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=log_step(trainer))
-        self._panels.add_identity(
-            self._identity, log_step(trainer), trainer.loggers, own_folder(trainer)
-        )
-        code = self.spectrum_code()
+        for logger in trainer.loggers if scalars else ():
+            what = f"logging correlations to {type(logger).__name__}"
+            attempt(what, logger.log_metrics, scalars, log_step(trainer))
+        folder = attempt("finding a folder", own_folder, trainer)
+        self._panels.add_identity(self._identity, log_step(trainer), trainer.loggers, folder)
+        code = attempt("encoding the spectrum", self.spectrum_code)
         if code is not None:
-            step = int(self._history.rows[-1]["step"])
             self._panels.add_spectrum(
-                code, step, log_step(trainer), trainer.loggers, own_folder(trainer)
+                code, int(row["step"]), log_step(trainer), trainer.loggers, folder
             )
         self._draw(trainer)
 
     def _draw(self, trainer: Any, last: bool = False) -> None:
         rows = self._history.rows
-
-        def drawings() -> Drawings:
-            correlations = correlation_drawings(rows, self.correlated, self.monitors)
-            return {**self.drawings(), **correlations}
-
         before = self._panels.seconds
-        self._panels.draw(
-            drawings,
-            len(rows),
-            log_step(trainer),
-            trainer.loggers,
-            own_folder(trainer),
-            last=last,
-        )
+        if self._panels.is_due(len(rows), last):
+            attempt = self._guard.attempt
+            correlations = attempt(
+                "correlating", correlation_drawings, rows, self.correlated, self.monitors
+            )
+            self._panels.draw(
+                {**(attempt("drawing figures", self.drawings) or {}), **(correlations or {})},
+                log_step(trainer),
+                trainer.loggers,
+                attempt("finding a folder", own_folder, trainer),
+            )
         if self._clock is not None:  # drawing is no training that would earn measurements
             self._clock += self._panels.seconds - before
 
+    def _draw_probe(self, trainer: Any, pl_module: Any) -> None:
+        self._ranks = trainer_ranks(trainer, pl_module)
+        self._batches = early_batches(trainer, self.data, self.num_batches, self.seed, self._ranks)
+
     def _is_due(self, trainer: Any) -> bool:
+        """Returns what rank zero's schedule says, on all ranks; False where that fails."""
         self._num_validations += 1
         rows = self._history.rows
         last_step = int(rows[-1]["step"]) if rows else None
-        return self.schedule.is_due(self._num_validations, trainer.global_step, last_step)
+
+        def ask() -> bool:
+            step = trainer.global_step
+            return bool(self.schedule.is_due(self._num_validations, step, last_step))
+
+        due = bool(self._guard.attempt("the schedule", ask))
+        self._guard.settle(self._ranks)
+        return trainer.strategy.broadcast(due)
 
     def _measure_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
         """Returns rank zero's statistics on all ranks, or None where the measurement failed."""
@@ -321,7 +358,11 @@ class MeasurementCallback(Callback):
             self._progress = self._new_progress(trainer)
             with whole(trainer.strategy.model):
                 scalars, absent = self.measure(pl_module, self._batches, limit)
-            self._progress.close(summary_line(self.prefix, trainer.global_step, scalars))
+            line = self._guard.attempt(
+                "the line of the progress bar", summary_line, self.prefix, trainer.global_step,
+                scalars,
+            )  # fmt: skip
+            self._progress.close(line)
             for reason in absent if trainer.is_global_zero else ():
                 warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
@@ -338,7 +379,7 @@ class MeasurementCallback(Callback):
         if trainer.is_global_zero:
             warnings.warn(
                 f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
-                f"{_sentence(failure)}",
+                f"{sentence(failure)}",
                 stacklevel=2,
             )
         return None
@@ -378,10 +419,3 @@ class MeasurementCallback(Callback):
         if topic not in self._warned and self._ranks.rank == 0:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error).strip() or "no message"
-    if isinstance(error, (MeasurementError, ValueError)):
-        return text
-    return f"{type(error).__name__}: {text}"

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_hessian.distributed import Ranks
+from lightning_hessian.probe.copies import StatefulDataError
 from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
 
@@ -87,6 +89,31 @@ def num_samples(trainer: Any, data: ProbeData, num_batches: int) -> int | None:
     return min(num_batches * loader.batch_size, len(loader.dataset))
 
 
+def early_batches(
+    trainer: Any, data: ProbeData, num_batches: int, seed: int, ranks: Ranks
+) -> ProbeBatches | None:
+    """Return the probe batches, drawn before training; all ranks call it.
+
+    None where that fails on some rank: it is tried again, and told, at the first measurement.
+
+    Raises:
+        StatefulDataError: Reading the data would change what training reads.
+        RankError: The same, of several ranks.
+    """
+    failure: Exception | None = None
+    try:
+        batches = probe_batches(trainer, data, num_batches, seed)
+    except Exception as error:  # noqa: BLE001 - told when a measurement needs the data
+        failure = error
+    refused = isinstance(failure, StatefulDataError)
+    if ranks.any(refused):
+        if ranks.world > 1:
+            ranks.fail(failure if refused else None)
+        assert failure is not None
+        raise failure
+    return None if ranks.any(failure is not None) else batches
+
+
 def _transferred(trainer: Any, batch: Any) -> Any:
     """Does to a batch what the training loop does before ``training_step``."""
     batch = trainer.precision_plugin.convert_input(batch)
@@ -136,12 +163,14 @@ def _overfit_samples(trainer: Any, loaders: Any) -> int | None:
     return int(trainer.num_training_batches) * int(loaders.batch_size)
 
 
-def _draw(loaders: Any, num_batches: int, seed: int, first_samples: int | None) -> list[Any]:
-    """Draws from one loader, or from each of several, as training combines them."""
+def _draw(loaders: Any, num_batches: int, seed: int, first_samples: int | None) -> Any:
+    """Draw from one loader, or from each of several, as training combines them."""
     if isinstance(loaders, Mapping):
-        drawn = [draw_batches(v, num_batches, seed=seed) for v in loaders.values()]
+        drawn = [_draw(v, num_batches, seed, None) for v in loaders.values()]
         return [dict(zip(loaders, parts, strict=True)) for parts in zip(*drawn, strict=False)]
     if isinstance(loaders, (list, tuple)):
-        drawn = [draw_batches(v, num_batches, seed=seed) for v in loaders]
+        drawn = [_draw(v, num_batches, seed, None) for v in loaders]
         return [list(parts) for parts in zip(*drawn, strict=False)]
+    if type(loaders).__name__ == "CombinedLoader":  # an iterator, over loaders that are none
+        return _draw(loaders.iterables, num_batches, seed, first_samples)
     return draw_batches(loaders, num_batches, seed=seed, first_samples=first_samples)

@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=a_text,
         metavar="METRIC",
-        help="monitored metric; may be given several times (val_loss)",
+        help="monitored metric; may be given several times (val_loss and gap)",
     )
     parser.add_argument(
         "--name", type=a_text, default="Hessian spectra", help="of the view (%(default)s)"
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     entity, _, project = options.path.partition("/")
     if options.spec is not None:
         check_file(options.spec, "--spec")
-    monitors = options.monitor or ["val_loss"]
+    monitors = options.monitor or ["val_loss", "gap"]
     workspace = build_workspace(entity, project, monitor=monitors, name=options.name)
     if options.spec is not None:
         options.spec.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import itertools
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -132,36 +132,63 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def muted(module: nn.Module) -> Iterator[None]:
-    """A block in which ``module.log``, the loggers of its Trainer and ``wandb.log`` are silent."""
-    loggers: list[Any] | None = None
-    wandb: Any = sys.modules.get("wandb")
-    run = getattr(wandb, "run", None)
-    wandb_log = getattr(wandb, "log", None)
-    trainer: Any = getattr(module, "_trainer", None)
-    speakers = [vars(m) for m in module.modules() if hasattr(m, "log_dict") and hasattr(m, "log")]
-    before = [{name: s[name] for name in _SPEECH if name in s} for s in speakers]
-    try:
-        for speaker in speakers:
-            speaker.update(dict.fromkeys(_SPEECH, _ignore))
-        if run is not None:
-            wandb.log = _ignore
-            vars(run)["log"] = _ignore
-        if trainer is not None:
-            from lightning.pytorch.loggers.logger import DummyLogger
+    """A block in which ``module.log``, the loggers of its Trainer and W&B's runs are silent.
 
-            loggers = trainer.loggers
-            trainer.loggers = [DummyLogger() for _ in loggers]
+    Afterwards all of them are as before, what the user put in their place among it.
+    """
+    wandb: Any = sys.modules.get("wandb")
+    trainer: Any = getattr(module, "_trainer", None)
+    with ExitStack() as stack:
+        for part in module.modules():
+            if hasattr(part, "log_dict") and hasattr(part, "log"):
+                stack.enter_context(_silent(part, _SPEECH))
+        runs = [] if wandb is None else [getattr(wandb, "run", None)]
+        if trainer is not None:
+            runs += [getattr(logger, "_experiment", None) for logger in trainer.loggers]
+        for run in {id(run): run for run in runs if run is not None}.values():
+            if run is runs[0] or type(run).__module__.startswith("wandb"):
+                stack.enter_context(_silent(run, _spoken(run)))
+        if runs and runs[0] is not None:
+            stack.enter_context(_silent(wandb, _spoken(wandb)))
+        if trainer is not None:
+            stack.enter_context(_without_loggers(trainer))
+        yield
+
+
+def _spoken(owner: Any) -> list[str]:
+    """Return the names by which W&B, or a run of its, is spoken to."""
+    names = {*dir(type(owner)), *getattr(owner, "__dict__", ())}
+    return ["log", *(n for n in names if n.startswith("log_") or n == "alert")]
+
+
+@contextmanager
+def _silent(owner: Any, names: Iterable[str]) -> Iterator[None]:
+    """Put attributes out of force, and back what stood there: nothing, or the user's own."""
+    attributes = getattr(owner, "__dict__", None)
+    if attributes is None:  # nothing can be put there, by us or by the user
+        yield
+        return
+    names = list(names)
+    before = {name: attributes[name] for name in names if name in attributes}
+    try:
+        attributes.update(dict.fromkeys(names, _ignore))
         yield
     finally:
-        for speaker, own in zip(speakers, before, strict=True):
-            for name in _SPEECH:
-                speaker.pop(name, None)
-            speaker.update(own)
-        if loggers is not None:
-            trainer.loggers = loggers
-        if run is not None:
-            wandb.log = wandb_log
-            vars(run).pop("log", None)
+        for name in names:
+            attributes.pop(name, None)
+        attributes.update(before)
+
+
+@contextmanager
+def _without_loggers(trainer: Any) -> Iterator[None]:
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    loggers = trainer.loggers
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -17,7 +17,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_hessian.probe.isolation import preserved_generators, preserved_rng, seed_everything
+from lightning_hessian.probe.copies import copied
+from lightning_hessian.probe.isolation import preserved_rng, seed_everything
 
 _UNIFORM = (SequentialSampler, RandomSampler, DistributedSampler)
 
@@ -29,13 +30,15 @@ def draw_batches(
     seed: int = 0,
     first_samples: int | None = None,
 ) -> list[Any]:
-    """Returns ``num_batches`` batches of a loader's data without advancing the loader.
+    """Return ``num_batches`` batches of a loader's data without advancing the loader.
 
     A DataLoader over a map-style dataset is not iterated: its samples are drawn uniformly without
     replacement (a custom sampler is copied and followed instead), fetched in this process and
     collated as the loader does. So neither its order, its generators nor its workers notice, and
     the same seed gives the same samples whenever it is called. An iterable dataset, or a loader of
-    another kind, is read anew from its start.
+    another kind, is read anew from where it stands.
+
+    What is read is a copy, so that a dataset that counts, caches or moves a cursor is as before.
 
     Args:
         loader: A DataLoader, a list of batches, or anything that can be walked again.
@@ -45,17 +48,17 @@ def draw_batches(
 
     Raises:
         ValueError: The loader is empty, or an iterator that training would miss data from.
+        StatefulDataError: Reading the data would change what training reads.
     """
     if isinstance(loader, Iterator):
         raise ValueError(
             f"data={type(loader).__name__} is an iterator, which can be walked only once. Give a "
             "DataLoader or a list of batches."
         )
-    with preserved_rng(), preserved_generators(loader, seed):
-        seed_everything(seed)
-        if isinstance(loader, DataLoader):
-            loader = _apart(loader, num_batches, seed, first_samples)
-        batches = list(itertools.islice(iter(loader), num_batches))
+    if isinstance(loader, (list, tuple)):
+        batches = list(itertools.islice(loader, num_batches))
+    else:
+        batches = _read(loader, num_batches, seed, first_samples)
     if not batches:
         raise ValueError(
             "The probe data is empty: its loader yields no batch. Check its dataset and sampler, "
@@ -64,27 +67,46 @@ def draw_batches(
     return batches
 
 
-def _apart(
-    loader: DataLoader[Any], num_batches: int, seed: int, first_samples: int | None
+def _read(
+    loader: Iterable[Any], num_batches: int, seed: int, first_samples: int | None
+) -> list[Any]:
+    """Return batches read from a copy of a loader's dataset, sampler and collate function."""
+    parts: tuple[Any, ...] = (loader,)
+    if isinstance(loader, DataLoader):
+        parts = (loader.dataset, loader.sampler, loader.batch_sampler, loader.collate_fn)
+    with preserved_rng(), copied(loader, parts, seed) as (copies, apart):
+        seed_everything(seed)
+        source = copies[0]
+        if isinstance(loader, DataLoader):
+            source = _over(loader, copies, num_batches, seed, first_samples)
+        return [apart(batch) for batch in itertools.islice(iter(source), num_batches)]
+
+
+def _over(
+    loader: DataLoader[Any],
+    copies: tuple[Any, ...],
+    num_batches: int,
+    seed: int,
+    first_samples: int | None,
 ) -> DataLoader[Any]:
-    """Returns a loader over the same dataset that shares no state with ``loader``."""
+    """Return a loader over copies of what ``loader`` reads with."""
+    dataset, sampler, batch_sampler, collate = copies
     generator = torch.Generator().manual_seed(seed)
-    dataset, collate = loader.dataset, loader.collate_fn
     if isinstance(dataset, IterableDataset):
         return DataLoader(
             dataset, batch_size=loader.batch_size, collate_fn=collate, generator=generator
         )
-    if loader.batch_sampler is None:  # the dataset makes its own batches
-        order = _order(loader.sampler, dataset, generator, first_samples)
+    if batch_sampler is None:  # the dataset makes its own batches
+        order = _order(sampler, dataset, generator, first_samples)
         return DataLoader(
             dataset, batch_size=None, sampler=order, collate_fn=collate, generator=generator
         )
-    if type(loader.batch_sampler) is BatchSampler:
-        size = loader.batch_sampler.batch_size
-        order = _order(loader.batch_sampler.sampler, dataset, generator, first_samples)
+    if type(batch_sampler) is BatchSampler:
+        size = batch_sampler.batch_size
+        order = _order(batch_sampler.sampler, dataset, generator, first_samples)
         chunks = _chunks(itertools.islice(order, num_batches * size), size)
     else:
-        chunks = list(itertools.islice(_copied(loader.batch_sampler, dataset), num_batches))
+        chunks = list(itertools.islice(batch_sampler, num_batches))
     return DataLoader(dataset, batch_sampler=chunks, collate_fn=collate, generator=generator)
 
 

@@ -54,3 +54,16 @@ def _shown(value: object) -> str:
         return " ".join(reprlib.repr(value).split())
     except Exception:  # noqa: BLE001 - a repr of the user's may raise anything, as may huge integers
         return f"<{type(value).__name__}>"
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception, also of one whose text cannot be had.
+
+    Example:
+        >>> text_of(KeyError("name")), text_of(KeyError())
+        ("'name'", 'no message')
+    """
+    try:
+        return str(error).strip() or "no message"
+    except Exception:  # noqa: BLE001 - a __str__ of the user's own that raises
+        return "no message (its text could not be made)"

@@ -78,7 +78,7 @@ def lanczos(
 
     Raises:
         ValueError: K is not in 1..n, ``max_basis`` or ``max_products`` is too small for K, or the
-            checkpoint is of another run, or damaged.
+            checkpoint is of another run, or damaged, or cannot be written.
         MeasurementError: A product is NaN or infinite, or no basis for K fits the memory.
 
     Example:
@@ -125,8 +125,12 @@ def lanczos(
     should_stop = ranks.stopping(should_stop)
     if file is None:
         return run.run(max_products, num_checks, should_stop, None, on_stop=save)
+
+    def can_save() -> bool:  # several ranks save together, between two steps
+        return ranks.world == 1 and run.between_steps and run.count > 0
+
     with (
-        keeps_state_on_sigterm(lambda: ranks.world == 1 and run.between_steps) as ending,
+        keeps_state_on_sigterm(can_save, lambda: checkpoints.try_to_save(run, file)) as ending,
         checkpoints.saved_on_error(run, file),
     ):
         after_step = checkpoints.every(checkpoint_seconds, save, ranks, ending)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from lightning_hessian.results import FloatArray
 from lightning_hessian.statistics.correlation import Correlation, pearson
 from lightning_hessian.statistics.verdict import corrected, movement, verdict
 from lightning_hessian.tracking.history import History, Row
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 3
 _MOST_POINTS = 500
-"""More are not told apart on paper; a figure of 10,000 took 49 s."""
+"""More than fit a panel a finger wide; coefficients are those of all points."""
 
 
 def scatter_plot(
@@ -28,6 +31,8 @@ def scatter_plot(
     monitors: Sequence[str] = (),
 ) -> Figure:
     """Returns each statistic against a monitored metric, one panel each, dark to light in time.
+
+    Of more than 500 measurements, as many are drawn, evenly chosen.
 
     Above each panel: Pearson's r with its 95 % interval and n, and the r of first differences, in
     which a common trend cancels; in it the verdict on both (`statistics.verdict`). The interval
@@ -56,8 +61,8 @@ def scatter_plot(
         3.1 * columns + 0.4, 2.9 * lines + 0.3, nrows=lines, ncols=columns, squeeze=False
     )
     for axes, name in zip(panels.flat, drawn, strict=False):
-        pairs = _pairs(found[name], metric)
-        xs, ys = zip(*_thinned(pairs), strict=True)
+        pairs = _thinned(_pairs(found[name], metric))
+        xs, ys = zip(*pairs, strict=True)
         axes.plot(xs, ys, color="0.75", linewidth=0.8, zorder=1)
         axes.scatter(xs, ys, c=shades(len(xs)), s=22, zorder=2)
         axes.set_title(correlation_text(pearson(found[name], metric)), fontsize="small")
@@ -105,13 +110,12 @@ def correlation_text(correlation: Correlation) -> str:
     return text + f"r of differences {correlation.r_differences:.2f}"
 
 
+def _pairs(first: FloatArray, second: FloatArray) -> list[tuple[float, float]]:
+    both = np.isfinite(first) & np.isfinite(second)
+    return list(zip(first[both].tolist(), second[both].tolist(), strict=True))
+
+
 def _thinned(pairs: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns at most 500 of the points, evenly spread in time, the last among them."""
-    step = -(-len(pairs) // _MOST_POINTS)
-    return pairs[::-1][::step][::-1]
-
-
-def _pairs(first: Sequence[float], second: Sequence[float]) -> list[tuple[float, float]]:
-    return [
-        (a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a) and math.isfinite(b)
-    ]
+    """Return at most `_MOST_POINTS` of the pairs, evenly chosen, the first and last among them."""
+    places = np.unique(np.linspace(0, len(pairs) - 1, _MOST_POINTS).round().astype(int))
+    return [pairs[i] for i in places]

@@ -20,6 +20,12 @@ from lightning_hessian.tracking.scalars import CORRELATED
 
 NAME = "Hessian spectra"
 
+GAP_KEY = "hessian/gap"
+"""Where the generalization gap is logged, whose name as a monitored metric is ``gap``."""
+
+_AGAINST = ("d_ks", "s_hat", "lambda_1", "block_off_diagonal_ratio")
+"""The statistics that a monitored metric is drawn over."""
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -60,7 +66,7 @@ class Figures:
 Panel = Lines | Runs | Figures
 
 
-def sections(monitors: Sequence[str] = ("val_loss",)) -> dict[str, tuple[Panel, ...]]:
+def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[Panel, ...]]:
     """Returns the panels of each section, in order.
 
     Args:
@@ -70,6 +76,7 @@ def sections(monitors: Sequence[str] = ("val_loss",)) -> dict[str, tuple[Panel, 
         "Generalization": tuple(p for name in monitors for p in _generalization(name)),
         "Sharpness": (
             Lines("Largest eigenvalue", ("hessian/lambda_1",), log=True),
+            Lines("Loss on the probe", ("hessian/loss", "gradient/loss")),
             Lines("Trace", ("hessian/trace",)),
             Lines("Smallest eigenvalue", ("hessian/lambda_min",)),
             Lines("Standard error of the trace", ("hessian/trace_std_error",), log=True),
@@ -89,6 +96,10 @@ def sections(monitors: Sequence[str] = ("val_loss",)) -> dict[str, tuple[Panel, 
         ),
         "Blocks": (
             Lines("Off-diagonal ratio", ("hessian/block_off_diagonal_ratio",)),
+            Lines(
+                "Within hidden neurons, within classes",
+                ("hessian/block_ratio_ww", "hessian/block_ratio_vv"),
+            ),
             Lines("Share outside the diagonal", ("hessian/block_off_diagonal_share",)),
             Lines("Heterogeneity of the blocks", ("hessian/block_heterogeneity",), bounds=(0, 1)),
             Figures("Norms of the blocks", ("figures/hessian_blocks",)),
@@ -116,6 +127,7 @@ def sections(monitors: Sequence[str] = ("val_loss",)) -> dict[str, tuple[Panel, 
 def _generalization(monitor: str) -> tuple[Panel, ...]:
     """Returns the panels of one monitored metric."""
     part = key_part(monitor)
+    metric = GAP_KEY if monitor == "gap" else monitor
     pairs = [f"{name}_{part}" for name in CORRELATED]
     pairs += [f"gradient_{name}_{part}" for name in GRADIENT_CORRELATED]
 
@@ -125,7 +137,7 @@ def _generalization(monitor: str) -> tuple[Panel, ...]:
     best = CORRELATED[0]
     interval = tuple(f"correlation/{k}_{best}_{part}" for k in ("pearson_low", "pearson_high"))
     return (
-        Lines(monitor, (monitor,)),
+        Lines(monitor, (metric,)),
         Lines(f"Pearson's r with {monitor}", correlation("pearson"), bounds=(-1, 1)),
         Lines(f"r of first differences with {monitor}", correlation("differences"), bounds=(-1, 1)),
         Lines(f"Spearman's r with {monitor}", correlation("spearman"), bounds=(-1, 1)),
@@ -136,12 +148,13 @@ def _generalization(monitor: str) -> tuple[Panel, ...]:
         ),
         Lines("Number of points", ("correlation/num_points",)),
         *(
-            Lines(f"{monitor} over {name}, in a run", (monitor,), x=f"hessian/{name}")
-            for name in ("d_ks", "s_hat", "lambda_1")
+            Lines(f"{monitor} over {name}, in a run", (metric,), x=f"hessian/{name}")
+            for name in _AGAINST
+            if metric != GAP_KEY  # which stands in another row than the statistics
         ),
         *(
-            Runs(f"{monitor} over {name}, across runs", f"hessian/{name}", monitor)
-            for name in ("d_ks", "s_hat", "lambda_1")
+            Runs(f"{monitor} over {name}, across runs", f"hessian/{name}", metric)
+            for name in _AGAINST
         ),
         Figures(f"Statistics against {monitor}", (f"figures/hessian_scatter_{part}",)),
     )
@@ -164,7 +177,11 @@ def _part_of_path(name: str, value: Any) -> str:
     }
 )
 def build_workspace(
-    entity: str, project: str, *, monitor: str | Sequence[str] = "val_loss", name: str = NAME
+    entity: str,
+    project: str,
+    *,
+    monitor: str | Sequence[str] = ("val_loss", "gap"),
+    name: str = NAME,
 ) -> Any:
     """Returns the dashboard as a `wandb_workspaces.workspaces.Workspace`, not yet saved.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from lightning_hessian.results import (
@@ -112,5 +113,11 @@ def correlation_drawings(
             scatter_plot, rows, statistics, monitor, monitors=monitors
         )
         for monitor in monitors
-        if sum(monitor in row and any(x in row for x in statistics) for row in rows) >= MIN_POINTS
+        if _has_points(rows, statistics, monitor)
     }
+
+
+def _has_points(rows: Sequence[Row], statistics: Sequence[str], monitor: str) -> bool:
+    """Return whether there are points for a correlation; looks no further than it must."""
+    points = (row for row in rows if monitor in row and any(x in row for x in statistics))
+    return sum(1 for _ in islice(points, MIN_POINTS)) == MIN_POINTS

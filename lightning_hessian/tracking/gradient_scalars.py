@@ -48,6 +48,7 @@ def gradient_scalars(
         "trace": structure.covariance_trace,
         "mean_gradient_norm": structure.mean_gradient_norm,
         "seconds": structure.seconds,
+        "loss": structure.loss,
     }
     absent: list[str] = []
     try:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lightning_hessian.statistics.correlation import Correlation, pearson
 
@@ -19,16 +24,49 @@ class History:
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
         self.rows: list[Row] = [dict(row) for row in rows]
+        self._columns: dict[str, array[float]] = {}
+        self._columns_of: list[Row] = self.rows
+
+    @classmethod
+    def checked(cls, rows: Any) -> History:
+        """Return a history of rows that come from a file.
+
+        Raises:
+            ValueError: They are no rows of numbers with ascending steps.
+        """
+        whole = isinstance(rows, list) and all(
+            isinstance(row, dict)
+            and "step" in row
+            and all(isinstance(k, str) and isinstance(v, (int, float)) for k, v in row.items())
+            for row in rows
+        )
+        if not whole:
+            raise ValueError("the history is no list of rows of numbers.")
+        steps = [row["step"] for row in rows]
+        if any(not math.isfinite(a) for a in steps) or steps != sorted(set(steps)):
+            raise ValueError("the steps of the history do not ascend.")
+        return cls(rows)
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Appends a row, which must have the key ``"step"``."""
-        while self.rows and self.rows[-1]["step"] >= row["step"]:
+        """Append a row, which must have the key ``"step"``."""
+        while self.rows and not self.rows[-1]["step"] < row["step"]:
             self.rows.pop()
+            self._columns = {}
         self.rows.append(dict(row))
 
-    def series(self, key: str) -> list[float]:
-        """Returns the values of a key, NaN where a row has none."""
-        return [row.get(key, math.nan) for row in self.rows]
+    def series(self, key: str) -> NDArray[np.float64]:
+        """Return the values of a key, NaN where a row has none, float64 [rows].
+
+        A column is kept and continued: what a measurement costs does not grow with the number of
+        dicts that were added before it.
+        """
+        if self._columns_of is not self.rows:
+            self._columns, self._columns_of = {}, self.rows
+        column = self._columns.setdefault(key, array("d"))
+        if len(column) > len(self.rows):
+            del column[:]
+        column.extend(row.get(key, math.nan) for row in self.rows[len(column) :])
+        return np.array(column)
 
     def correlations(
         self, statistics: Sequence[str], monitors: Sequence[str]

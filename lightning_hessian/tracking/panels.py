@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hessian.probe.isolation import preserved_rng
 from lightning_hessian.results import FloatArray
+from lightning_hessian.results.base import text_of
 from lightning_hessian.tracking.loggers import (
     Adapter,
     Picture,
@@ -27,24 +28,8 @@ if TYPE_CHECKING:
 Drawings = Mapping[str, Callable[[], "Figure"]]
 """Figures by name, drawn when they are called for."""
 
-_MOST_KEPT = 1000
-"""Spectra that stay in memory and in checkpoints; the loggers have had all of them."""
-
-
-class _Spectra(Sequence[tuple[int, FloatArray]]):
-    """Step and leading eigenvalues of each measurement, decoded when they are asked for."""
-
-    def __init__(self, codes: Mapping[int, str]) -> None:
-        self._codes = list(codes.items())
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        step, code = self._codes[index]
-        return step, decode_spectrum(code).leading
+_MOST_SPECTRA = 200
+"""Between so many spectra and twice as many are kept for figures, and in checkpoints."""
 
 
 class Panels:
@@ -80,21 +65,28 @@ class Panels:
     # State -----------------------------------------------------------------------------------
 
     @property
-    def spectra(self) -> Sequence[tuple[int, FloatArray]]:
-        """Step and leading eigenvalues of each measurement, in float32 digits.
+    def spectra(self) -> list[tuple[int, FloatArray]]:
+        """Step and leading eigenvalues of the measurements kept, in float32 digits.
 
-        Of more than 1000, every other one is dropped, the first and the last excepted, so that a
-        long run costs no more memory, and its checkpoints no more room, than a short one.
+        Of a long run every second one is forgotten whenever there are 400, but the first and the
+        last: the figure shows 60 at most, and each has gone to the loggers.
         """
-        return _Spectra(self._codes)
+        return [(step, decode_spectrum(code).leading) for step, code in self._codes.items()]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the spectra so far, as texts."""
         return {"spectra": {str(step): code for step, code in self._codes.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues with the spectra of a checkpoint."""
-        self._codes = {int(step): code for step, code in state.get("spectra", {}).items()}
+        """Continue with the spectra of a checkpoint.
+
+        Raises:
+            ValueError: One of them is damaged.
+        """
+        found = {int(step): code for step, code in state.get("spectra", {}).items()}
+        for code in found.values():
+            decode_spectrum(code)  # raises where it is damaged
+        self._codes = found
 
     # Hand-over -------------------------------------------------------------------------------
 
@@ -143,7 +135,7 @@ class Panels:
                 )
 
     def add_spectrum(
-        self, code: str, step: int, log_step: int, loggers: Sequence[Any], folder: Path
+        self, code: str, step: int, log_step: int, loggers: Sequence[Any], folder: Path | None
     ) -> None:
         """Keeps a spectrum, and hands it over.
 
@@ -153,16 +145,15 @@ class Panels:
                 before them, are forgotten.
             log_step: The step to log with.
             loggers: Those of the Trainer.
-            folder: Where files go that no logger has a folder for.
+            folder: Where files go that no logger has a folder for; None for nowhere.
         """
         if self.every is None:
             return
         while self._codes and next(reversed(self._codes)) >= step:
             self._codes.popitem()
         self._codes[step] = code
-        if len(self._codes) > _MOST_KEPT:
-            kept = list(self._codes)[::2]
-            self._codes = {old: self._codes[old] for old in dict.fromkeys([*kept, step])}
+        if len(self._codes) > 2 * _MOST_SPECTRA:
+            self._codes = _thinned(self._codes)
         self._undrawn = step
         key = f"spectra/{self.prefix}"
         with self._aside():
@@ -175,28 +166,33 @@ class Panels:
             for place in self._folders(loggers, "text", folder):
                 self._try("writing a spectrum", write_text, place, key, code, log_step)
 
-    def draw(
-        self,
-        drawings: Callable[[], Drawings],
-        num_measurements: int,
-        log_step: int,
-        loggers: Sequence[Any],
-        folder: Path,
-        *,
-        last: bool = False,
-    ) -> None:
-        """Draws what is due and hands it over.
+    def is_due(self, num_measurements: int, last: bool = False) -> bool:
+        """Return whether the last measurement is to be drawn now.
 
         Args:
-            drawings: Returns the figures of the last measurement; asked only when they are due.
             num_measurements: How many the run has made, those before a resume among them.
-            log_step: The step to log with.
-            loggers: Those of the Trainer.
-            folder: Where files go that no logger has a folder for.
             last: Whether training ends, so that a measurement not yet drawn is due.
         """
-        due = self.every is not None and (last or (num_measurements - 1) % self.every == 0)
-        if not due or self._undrawn is None:
+        if self.every is None or self._undrawn is None:
+            return False
+        return last or (num_measurements - 1) % self.every == 0
+
+    def draw(
+        self,
+        drawings: Drawings,
+        log_step: int,
+        loggers: Sequence[Any],
+        folder: Path | None,
+    ) -> None:
+        """Draw figures and hand them over.
+
+        Args:
+            drawings: The figures of the last measurement.
+            log_step: The step to log with.
+            loggers: Those of the Trainer.
+            folder: Where files go that no logger has a folder for; None for nowhere.
+        """
+        if self._undrawn is None:
             return
         takers = list(self._takers(loggers, "pictures"))
         folders = self._folders(loggers, "pictures", folder)
@@ -205,8 +201,7 @@ class Panels:
         step, self._undrawn = self._undrawn, None
         with self._aside():
             pictures = []
-            found = self._try("preparing figures", drawings) or {}
-            for name, drawing in found.items():
+            for name, drawing in drawings.items():
                 key = f"figures/{self.prefix}_{name}"
                 picture = self._try(f"drawing {name}", _picture, key, drawing, step, bool(folders))
                 pictures += [] if picture is None else [picture]
@@ -241,12 +236,15 @@ class Panels:
     def _takers(self, loggers: Iterable[Any], what: str) -> Iterable[Any]:
         return (logger for logger in loggers if getattr(adapter(logger), what) is not None)
 
-    def _folders(self, loggers: Sequence[Any], what: str, default: Path) -> list[Path]:
+    def _folders(self, loggers: Sequence[Any], what: str, default: Path | None) -> list[Path]:
         """Returns the folders, each once, of the loggers for whom files stand in."""
         rows: list[tuple[Any, Adapter]] = [(logger, adapter(logger)) for logger in loggers]
         left = [(x, row) for x, row in rows if getattr(row, what) is None and row.takes_files]
-        places = [Path(row.folder(logger) or default) for logger, row in left]
-        return list(dict.fromkeys(places)) if loggers else [default]
+        places = [default] if not loggers else []
+        for logger, row in left:
+            named = f"finding the folder of {type(logger).__name__}"
+            places.append(self._try(named, _folder_of, row, logger) or default)
+        return [place for place in dict.fromkeys(places) if place is not None]
 
     def _try(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
         """Returns the result, or None after a warning: no figure is worth a lost run."""
@@ -256,11 +254,23 @@ class Panels:
             if what not in self._warned:
                 self._warned.add(what)
                 warnings.warn(
-                    f"Training goes on, but {what} failed ({type(error).__name__}: {error}). "
+                    f"Training goes on, but {what} failed "
+                    f"({type(error).__name__}: {text_of(error)}). "
                     "Leave figures out with figures=None.",
                     stacklevel=4,
                 )
             return None
+
+
+def _thinned(codes: dict[int, str]) -> dict[int, str]:
+    """Return every second spectrum, the first and the last among them."""
+    steps = list(codes)
+    return {step: codes[step] for i, step in enumerate(steps) if i % 2 == 0 or step == steps[-1]}
+
+
+def _folder_of(row: Adapter, logger: Any) -> Path | None:
+    place = row.folder(logger)
+    return None if place is None else Path(place)
 
 
 def _picture(key: str, drawing: Callable[[], Figure], step: int, vector: bool) -> Picture:

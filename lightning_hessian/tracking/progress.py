@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from lightning_hessian.results.base import text_of
+
 _PATIENCE = 1.0  # seconds before a bar is worth drawing
 _INTERVAL = 0.1  # seconds between two updates
 
@@ -189,8 +191,9 @@ class Progress:
     def _give_up(self, error: Exception) -> None:
         self._make = self._bar = None
         warnings.warn(
-            f"The progress bar of the measurement failed ({type(error).__name__}: {error}); the "
-            "measurement goes on. Leave it out with progress=False.",
+            f"The progress bar of the measurement failed "
+            f"({type(error).__name__}: {text_of(error)}); the measurement goes on. "
+            "Leave it out with progress=False.",
             stacklevel=3,
         )
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_hessian.probe.partition import Blocks
 from lightning_hessian.results import BlockStructure, Eigengaps, HessianSpectrum, PowerLawFit
 from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.statistics.power_law import fit_power_law
@@ -13,6 +18,7 @@ CORRELATED = (
     "trace",
     "eigengap_d_ks",
     "eigengap_s_hat",
+    "block_off_diagonal_ratio",
 )
 """The statistics whose correlation with the monitored metrics is tracked."""
 
@@ -37,6 +43,7 @@ def spectrum_scalars(
         "num_converged": spectrum.num_converged,
         "num_hvps": spectrum.num_hvps,
         "seconds": spectrum.seconds,
+        "loss": spectrum.loss,
     }
     absent: list[str] = []
     if spectrum.converged[0]:
@@ -102,21 +109,70 @@ def eigengap_scalars(gaps: Eigengaps) -> dict[str, float]:
     return scalars
 
 
-def block_scalars(blocks: BlockStructure) -> dict[str, float]:
-    """Returns the statistics of a block structure, name to value; those without value are absent.
+def block_scalars(blocks: BlockStructure, partition: Blocks | None = None) -> dict[str, float]:
+    """Return the statistics of a block structure, name to value; those without value are absent.
 
     Where the blocks are cut from two layers, w before v, ``block_share_ww``, ``block_share_wv``
     and ``block_share_vv`` are the shares of the squared norm of H in the three families of blocks
-    (HBS, dynamic force: training makes H_wv vanish).
+    (HBS, dynamic force: training makes H_wv vanish). ``block_ratio_ww`` and ``block_ratio_vv``
+    are the off-diagonal ratios within H_ww and within H_vv; see `group_ratios`.
+
+    Args:
+        blocks: What was measured.
+        partition: What it was cut by.
     """
     scalars = {
         "block_off_diagonal_ratio": blocks.off_diagonal_ratio,
         "block_off_diagonal_ratio_std_error": blocks.off_diagonal_ratio_std_error,
         "block_off_diagonal_share": blocks.off_diagonal_share,
         "block_heterogeneity": blocks.mean_heterogeneity,
+        **group_ratios(blocks, partition),
     }
     if len(set(blocks.groups)) == 2:
         shares = blocks.families.values()
         names = ("block_share_ww", "block_share_wv", "block_share_vv")
         scalars |= dict(zip(names, shares, strict=True))
     return {name: value for name, value in scalars.items() if value is not None}
+
+
+def group_ratios(
+    blocks: BlockStructure, partition: Blocks | None = None
+) -> dict[str, float | None]:
+    """Return the off-diagonal ratios within the hidden neurons and within the classes.
+
+    HBS eq. 6, 10, 14, 15 and theorems 1 and 2 are about these, not about the ratio over all
+    blocks. Within H_vv are the blocks of the last layer that is cut, one for each output; within
+    H_ww those of the layers before it. HBS has one hidden layer. Of several, only blocks of the
+    same layer are compared: mean over i != j in one layer, over the mean of the diagonal blocks.
+
+    Args:
+        blocks: What was measured.
+        partition: What it was cut by. ``"class"`` has H_vv alone; ``"neuron"`` and rules have
+            both; heads, tokens and whole layers are neither.
+    """
+    layers = list(dict.fromkeys(blocks.groups))
+    if partition in ("layer", "head", "embedding", "adam_mini"):
+        return {}
+    if partition == "class":
+        return {"block_ratio_vv": blocks.group_ratio(layers[-1])} if layers else {}
+    if len(layers) < 2:
+        return {}
+    return {
+        "block_ratio_ww": _pooled_ratio(blocks, layers[:-1]),
+        "block_ratio_vv": blocks.group_ratio(layers[-1]),
+    }
+
+
+def _pooled_ratio(blocks: BlockStructure, layers: Sequence[str]) -> float | None:
+    """Return the ratio of means over the blocks within each of some layers, None for no pairs."""
+    on = off = 0.0
+    diagonal = pairs = 0
+    for layer in layers:
+        member = np.array([group == layer for group in blocks.groups])
+        inside = blocks.frobenius[np.ix_(member, member)]
+        if len(inside) > 1:  # a norm, an embedding as a whole: no neurons to compare
+            on += float(np.trace(inside))
+            off += float(inside.sum() - np.trace(inside))
+            diagonal += len(inside)
+            pairs += len(inside) * (len(inside) - 1)
+    return (off / pairs) / (on / diagonal) if pairs and on > 0 else None

@@ -28,10 +28,13 @@ Row = dict[str, Any]
 ALWAYS = {
     "d_ks", "d_c", "p_value", "beta_hat", "beta_sigma", "s_hat", "lambda_1", "trace",
     "trace_std_error", "eigengap_d_ks", "eigengap_s_hat", "num_eigenvalues", "num_converged",
-    "num_hvps", "seconds",
+    "num_hvps", "seconds", "loss", "gap",
 }  # fmt: skip
 SOMETIMES = {"lambda_min", "num_fitted", "power_law", "eigengap_num_below_bounds"}
-CORRELATED = ("d_ks", "s_hat", "lambda_1", "trace", "eigengap_d_ks", "eigengap_s_hat")
+CORRELATED = (
+    "d_ks", "s_hat", "lambda_1", "trace", "eigengap_d_ks", "eigengap_s_hat",
+    "block_off_diagonal_ratio",
+)  # fmt: skip
 EPOCHS = 6
 
 
@@ -54,7 +57,8 @@ def _assert_history(rows: list[Row], history: list[dict[str, float]]) -> None:
     assert len(rows) == len(history)
     for row, expected in zip(rows, history, strict=True):
         logged = {k.partition("/")[2]: v for k, v in row.items() if k.startswith("hessian/")}
-        assert logged.keys() == expected.keys() - {"step", "epoch", "val_loss"}
+        logged.pop("gap", None)  # known a moment later: it may stand in the row of correlations
+        assert logged.keys() == expected.keys() - {"step", "epoch", "val_loss", "gap"}
         for name, value in logged.items():
             assert np.float32(value) == np.float32(expected[name]), name
         assert np.float32(row["val_loss"]) == np.float32(expected["val_loss"])
@@ -225,6 +229,16 @@ def test_nothing_else_is_logged_and_nothing_twice(
     assert len(spoken) == 4 * EPOCHS // 2
 
 
+@pytest.mark.parametrize("logger", ["wandb", "csv", "tensorboard"])
+def test_the_gap_is_the_validation_loss_minus_that_of_the_probe(measured: Any, logger: str) -> None:
+    gaps = [row["val_loss"] - row["loss"] for row in measured.history]
+    assert [row["gap"] for row in measured.history] == gaps
+    logged = [row["hessian/gap"] for row in getattr(measured, logger) if "hessian/gap" in row]
+    assert logged == pytest.approx(gaps, abs=1e-6)
+    rows = [row for row in getattr(measured, logger) if "correlation/num_points" in row]
+    _assert_correlations(rows, measured.history, "gap")
+
+
 def test_scan_history_would_find_the_row(measured: Any) -> None:
     keys = ["hessian/d_ks", "hessian/s_hat", "hessian/trace", "val_loss", "epoch"]
     rows = [row for row in measured.wandb if all(key in row for key in keys)]
@@ -240,7 +254,10 @@ def test_keys_are_those_of_the_contract(measured: Any) -> None:
     assert all(name.startswith("block_") for name in others)
     correlations = {key for key in keys if key.startswith("correlation/")}
     kinds = ("pearson", "pearson_low", "pearson_high", "spearman", "differences", "num_points")
-    expected = {f"correlation/{kind}_{name}_val_loss" for name in CORRELATED for kind in kinds}
+    expected = {
+        f"correlation/{kind}_{name}_{monitor}"
+        for name in CORRELATED for kind in kinds for monitor in ("val_loss", "gap")
+    }  # fmt: skip
     assert correlations == expected | {"correlation/num_points"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import random
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+import wandb
 from lightning.pytorch.loggers.logger import Logger
 from references import mlp
 from torch import Tensor, nn
@@ -524,6 +526,63 @@ def test_a_silenced_method_of_the_users_own_comes_back():
     assert module.log is own
     module.log("loss", 2.0)
     assert said == [("loss", 2.0)]
+
+
+class WandbRun:
+    """As `wandb.Run`: what it is told goes through methods, which may be replaced on a run."""
+
+    def __init__(self) -> None:
+        self.said: list = []
+
+    def log(self, *args):
+        self.said.append(args)
+
+    def log_artifact(self, *args):
+        self.said.append(args)
+
+    def alert(self, *args):
+        self.said.append(args)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("place", ["run", "module", "both", "neither"])
+@pytest.mark.parametrize("name", ["log", "log_artifact", "alert"])
+def test_what_the_user_put_in_place_of_wandbs_logging_comes_back(
+    name, place, raises, nested, monkeypatch
+):
+    run, heard = WandbRun(), []
+    monkeypatch.setattr(wandb, "run", run)
+    monkeypatch.setattr(wandb, name, getattr(run, name))
+    mine = lambda *args: heard.append(args)  # noqa: E731
+    if place in ("run", "both"):
+        setattr(run, name, mine)
+    if place in ("module", "both"):
+        monkeypatch.setattr(wandb, name, mine)
+    before, module_before = dict(vars(run)), dict(vars(wandb))
+    with contextlib.suppress(KeyError), muted(nn.Linear(1, 1)):
+        with muted(nn.Linear(1, 1)) if nested else contextlib.nullcontext():
+            getattr(wandb.run, name)("behind the back")
+        getattr(wandb, name)("behind the back")
+        if raises:
+            raise KeyError
+    assert (run.said, heard) == ([], [])
+    assert vars(run) == before
+    assert vars(wandb) == module_before
+    getattr(wandb.run, name)("heard again")
+    assert [("heard again",)] in (run.said, heard)
+
+
+def test_a_run_without_attributes_of_its_own_can_stand_there(monkeypatch):
+    class Slim:
+        __slots__ = ()
+
+        def log(self, *args):
+            raise AssertionError("never called")
+
+    monkeypatch.setattr(wandb, "run", Slim())
+    with muted(nn.Linear(1, 1)):
+        wandb.log({"a": 1})
 
 
 def test_a_lightning_module_without_trainer_can_be_measured():

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -197,10 +203,11 @@ def test_a_write_that_fails_leaves_the_file_of_before(interrupted, monkeypatch):
 
     monkeypatch.setattr(checkpoints.os, "fsync", full)
     with pytest.warns(UserWarning, match=r"could not be written .*No space"):
-        lanczos(
+        found = lanczos(
             MatrixOperator(matrix_of(SPECTRUM)), 10, checkpoint=interrupted,
             **(OPTIONS | {"max_products": 60}),
         )  # fmt: skip
+    assert found.stopped == "bound"  # the result is there all the same
     assert interrupted.read_bytes() == before
     assert [path.name for path in interrupted.parent.iterdir()] == ["run"]
 
@@ -245,3 +252,82 @@ def test_a_file_that_names_no_engine_goes_on(tmp_path, monkeypatch):
         lanczos(Named(matrix, "autograd"), 10, checkpoint=file, **OPTIONS | {"max_products": 20})
     found = lanczos(Named(matrix, "linearize"), 10, checkpoint=file, **OPTIONS)
     assert found.stopped == "converged"
+
+
+@pytest.mark.parametrize("place", ["missing/run", "a file/run", ""])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, place):
+    (tmp_path / "a file").write_text("")
+    operator = Watched(matrix_of(SPECTRUM))
+    with pytest.raises(ValueError, match=r"^checkpoint="):
+        lanczos(operator, 10, checkpoint=tmp_path / place, **OPTIONS)
+    assert operator.num_products == 0
+
+
+def test_a_write_that_fails_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+    class Breaks(Watched):
+        def matvec(self, vector):
+            if self.num_products == 30:
+                raise RuntimeError("the real cause")
+            return super().matvec(vector)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", lambda _: exec("raise OSError(28, 'full')"))
+    with (
+        pytest.warns(UserWarning, match="could not be written"),
+        pytest.raises(RuntimeError, match="the real cause"),
+    ):
+        lanczos(Breaks(matrix_of(SPECTRUM)), 10, checkpoint=tmp_path / "run", **OPTIONS)
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+from test_checkpoint import OPTIONS, SPECTRUM
+from test_lanczos import Watched, matrix_of
+from lightning_hessian.solvers.lanczos import lanczos
+class Signalled(Watched):
+    def matvec(self, vector):
+        if self.num_products == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().matvec(vector)
+{handler}
+lanczos(Signalled(matrix_of(SPECTRUM)), 10, checkpoint={file!r}, **OPTIONS)
+"""
+HANDLERS = {
+    "none": "",
+    "one that ends": "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))",
+}
+
+
+@pytest.mark.parametrize(("name", "code"), [("none", -15), ("one that ends", 7)])
+def test_sigterm_saves_the_state_and_ends_as_it_would_have(tmp_path, name, code):
+    here, file = Path(__file__).parent, tmp_path / "run"
+    paths = [str(here), str(here.parent), str(here.parents[1])]
+    script = SIGNALLED.format(paths=paths, handler=HANDLERS[name], file=str(file))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert file.exists()
+    resumed = lanczos(MatrixOperator(matrix_of(SPECTRUM)), 10, checkpoint=file, **OPTIONS)
+    whole = lanczos(MatrixOperator(matrix_of(SPECTRUM)), 10, **OPTIONS)
+    np.testing.assert_allclose(resumed.values, whole.values, rtol=1e-12)
+    assert resumed.num_products == whole.num_products
+
+
+def test_a_sigterm_handler_that_goes_on_is_called_and_put_back(tmp_path):
+    heard = []
+
+    class Signalled(Watched):
+        def matvec(self, vector):
+            if self.num_products == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert (tmp_path / "run").exists()
+            return super().matvec(vector)
+
+    mine = lambda *_: heard.append(1)  # noqa: E731
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        found = lanczos(Signalled(matrix_of(SPECTRUM)), 10, checkpoint=tmp_path / "run", **OPTIONS)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found.stopped == "converged"
+    assert heard == [1]

@@ -18,29 +18,26 @@ def _code(seed: int) -> str:
     return encode_spectrum(values, np.zeros(5), np.ones(5, dtype=bool))
 
 
-def test_what_is_not_due_is_neither_prepared_nor_decoded(tmp_path, monkeypatch):
+def test_what_is_not_due_is_not_decoded(tmp_path, monkeypatch):
     decoded = []
     monkeypatch.setattr(panels_module, "decode_spectrum", lambda code: decoded.append(code))
     panels = Panels("hessian", 10)
-    asked = []
     for count in range(2, 10):
         panels.add_spectrum(_code(count), count, count, [], tmp_path)
-        panels.draw(lambda: asked.append(1) or {}, count, count, [], tmp_path)
-    assert asked == decoded == []
-    panels.draw(lambda: asked.append(1) or {}, 11, 11, [], tmp_path)
-    assert asked == [1]
+        assert not panels.is_due(count)
+    assert decoded == []
+    assert panels.is_due(11)
 
 
 def test_spectra_kept_are_bounded_and_span_the_run(tmp_path):
     panels = Panels("hessian", 10)
     code = _code(0)
     for step in range(3000):
-        panels._codes[step] = code  # as add_spectrum does, without files
-    panels.add_spectrum(code, 3000, 3000, [], tmp_path)
+        panels.add_spectrum(code, step, step, [], tmp_path)
     steps = [step for step, _ in panels.spectra]
-    assert len(panels.state_dict()["spectra"]) == len(steps) < 1600
+    assert 100 < len(panels.state_dict()["spectra"]) == len(steps) <= 400
     assert steps[0] == 0
-    assert steps[-1] == 3000
+    assert steps[-1] == 2999
     assert steps == sorted(steps)
 
 

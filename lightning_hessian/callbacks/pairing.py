@@ -1,0 +1,118 @@
+"""The metrics of a validation beside its measurement: those monitored, and the gap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_hessian.callbacks.surroundings import unknown_metric
+from lightning_hessian.results import ArgumentError
+
+GAP = "gap"
+"""The generalization gap: the validation loss minus the loss on the training probe."""
+
+
+def checked_monitors(monitor: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the monitored metrics.
+
+    Raises:
+        ArgumentError: Something else than names.
+    """
+    names: Any = [monitor] if isinstance(monitor, (str, bytes)) else monitor
+    found = tuple(names) if isinstance(names, Sequence) else ()
+    if not found or not all(isinstance(name, str) and name for name in found):
+        raise ArgumentError(
+            "monitor", monitor, "Give the name of a logged metric, or a list of names."
+        )
+    return found
+
+
+def validation_loss(monitors: Sequence[str], known: Mapping[str, Any]) -> str | None:
+    """Return which metric the gap is taken from.
+
+    It is the first monitored metric with "loss" in its name, else ``val_loss`` where it is logged;
+    None where there is neither. An error rate or an accuracy has no gap to a loss.
+
+    Args:
+        monitors: The monitored metrics.
+        known: The metrics that are logged.
+
+    Example:
+        >>> validation_loss(("val_error", "gap"), {"val_error": 0.1, "val_loss": 0.3})
+        'val_loss'
+    """
+    losses = [name for name in monitors if "loss" in name.lower()]
+    return next((name for name in [*losses, "val_loss"] if name in known), None)
+
+
+class Pairs:
+    """Finds what a measurement is paired with: the metrics of the same validation.
+
+    Args:
+        monitors: The metrics asked for.
+        on_training_data: Whether the probe is of the training data, so that there is a gap.
+    """
+
+    def __init__(self, monitors: Sequence[str], on_training_data: bool) -> None:
+        self.monitors = monitors
+        self.on_training_data = on_training_data
+        self._metrics: dict[str, Any] = {}  # those of the validation before
+
+    def forget(self) -> None:
+        """Begin anew: no metric is of a validation before."""
+        self._metrics = {}
+
+    def see(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metrics of this validation; an older one that is kept among them is not.
+
+        Args:
+            metrics: ``trainer.callback_metrics``, at every validation.
+        """
+        before, self._metrics = self._metrics, dict(metrics)
+        return {name: v for name, v in self._metrics.items() if v is not before.get(name)}
+
+    def of(
+        self, fresh: Mapping[str, Any], pending: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Return the monitored values, and for each that cannot be had why, by its name.
+
+        Args:
+            fresh: The metrics of this validation.
+            pending: The statistics measured in it.
+        """
+        missing = {
+            name: unknown_metric(name, list(self._metrics))
+            for name in self.monitors
+            if name not in self._metrics and name != GAP
+        }
+        found = {name: float(fresh[name]) for name in self.monitors if name in fresh}
+        if GAP in self.monitors and GAP not in self._metrics and self.on_training_data:
+            loss = validation_loss(self.monitors, self._metrics)
+            if loss is None:
+                missing[GAP] = (
+                    "There is no generalization gap, since no validation loss is logged: log "
+                    "val_loss in validation_step, or name the loss in monitor=."
+                )
+            elif loss in fresh and "loss" in pending:
+                found[GAP] = float(fresh[loss]) - pending["loss"]
+        return found, missing
+
+
+def incomparable(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return what to tell where the number of fitted eigenvalues has changed, and d_ks with it.
+
+    Args:
+        rows: The measurements; the last is compared with the one before.
+    """
+    found = {}
+    for name, count in rows[-1].items():
+        if name.rpartition("/")[2] != "num_fitted":
+            continue
+        last = next((row[name] for row in reversed(rows[:-1]) if name in row), count)
+        if last != count:
+            found[name] = (
+                f"{name} changed from {last:.0f} to {count:.0f}: the power laws were fitted to "
+                "different numbers of eigenvalues, so their d_ks, and correlations with them, are "
+                "not comparable over this run. Lower num_eigenvalues, or allow a measurement more."
+            )
+    return found
