@@ -1,4 +1,4 @@
-"""What a module holds: copied for an evaluation to write to, and put back after a measurement."""
+"""What a module holds: copied for an evaluation to write to, and put in place again later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,8 @@ _NOT_WRITTEN_TO = ("lightning.", "pytorch_lightning.", "torch.optim.", "torch.ut
 """Where classes come from whose objects no forward pass writes to: they may hold all the data."""
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_DEEPEST = 12
-_MOST_VISITED = 100_000
-"""Objects within a module's attributes beyond which the walk ends: no model holds so many."""
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+DEEPEST = 12
 
 
 def is_own(value: Any) -> bool:
@@ -43,10 +41,10 @@ def is_own(value: Any) -> bool:
         return False
     if any(f"{kind.__module__}.".startswith(_NOT_WRITTEN_TO) for kind in type(value).__mro__):
         return False
-    return hasattr(value, "__dict__") or bool(_slots(value))
+    return hasattr(value, "__dict__") or bool(slots_of(value))
 
 
-def _slots(value: Any) -> dict[str, Any]:
+def slots_of(value: Any) -> dict[str, Any]:
     """Return what an object holds in slots, by name."""
     names = itertools.chain.from_iterable(
         (slots,) if isinstance(slots, str) else slots
@@ -83,7 +81,7 @@ class Copier:
         self._given = given or {}
         self._parameters = parameters
 
-    def __call__(self, value: Any, depth: int = _DEEPEST) -> Any:
+    def __call__(self, value: Any, depth: int = DEEPEST) -> Any:
         """Return a copy of a value, with copies of what it holds down to a depth."""
         if id(value) in self._given:
             return self._given[id(value)]
@@ -102,11 +100,11 @@ class Copier:
             return self._noted(value, self._tensor(value))
         if isinstance(value, np.ndarray):
             return self._noted(value, value.copy())
-        if isinstance(value, _GENERATORS):
+        if isinstance(value, GENERATORS):
             return self._noted(value, _generator_copied(value))
         if isinstance(value, tuple):
             entries = [self(entry, depth) for entry in value]
-            if all(map(_is_same, entries, value)):
+            if all(map(is_same, entries, value)):
                 return value
             kind: Any = type(value)
             made = kind(*entries) if hasattr(kind, "_fields") else kind(entries)
@@ -135,7 +133,7 @@ class Copier:
             for i, entry in enumerate(list(made)):
                 made[i] = self(entry, depth)
         elif not isinstance(made, set):
-            for name, entry in _slots(made).items():
+            for name, entry in slots_of(made).items():
                 object.__setattr__(made, name, self(entry, depth))
         if hasattr(made, "__dict__"):
             attributes = vars(made)
@@ -143,7 +141,8 @@ class Copier:
         return made
 
 
-def _is_same(first: Any, second: Any) -> bool:
+def is_same(first: Any, second: Any) -> bool:
+    """Return whether two names stand for one object."""
     return first is second
 
 
@@ -203,33 +202,33 @@ class ModuleState:
         copied = Copier(self._given, parameters=self._parameters, flags=True)
         with kept([part for part, _ in self._parts]):
             for part, state in self._parts:
-                _put(vars(part), self._of(state, copied))
+                put(vars(part), self._of(state, copied))
             yield
 
 
 def _alike(first: Any, second: Any) -> bool:
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return False
-    return _has_digits(first) and _has_digits(second) and _equal(first, second)
+    return has_digits(first) and has_digits(second) and equal_bits(first, second)
 
 
 @contextmanager
 def kept(parts: Sequence[nn.Module]) -> Iterator[None]:
     """A block after which modules hold the same objects as before, whatever is in these."""
-    before = [(part, _shallow(vars(part))) for part in parts]
+    before = [(part, shallow(vars(part))) for part in parts]
     try:
         yield
     finally:
         for part, state in before:
-            _put(vars(part), state)
+            put(vars(part), state)
 
 
-def _shallow(held: dict[str, Any]) -> dict[str, Any]:
+def shallow(held: dict[str, Any]) -> dict[str, Any]:
     """Return what a module holds, with copies of the registries but not of what is in them."""
     return held | {name: copy.copy(held[name]) for name in _REGISTRIES}
 
 
-def _put(held: dict[str, Any], state: dict[str, Any]) -> None:
+def put(held: dict[str, Any], state: dict[str, Any]) -> None:
     """Make a module hold a state; its registries stay the same dictionaries, with other entries."""
     registries = {name: held[name] for name in _REGISTRIES}
     held.clear()
@@ -277,164 +276,12 @@ def untouched(
         yield
 
 
-class Snapshot:
-    """All that a module holds, with a copy of every digit, to be put back after a measurement.
-
-    It covers what no copy made for an evaluation can: what the backward passes write to, and what
-    is written to behind the module's back. It takes the memory of one copy of the parameters,
-    where the Krylov basis takes a hundred of them or more.
-
-    Args:
-        module: The module.
-
-    Attributes:
-        hidden: Modules that it holds in attributes, containers or objects, unregistered.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.hidden: list[nn.Module] = []
-        self._undo: list[Callable[[], None]] = []
-        self._shared: list[_Digits] = []
-        self._seen: dict[int, Any] = {}
-        for part in module.modules():
-            self._module(part)
-        self._attributes(module.modules())
-        self._attributes(self.hidden)  # grows while it is walked
-
-    def is_written(self) -> bool:
-        """Return whether parameters have other digits than when this was taken."""
-        # Tracing and vmap look on while this compares tensors that they know nothing of.
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            return any(digits.differ() for digits in self._shared)
-
-    def put_back(self) -> None:
-        """Give the parameters the digits that they had."""
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            for digits in self._shared:
-                digits.put_back()
-
-    def restore(self) -> None:
-        """Put everything back: digits in place, the same objects in the same places."""
-        with torch.inference_mode(False), torch.no_grad():
-            for undo in reversed(self._undo):
-                undo()
-
-    def _first_visit(self, value: Any) -> bool:
-        if id(value) in self._seen or len(self._seen) > _MOST_VISITED:
-            return False
-        self._seen[id(value)] = value
-        return True
-
-    def _module(self, part: nn.Module) -> None:
-        if not self._first_visit(part):
-            return
-        state, mode = _shallow(vars(part)), part.training
-        self._undo.append(lambda: _put(vars(part), state | {"training": mode}))
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            self._visit(tensor, 1)
-
-    def _attributes(self, parts: Iterable[nn.Module]) -> None:
-        for part in parts:
-            for name, value in vars(part).items():
-                if name not in INTERNAL:
-                    self._visit(value, _DEEPEST)
-
-    def _visit(self, value: Any, depth: int) -> None:
-        plain = (str, bytes, int, float, type(None))
-        if depth == 0 or isinstance(value, plain) or not self._first_visit(value):
-            return
-        if isinstance(value, Tensor):
-            self._tensor(value)
-        elif isinstance(value, np.ndarray):
-            content = value.copy()
-            self._undo.append(lambda: _put_array(value, content))
-        elif isinstance(value, nn.Module):
-            del self._seen[id(value)]
-            for part in value.modules():
-                if id(part) not in self._seen:
-                    self.hidden.append(part)
-                    self._module(part)
-        elif isinstance(value, _GENERATORS):
-            self._undo.append(_generator_undo(value))
-        elif isinstance(value, (list, dict, set, deque)):
-            self._undo.append(_container_undo(value))
-        for part in self._within(value):
-            self._visit(part, depth - 1)
-
-    def _within(self, value: Any) -> Iterable[Any]:
-        """Return what a value holds, having noted which attributes it holds it in."""
-        found: list[Any] = []
-        if isinstance(value, dict):
-            found += value.values()
-        elif isinstance(value, (list, tuple, deque)):
-            found += value
-        elif isinstance(value, types.FunctionType):
-            for cell in value.__closure__ or ():
-                found += self._cell(cell)
-        elif isinstance(value, functools.partial):
-            found += [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, types.MethodType):
-            found.append(value.__self__)
-        if is_own(value):
-            slots = _slots(value)
-            if slots:
-                self._undo.append(lambda: _put_slots(value, slots))
-            held = getattr(value, "__dict__", {})
-            self._undo.append(_container_undo(held))
-            found += [*slots.values(), *held.values()]
-        return found
-
-    def _cell(self, cell: types.CellType) -> list[Any]:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # empty so far
-            return []
-        self._undo.append(lambda: setattr(cell, "cell_contents", content))
-        return [content]
-
-    def _tensor(self, tensor: Tensor) -> None:
-        digits = _Digits(tensor)
-        if isinstance(tensor, nn.Parameter):
-            self._shared.append(digits)
-        self._undo.append(digits.put_back)
-        if tensor.is_leaf:
-            needed, gradient = tensor.requires_grad, tensor.grad
-            self._undo.append(lambda: _put_gradient(tensor, needed, gradient))
-            if gradient is not None and self._first_visit(gradient):
-                self._undo.append(_Digits(gradient).put_back)
-
-
-class _Digits:
-    """A tensor, where its memory lies, and a copy of that."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        # `.data` shares the memory but not the version counter, so that graphs do not complain.
-        self._place = tensor.data
-        local = _local(tensor)
-        self._copy = local.detach().clone() if _has_digits(local) else None
-
-    def differ(self) -> bool:
-        """Return whether some bit has changed."""
-        return self._copy is not None and not _equal(_local(self._tensor), self._copy)
-
-    def put_back(self) -> None:
-        """Write the copy back, where that changes anything."""
-        if self._copy is None:
-            return
-        if _local(self._tensor).data_ptr() != _local(self._place).data_ptr():
-            self._tensor.data = self._place
-        if self.differ():
-            with torch.inference_mode(self._tensor.is_inference()):
-                _local(self._tensor).data.copy_(self._copy)
-
-
-def _local(tensor: Any) -> Any:
+def local_part(tensor: Any) -> Any:
     """Return what of a tensor lies here, if it is distributed."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _has_digits(tensor: Tensor) -> bool:
+def has_digits(tensor: Tensor) -> bool:
     """Return whether a tensor lies in memory row by row, in bits that can be compared."""
     return not tensor.is_meta and tensor.layout == torch.strided and not tensor.is_quantized
 
@@ -442,7 +289,7 @@ def _has_digits(tensor: Tensor) -> bool:
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _equal(first: Any, second: Any) -> bool:
+def equal_bits(first: Any, second: Any) -> bool:
     """Return whether two tensors have the same bits; -0 is not 0 here, and NaN is NaN."""
     first, second = first.detach(), second.detach()
     if first.shape != second.shape or first.dtype != second.dtype:
@@ -453,52 +300,3 @@ def _equal(first: Any, second: Any) -> bool:
     if bits is not None and first.dtype != torch.bool:
         first, second = first.view(bits), second.view(bits)
     return torch.equal(first, second)
-
-
-def _put_array(array: Any, content: Any) -> None:
-    if array.tobytes() != content.tobytes():
-        array[...] = content
-
-
-def _put_slots(value: Any, slots: dict[str, Any]) -> None:
-    for name, content in slots.items():
-        object.__setattr__(value, name, content)
-
-
-def _put_gradient(tensor: Tensor, needed: bool, gradient: Tensor | None) -> None:
-    if tensor.requires_grad != needed:
-        tensor.requires_grad_(needed)
-    if tensor.grad is not gradient:
-        tensor.grad = gradient
-
-
-def _container_undo(container: Any) -> Callable[[], None]:
-    """Return what gives a container the entries that it has now, if it has others then."""
-    before = copy.copy(container)
-
-    def undo() -> None:
-        if isinstance(container, set):
-            same = container == before
-        elif isinstance(container, dict):
-            same = list(container) == list(before) and all(
-                map(_is_same, container.values(), before.values())
-            )
-        else:
-            same = len(container) == len(before) and all(map(_is_same, container, before))
-        if not same:
-            container.clear()
-            add = container.update if isinstance(container, (set, dict)) else container.extend
-            add(before)
-
-    return undo
-
-
-def _generator_undo(generator: Any) -> Callable[[], None]:
-    if isinstance(generator, np.random.Generator):
-        state = copy.deepcopy(generator.bit_generator.state)
-        return lambda: setattr(generator.bit_generator, "state", state)
-    if isinstance(generator, random.Random):
-        kept = generator.getstate()
-        return lambda: generator.setstate(kept)
-    found = generator.get_state()
-    return lambda: generator.set_state(found)
