@@ -42,7 +42,7 @@ class Transformer(nn.Module):
 
 def digits_network() -> nn.Module:
     """Returns the demo's network."""
-    from lightning_hessian.demo import DigitsClassifier
+    from lightning_hessian.cli.digits import DigitsClassifier
 
     return DigitsClassifier().network
 

@@ -68,7 +68,7 @@ def write_csv(folder: Path, seed: int, history: list[dict[str, float]]) -> None:
 
 def measure(folder: Path, out: Path, cache: Path) -> tuple[float, float, float]:
     """Returns wall and CPU time in seconds, and peak memory of all processes together in MB."""
-    command = [sys.executable, "-m", "lightning_hessian.cli", "report", str(folder),
+    command = [sys.executable, "-m", "lightning_hessian.cli.main", "report", str(folder),
                "--out", str(out), "--group", "optimizer", "--size", "num_parameters"]  # fmt: skip
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     started, before = time.monotonic(), os.times()

@@ -14,12 +14,8 @@ from pathlib import Path
 import lightning as L
 from torch.utils.data import DataLoader
 
-from lightning_hessian import (
-    GradientStructureCallback,
-    HessianSpectrumCallback,
-    hessian_spectrum,
-)
-from lightning_hessian.demo import DigitsClassifier, DigitsData
+from lightning_hessian import GradientStructureCallback, HessianSpectrumCallback, hessian_spectrum
+from lightning_hessian.cli.digits import DigitsClassifier, DigitsData
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 from lightning_hessian.tracking.figures import rank_plot
 from lightning_hessian.tracking.gradient_figures import ratio_plot, spectra_plot

@@ -3,12 +3,12 @@
 from lightning_hessian.callbacks.gradient_structure import GradientStructureCallback
 from lightning_hessian.callbacks.hessian_spectrum import HessianSpectrumCallback
 from lightning_hessian.callbacks.schedule import AtSteps, EveryNValidations
-from lightning_hessian.measure import hessian_spectrum
-from lightning_hessian.measure_blocks import block_structure
-from lightning_hessian.measure_gradients import gradient_structure
-from lightning_hessian.measure_layers import layer_spectra
+from lightning_hessian.histories.load import load_runs
+from lightning_hessian.measure.blocks import block_structure
+from lightning_hessian.measure.gradients import gradient_structure
+from lightning_hessian.measure.layers import layer_spectra
+from lightning_hessian.measure.spectrum import hessian_spectrum
 from lightning_hessian.probe.partition_rules import BlockRule, partition_rules
-from lightning_hessian.reports.load import load_runs
 from lightning_hessian.reports.report import correlation_report
 from lightning_hessian.results import (
     ArgumentError,

@@ -40,16 +40,15 @@ from lightning_hessian import (
     layer_spectra,
     load_runs,
     partition_rules,
-    theory,
 )
-from lightning_hessian.cli import COMMANDS, main
-from lightning_hessian.metrics import PowerLawFit
+from lightning_hessian.cli.main import COMMANDS, main
+from lightning_hessian.histories.offline_run import read_offline_run
+from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.reports.live import follow
-from lightning_hessian.reports.offline_run import read_offline_run
-from lightning_hessian.reports.spectra import read_spectra
 from lightning_hessian.results import arguments as rules
-from lightning_hessian.statistics import power_law, subspace
+from lightning_hessian.statistics import power_law, subspace, theory
 from lightning_hessian.statistics.eigengaps import davis_kahan_bound
+from lightning_hessian.tracking.power_law_metric import PowerLawFit
 
 
 class Net(nn.Module):

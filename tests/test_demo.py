@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hessian.cli import main
-from lightning_hessian.demo import run_demo
-from lightning_hessian.reports.offline_run import read_offline_run
+from lightning_hessian.cli.digits import run_demo
+from lightning_hessian.cli.main import main
+from lightning_hessian.histories.offline_run import read_offline_run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -17,7 +17,7 @@ from lightning_hessian import (
     hessian_spectrum,
     layer_spectra,
 )
-from lightning_hessian.measure_layers import layer_groups
+from lightning_hessian.measure.layers import layer_groups
 from lightning_hessian.tracking.scalars import spectrum_scalars
 
 

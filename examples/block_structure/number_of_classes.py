@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_hessian import block_structure, theory
+from lightning_hessian import block_structure
 from lightning_hessian.results import FloatArray
+from lightning_hessian.statistics import theory
 
 CLASSES = (10, 100, 1000)
 ROWS = 24

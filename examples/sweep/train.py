@@ -27,8 +27,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hessian import HessianSpectrumCallback
-from lightning_hessian.demo import DigitsClassifier
-from lightning_hessian.reports.offline_run import read_offline_run
+from lightning_hessian.cli.digits import DigitsClassifier
+from lightning_hessian.histories.offline_run import read_offline_run
 
 PROJECT = "lightning-hessian-sweep"
 OPTIMIZERS = {

@@ -6,7 +6,7 @@ import numbers
 from typing import Any
 
 from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, time_limit
-from lightning_hessian.measure_arguments import RULES
+from lightning_hessian.measure.arguments import RULES
 from lightning_hessian.probe.arguments import probe_data
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (

@@ -10,7 +10,7 @@ from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.probe_data import num_samples
 from lightning_hessian.callbacks.schedule import Schedule
-from lightning_hessian.measure_gradients import check_number, check_space, gradient_structure
+from lightning_hessian.measure.gradients import check_number, check_space, gradient_structure
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.results import ArgumentError, GradientStructure

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lightning_hessian.distributed import Ranks
+from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.results.base import text_of
 

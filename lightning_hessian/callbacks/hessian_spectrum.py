@@ -10,10 +10,10 @@ from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.layers import layer_scalars
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.schedule import Schedule
-from lightning_hessian.measure import check_selection, hessian_spectrum, split_bound
-from lightning_hessian.measure_blocks import block_structure
-from lightning_hessian.measure_layers import Layers, layer_groups
-from lightning_hessian.measure_protocols import check_protocol
+from lightning_hessian.measure.blocks import block_structure
+from lightning_hessian.measure.layers import Layers, layer_groups
+from lightning_hessian.measure.protocols import check_protocol
+from lightning_hessian.measure.spectrum import check_selection, hessian_spectrum, split_bound
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, partition

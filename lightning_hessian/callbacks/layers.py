@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lightning_hessian.measure_layers import Layers, layer_groups, layer_spectra
+from lightning_hessian.measure.layers import Layers, layer_groups, layer_spectra
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.tracking.scalars import spectrum_scalars
 

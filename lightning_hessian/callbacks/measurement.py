@@ -15,13 +15,9 @@ from lightning_hessian.callbacks.guard import Guard, sentence
 from lightning_hessian.callbacks.pairing import GAP, Pairs, checked_monitors, incomparable
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches, probe_batches
 from lightning_hessian.callbacks.schedule import Schedule, TimeBudget
-from lightning_hessian.callbacks.surroundings import (
-    log_step,
-    refuse_surroundings,
-    trainer_ranks,
-)
-from lightning_hessian.distributed import ALONE, RankError
-from lightning_hessian.operators.fsdp1 import whole
+from lightning_hessian.callbacks.surroundings import log_step, refuse_surroundings, trainer_ranks
+from lightning_hessian.linear.ranks import ALONE, RankError
+from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results.arguments import checked
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings

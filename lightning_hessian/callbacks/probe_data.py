@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_hessian.distributed import Ranks
-from lightning_hessian.probe.copies import StatefulDataError
-from lightning_hessian.probe.isolation import preserved_rng, seed_everything
+from lightning_hessian.isolation.copies import StatefulDataError
+from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.linear.rng import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import draw_batches
 
 ProbeData: TypeAlias = str | Iterable[Any]

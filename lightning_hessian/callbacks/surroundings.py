@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_hessian.distributed import ALONE, Ranks
+from lightning_hessian.linear.ranks import ALONE, Ranks
 
 
 def refuse_surroundings(callback: Any, trainer: Any) -> None:

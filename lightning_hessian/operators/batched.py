@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.operators.costs import counted
 from lightning_hessian.operators.engines import Product
-from lightning_hessian.operators.memory import free_bytes
 from lightning_hessian.probe.parameters import ParameterSpace
 
 

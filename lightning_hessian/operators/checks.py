@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightning_hessian.distributed import Shard
+from lightning_hessian.linear.operator import check_finite
+from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.engines import (
     Product,
     Restricted,
@@ -26,7 +27,6 @@ from lightning_hessian.operators.engines import (
     live_entries,
     recompute,
 )
-from lightning_hessian.operators.linear import check_finite
 from lightning_hessian.operators.loss_graph import LossGraph
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError

@@ -7,12 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_hessian.distributed import Shard
+from lightning_hessian.linear.memory import free_bytes
+from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.hessian import HessianOperator
-from lightning_hessian.operators.memory import free_bytes
-from lightning_hessian.operators.sharded import ShardedHessian
 from lightning_hessian.probe.objective import Objective
-from lightning_hessian.probe.sharded import ShardedObjective
 from lightning_hessian.results import MeasurementError
 
 
@@ -111,13 +109,3 @@ class DataParallelHessian:
         parts = self.shard.ranks.joined(part.reshape(-1))
         by_row = parts.view(world, count, self._width).transpose(0, 1)
         return by_row.reshape(count, -1)[:, : self.size]
-
-
-def hessian_operator(
-    objective: Objective, engine: str = "auto", *, expected_products: int = 200
-) -> HessianOperator | DataParallelHessian:
-    """Returns the Hessian of an objective, for however many ranks evaluate or hold it."""
-    if isinstance(objective, ShardedObjective):
-        return ShardedHessian(objective, engine, expected_products=expected_products)
-    kind = HessianOperator if objective.ranks.world == 1 else DataParallelHessian
-    return kind(objective, engine, expected_products=expected_products)

@@ -10,10 +10,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx
 
-from lightning_hessian.operators.folding import batchable, fold
-from lightning_hessian.operators.tracing import trace
+from lightning_hessian.isolation.recomputation import REENTRANT, is_reentrant
+from lightning_hessian.operators.linearize.fold import batchable, fold
+from lightning_hessian.operators.linearize.trace import trace
 from lightning_hessian.probe.objective import Objective
-from lightning_hessian.probe.recomputation import REENTRANT, is_reentrant
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
 Product: TypeAlias = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]

@@ -9,6 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_hessian.linear.memory import (
+    OutOfMemoryError,
+    free_bytes,
+    is_out_of_memory,
+    short_of_memory,
+)
 from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.checks import Checks
 from lightning_hessian.operators.costs import Cost, counted
@@ -25,12 +31,6 @@ from lightning_hessian.operators.engines import (
     retained_bytes,
 )
 from lightning_hessian.operators.loss_graph import read_graphs
-from lightning_hessian.operators.memory import (
-    OutOfMemoryError,
-    free_bytes,
-    is_out_of_memory,
-    short_of_memory,
-)
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_hessian.distributed import RankError
+from lightning_hessian.linear.memory import free_bytes, is_out_of_memory, short_of_memory
+from lightning_hessian.linear.ranks import RankError
 from lightning_hessian.operators.engines import autograd, explained
 from lightning_hessian.operators.hessian import HessianOperator
-from lightning_hessian.operators.memory import free_bytes, is_out_of_memory, short_of_memory
-from lightning_hessian.probe.sharded import ShardedObjective
+from lightning_hessian.probe.sharding.objective import ShardedObjective
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
 ENGINES = ("autograd", "recompute", "finite_difference")

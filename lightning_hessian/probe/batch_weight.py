@@ -33,7 +33,7 @@ from typing import Any
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_hessian.distributed import Ranks
+from lightning_hessian.linear.ranks import Ranks
 
 _IGNORED = -100
 _CAUSAL = re.compile(r"ForCausalLM|LMHeadModel|DoubleHeadsModel")

@@ -13,8 +13,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
-from lightning_hessian.distributed import ALONE, Ranks
-from lightning_hessian.probe.isolation import preserved_generators, preserved_rng, seed_everything
+from lightning_hessian.isolation.context import preserved_generators
+from lightning_hessian.linear.ranks import ALONE, Ranks
+from lightning_hessian.linear.rng import preserved_rng, seed_everything
 from lightning_hessian.probe.samples import _order, draw_batches
 
 Fetch = Callable[[list[int]], Any]

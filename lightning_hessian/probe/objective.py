@@ -14,13 +14,14 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_hessian.distributed import ALONE, Ranks
+from lightning_hessian.isolation.context import isolated, muted
+from lightning_hessian.isolation.held import ModuleState, kept, untouched
+from lightning_hessian.isolation.recomputation import recomputing
+from lightning_hessian.isolation.snapshot import Snapshot
+from lightning_hessian.linear.ranks import ALONE, Ranks
+from lightning_hessian.linear.rng import seed_everything
 from lightning_hessian.probe.batch_weight import batch_weights
-from lightning_hessian.probe.held import ModuleState, kept, untouched
-from lightning_hessian.probe.isolation import isolated, muted, seed_everything
 from lightning_hessian.probe.parameters import ParameterSpace, is_half, upcast
-from lightning_hessian.probe.recomputation import recomputing
-from lightning_hessian.probe.snapshot import Snapshot
 from lightning_hessian.results import MeasurementError
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]

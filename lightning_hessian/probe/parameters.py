@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_hessian.distributed import Ranks, Shard
+from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.linear.shards import Shard
 
 ParameterSelection: TypeAlias = (
     str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool] | None

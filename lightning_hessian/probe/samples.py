@@ -17,8 +17,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_hessian.probe.copies import copied
-from lightning_hessian.probe.isolation import preserved_rng, seed_everything
+from lightning_hessian.isolation.copies import copied
+from lightning_hessian.linear.rng import preserved_rng, seed_everything
 
 _UNIFORM = (SequentialSampler, RandomSampler, DistributedSampler)
 

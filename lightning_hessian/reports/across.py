@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lightning_hessian.reports.run_table import RunRecord, RunTable
+from lightning_hessian.histories.run_table import RunRecord, RunTable
 from lightning_hessian.reports.within import Interval
 from lightning_hessian.results import FloatArray
 from lightning_hessian.statistics.correlation import fisher_interval, pearson

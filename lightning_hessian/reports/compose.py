@@ -26,8 +26,8 @@ from lightning_hessian.reports.figures import (
     run_figure,
     scaling_figure,
 )
+from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.method import how_to_read
-from lightning_hessian.reports.report import CorrelationReport
 from lightning_hessian.reports.verdicts import (
     MINUS,
     NOTHING,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_hessian.reports.figures import Drawing
-from lightning_hessian.reports.outside import html_text, markdown_line, markdown_text, visible
+from lightning_hessian.results.escaping import html_text, markdown_line, markdown_text, visible
 
 # What marks our own text up. Asterisks and backticks would do for words that we wrote, but those of
 # a run may hold any of them. These hold a number that is drawn anew in every process, so that no

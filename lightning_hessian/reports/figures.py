@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_hessian.histories.run_table import RunRecord
 from lightning_hessian.reports.across import Points, Scaling
-from lightning_hessian.reports.outside import html_text, visible
-from lightning_hessian.reports.run_table import RunRecord
 from lightning_hessian.reports.within import WithinRun
+from lightning_hessian.results.escaping import html_text, visible
 from lightning_hessian.tracking.style import COLOURS, MARKERS, new_figure, quiet_grid
 
 if TYPE_CHECKING:

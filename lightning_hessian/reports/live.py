@@ -20,19 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from lightning_hessian.histories.offline_run import EmptyRunError, OfflineRun, read_offline_run
+from lightning_hessian.histories.run_table import RunRecord, columns_of
+from lightning_hessian.histories.spectra import spectra_of
 from lightning_hessian.reports.media import figures_of, media_folder
-from lightning_hessian.reports.offline_run import EmptyRunError, OfflineRun, read_offline_run
-from lightning_hessian.reports.outside import visible
 from lightning_hessian.reports.report import logged_statistics, resolved_monitors
-from lightning_hessian.reports.run_table import RunRecord, columns_of
-from lightning_hessian.reports.spectra import spectra_of
-from lightning_hessian.reports.verdicts import (
-    GAP,
-    answer_within,
-    judged,
-    ranked,
-    which_goes_with,
-)
+from lightning_hessian.reports.verdicts import GAP, answer_within, judged, ranked, which_goes_with
 from lightning_hessian.reports.within import WithinRun, within_run
 from lightning_hessian.results.arguments import (
     checked,
@@ -41,6 +34,7 @@ from lightning_hessian.results.arguments import (
     monitor_names,
     path_name,
 )
+from lightning_hessian.results.escaping import visible
 from lightning_hessian.tracking.dashboard import Lines, sections
 from lightning_hessian.tracking.history import Row, key_part
 from lightning_hessian.tracking.loggers import STEP

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lightning_hessian.reports.document import Bullets, marked
-from lightning_hessian.reports.report import LOSS, CorrelationReport
+from lightning_hessian.reports.findings import CorrelationReport
+from lightning_hessian.reports.report import LOSS
 from lightning_hessian.reports.verdicts import GAP
 
 _ALWAYS = (

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_hessian.reports.outside import csv_cell
 from lightning_hessian.reports.verdicts import judged, verdict_across, verdict_over, which_goes_with
+from lightning_hessian.results.escaping import csv_cell
 
 if TYPE_CHECKING:
-    from lightning_hessian.reports.report import CorrelationReport
+    from lightning_hessian.reports.findings import CorrelationReport
 
 FORMAT = 1
 """Raised when a field of correlations.json changes its meaning."""

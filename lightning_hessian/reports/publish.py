@@ -8,7 +8,7 @@ from typing import Any
 from lightning_hessian.reports.compose import compose
 from lightning_hessian.reports.document import Document, to_markdown
 from lightning_hessian.reports.figures import Drawing
-from lightning_hessian.reports.report import CorrelationReport
+from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.verdicts import ranked
 
 _PANELS = 4
@@ -84,7 +84,7 @@ def publish(report: CorrelationReport, project: str) -> str:
         ConnectionError: The server cannot be reached.
         ModuleNotFoundError: wandb-workspaces is not installed.
     """
-    from lightning_hessian.reports.wandb_runs import WandbPath, explained
+    from lightning_hessian.histories.wandb_runs import WandbPath, explained
 
     built = wandb_report(report, project)
     try:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from lightning_hessian.reports.parallel import Progress, map_runs
-from lightning_hessian.reports.run_table import RunRecord, RunTable
+from lightning_hessian.histories.parallel import Progress, map_runs
+from lightning_hessian.histories.run_table import RunRecord, RunTable
 from lightning_hessian.statistics.correlation import fisher_interval, pearson
 from lightning_hessian.statistics.dependence import (
     BlockInterval,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_hessian.distributed import Shard
+from lightning_hessian.linear.shards import Shard
 from lightning_hessian.solvers.storage import BasisStorage
 
 _ROTATION_BYTES = 32 * 2**20

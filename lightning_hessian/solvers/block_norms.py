@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator, check_finite
+from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.results import FloatArray, MeasurementError
 from lightning_hessian.solvers.jackknife import BlockEstimate
 
@@ -107,7 +107,7 @@ def block_norms(
     Source: HBS, cases 2 to 4, for the ratios.
 
     Example:
-        >>> from lightning_hessian.operators.linear import MatrixOperator
+        >>> from lightning_hessian.linear.operator import MatrixOperator
         >>> matrix = torch.tensor([[3.0, 4.0, 1.0], [4.0, 0.0, 0.0], [1.0, 0.0, 2.0]])
         >>> block_norms(MatrixOperator(matrix), torch.tensor([0, 0, 1])).frobenius.round(3)
         array([[6.403, 1.   ],

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hessian.distributed import Ranks
-from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.linear.operator import SymmetricOperator
+from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.results import UnreadableFileError
 from lightning_hessian.results.npz import require_stored
 from lightning_hessian.results.outside import open_regular, unreadable

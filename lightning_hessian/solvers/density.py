@@ -6,45 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator, check_finite
+from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.results import SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
 from lightning_hessian.solvers.quadrature import gauss_rule, random_signs
-
-
-class RestrictedOperator:
-    """The diagonal block of an operator on some of its coordinates.
-
-    Args:
-        operator: Symmetric operator of order n.
-        coordinates: int64 [m], which of them; vectors of the block are in this order.
-
-    Example:
-        >>> from lightning_hessian.operators.linear import MatrixOperator
-        >>> matrix = torch.tensor([[1.0, 9.0, 2.0], [9.0, 9.0, 9.0], [2.0, 9.0, 3.0]])
-        >>> block = RestrictedOperator(MatrixOperator(matrix), torch.tensor([0, 2]))
-        >>> block.matvec(torch.ones(2))
-        tensor([3., 5.])
-    """
-
-    def __init__(self, operator: SymmetricOperator, coordinates: Tensor) -> None:
-        self.operator = operator
-        self.shard, local = operator.shard.restricted(coordinates)
-        self.coordinates = local.to(operator.device)
-        self.size = len(coordinates)
-        self.dtype, self.device = operator.dtype, operator.device
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [m_local], a new tensor [m_local]."""
-        return self.matmat(vector[None])[0]
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, m_local], a new tensor [b, m_local]."""
-        whole = vectors.new_zeros(len(vectors), self.operator.shard.length)
-        whole[:, self.coordinates] = vectors
-        return self.operator.matmat(whole)[:, self.coordinates]
 
 
 def spectral_density(
@@ -80,7 +46,7 @@ def spectral_density(
         MeasurementError: A product is NaN or infinite.
 
     Example:
-        >>> from lightning_hessian.operators.linear import MatrixOperator
+        >>> from lightning_hessian.linear.operator import MatrixOperator
         >>> spectral_density(MatrixOperator(torch.diag(torch.tensor([3.0, 1.0])))).nodes
         array([1., 3.])
     """

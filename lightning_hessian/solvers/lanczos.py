@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.results.arguments import file_to_write
 from lightning_hessian.solvers import checkpoint as checkpoints
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage, placed
@@ -83,7 +83,7 @@ def lanczos(
 
     Example:
         >>> import torch
-        >>> from lightning_hessian.operators.linear import MatrixOperator
+        >>> from lightning_hessian.linear.operator import MatrixOperator
         >>> matrix = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
         >>> lanczos(MatrixOperator(matrix), 2).values.round(6)
         array([8., 7.])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.results import FloatArray, SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
 from lightning_hessian.solvers.quadrature import GaussRule, gauss_rule, random_signs
@@ -73,7 +73,7 @@ def pooled_ritz_values(
         MeasurementError: A product is NaN or infinite, or the basis does not fit.
 
     Example:
-        >>> from lightning_hessian.operators.linear import MatrixOperator
+        >>> from lightning_hessian.linear.operator import MatrixOperator
         >>> matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
         >>> found = pooled_ritz_values(MatrixOperator(matrix), num_runs=2)
         >>> found.values.round(6), int(found.is_copy.sum())

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator, check_finite
+from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.results import FloatArray
 
 
@@ -55,7 +55,7 @@ def power_iteration(
         MeasurementError: A product is NaN or infinite.
 
     Example:
-        >>> from lightning_hessian.operators.linear import MatrixOperator
+        >>> from lightning_hessian.linear.operator import MatrixOperator
         >>> matrix = torch.diag(torch.tensor([1.0, -3.0, 2.0], dtype=torch.float64))
         >>> power_iteration(MatrixOperator(matrix), 2, tol=1e-6).values.round(6)
         array([-3.,  2.])

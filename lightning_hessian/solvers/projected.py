@@ -9,7 +9,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from lightning_hessian.distributed import Ranks
+from lightning_hessian.linear.ranks import Ranks
 
 ROUNDING_MARGIN = 4
 """Residual bounds carry the measured rounding times this: what was seen is not all there is."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator, check_finite
+from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.results import FloatArray
 from lightning_hessian.solvers.basis import KrylovBasis
 from lightning_hessian.solvers.projected import Projected

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hessian.distributed import Shard
-from lightning_hessian.operators.memory import free_bytes
+from lightning_hessian.linear.memory import free_bytes
+from lightning_hessian.linear.shards import Shard
 from lightning_hessian.results import ArgumentError, MeasurementError
 from lightning_hessian.results.arguments import existing_folder, memory, one_of, optional
 

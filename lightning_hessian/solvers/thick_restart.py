@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator, check_finite
+from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.solvers.basis import KrylovBasis
 from lightning_hessian.solvers.pairs import Pending, RitzPairs
 from lightning_hessian.solvers.projected import ROUNDING_MARGIN, Projected, Ritz

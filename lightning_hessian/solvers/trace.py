@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import SymmetricOperator
+from lightning_hessian.linear.operator import SymmetricOperator
 
 _MOST_TOGETHER = 16
 _TOGETHER_BYTES = 256 * 2**20

@@ -9,16 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_hessian.probe.isolation import preserved_rng
+from lightning_hessian.linear.rng import preserved_rng
 from lightning_hessian.results import FloatArray
 from lightning_hessian.results.base import text_of
-from lightning_hessian.tracking.loggers import (
-    Adapter,
-    Picture,
-    adapter,
-    write_picture,
-    write_text,
-)
+from lightning_hessian.tracking.loggers import Adapter, Picture, adapter, write_picture, write_text
 from lightning_hessian.tracking.spectra import decode_spectrum
 from lightning_hessian.tracking.style import render
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.solvers.block_norms import block_norms, least_probes, least_products
 

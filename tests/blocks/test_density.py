@@ -9,10 +9,10 @@ from scipy import integrate
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
-from lightning_hessian import theory
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator, RestrictedOperator
 from lightning_hessian.results import MeasurementError, SpectralDensity
-from lightning_hessian.solvers.density import RestrictedOperator, spectral_density
+from lightning_hessian.solvers.density import spectral_density
+from lightning_hessian.statistics import theory
 from lightning_hessian.statistics.heterogeneity import (
     heterogeneity,
     jensen_shannon_distances,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import grad, jacfwd
 from torch.nn import functional as F
 
-from lightning_hessian import block_structure, theory
+from lightning_hessian import block_structure
+from lightning_hessian.statistics import theory
 
 SAMPLES, INPUTS, HIDDEN, CLASSES = 12, 4, 3, 5
 

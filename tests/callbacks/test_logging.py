@@ -20,7 +20,7 @@ from scipy import stats
 from tiny_modules import Regression, small_callback, train_loader, val_loader
 from torch import Tensor
 
-from lightning_hessian.reports.offline_run import read_offline_run
+from lightning_hessian.histories.offline_run import read_offline_run
 
 MakeTrainer = Callable[..., Any]
 Row = dict[str, Any]

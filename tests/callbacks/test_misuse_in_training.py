@@ -11,11 +11,7 @@ from nonsense import NONSENSE, is_fine, within
 from tiny_modules import Regression, train_loader, val_loader
 from torch.utils.data import DataLoader
 
-from lightning_hessian import (
-    ArgumentError,
-    GradientStructureCallback,
-    HessianSpectrumCallback,
-)
+from lightning_hessian import ArgumentError, GradientStructureCallback, HessianSpectrumCallback
 
 MakeTrainer = Callable[..., Any]
 SMALL: dict[type, dict[str, Any]] = {

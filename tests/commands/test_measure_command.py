@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.func import functional_call
 
 from lightning_hessian import hessian_spectrum
-from lightning_hessian.cli import main
-from lightning_hessian.reports.load import load_runs
-from lightning_hessian.reports.spectra import read_spectra
+from lightning_hessian.cli.main import main
+from lightning_hessian.histories.load import load_runs
+from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.results import load_spectrum, save_spectrum
 
 NAMES = ["--module", "commands.trained:Net", "--data", "commands.trained:Data"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import trained
 
-from lightning_hessian.cli import main
+from lightning_hessian.cli.main import main
 from lightning_hessian.results import load_spectrum
 
 NAMES = ["--module", "commands.trained:Net", "--data", "commands.trained:Data"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_hessian.cli import main
+from lightning_hessian.cli.main import main
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.output import check_file, check_folder
 

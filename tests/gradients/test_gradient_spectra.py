@@ -15,10 +15,10 @@ from references import PROBLEMS, in_double, problem
 from torch import Tensor, nn
 
 from lightning_hessian import GradientStructure, MeasurementError, gradient_structure
-from lightning_hessian.operators.gradient_history import GradientCovariance, GradientHistory
-from lightning_hessian.operators.gradients import MiniBatchGradients, adam_preconditioner
-from lightning_hessian.operators.gram import gram_matrix
-from lightning_hessian.probe.isolation import isolated
+from lightning_hessian.isolation.context import isolated
+from lightning_hessian.operators.gradients.gram import gram_matrix
+from lightning_hessian.operators.gradients.history import GradientCovariance, GradientHistory
+from lightning_hessian.operators.gradients.rows import MiniBatchGradients, adam_preconditioner
 from lightning_hessian.probe.minibatches import draw_minibatches
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.solvers.lanczos import lanczos
@@ -212,8 +212,8 @@ def test_blocks_of_any_size_give_the_same_gram_matrix(
 ) -> None:
     module, data = classifier()
     source = _source(module, cross_entropy, data, batch_size=4, num_minibatches=40)
-    monkeypatch.setattr("lightning_hessian.operators.gram._plan", lambda *_: (held, 5))
-    monkeypatch.setattr("lightning_hessian.operators.gram._TILE", 16)
+    monkeypatch.setattr("lightning_hessian.operators.gradients.gram._plan", lambda *_: (held, 5))
+    monkeypatch.setattr("lightning_hessian.operators.gradients.gram._TILE", 16)
     with isolated(module):
         found = gram_matrix(source, memory_budget=0.0)
         rows = source.rows(0, 40).double()
@@ -234,7 +234,7 @@ def test_a_small_budget_recomputes_and_a_large_one_does_not() -> None:
     assert small.num_computed == 120, "the eigensolver takes more than the gradients"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lightning_hessian.measure_gradients._left_by_gram", lambda *_: 80 * row_bytes
+            "lightning_hessian.measure.gradients._left_by_gram", lambda *_: 80 * row_bytes
         )
         small = gradient_structure(module, cross_entropy, data, **options)
     assert 2 * 120 <= small.num_computed <= 4 * 120
@@ -263,7 +263,7 @@ def test_a_history_that_does_not_fit_is_mapped_from_a_file(tmp_path: Any) -> Non
 
 
 def test_a_history_too_large_for_the_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_hessian.operators import gradient_history
+    from lightning_hessian.operators.gradients import history as gradient_history
 
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(gradient_history.shutil, "disk_usage", lambda folder: usage)
@@ -435,7 +435,8 @@ def test_time_cuts_the_gradients_short(tests: bool) -> None:
 
 
 def _with_pieces_of(count: int, call: Any) -> Any:
-    from lightning_hessian.operators import gradient_history, gram
+    from lightning_hessian.operators.gradients import gram
+    from lightning_hessian.operators.gradients import history as gradient_history
 
     with pytest.MonkeyPatch.context() as patch:
 

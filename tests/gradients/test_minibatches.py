@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_hessian.distributed import Ranks
+from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
 
 NUMBERS = torch.arange(20)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hessian.operators.folding import batchable, fold
-from lightning_hessian.operators.tracing import trace
+from lightning_hessian.operators.linearize.fold import batchable, fold
+from lightning_hessian.operators.linearize.trace import trace
 
 
 def folded(function: Callable[..., Sequence[Tensor]], *shapes: tuple[int, ...]):

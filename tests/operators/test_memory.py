@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from lightning_hessian.operators.memory import is_out_of_memory
+from lightning_hessian.linear.memory import is_out_of_memory
 
 
 def test_what_the_cpu_allocator_raises_is_too_little_memory():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lightning_hessian.operators.tracing import trace
+from lightning_hessian.operators.linearize.trace import trace
 
 A = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double()
 

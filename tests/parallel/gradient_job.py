@@ -30,9 +30,9 @@ from lightning_hessian import (
     MeasurementError,
     gradient_structure,
 )
-from lightning_hessian.distributed import Ranks
-from lightning_hessian.operators import gradient_history
-from lightning_hessian.operators.gradient_history import GradientCovariance, GradientHistory
+from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.operators.gradients import history as gradient_history
+from lightning_hessian.operators.gradients.history import GradientCovariance, GradientHistory
 from lightning_hessian.solvers.lanczos import lanczos
 
 WORD = "this rank's memory has run out"
@@ -83,7 +83,7 @@ def measured(case: str, module: Network, group: Any = None) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         if "left" in options:
             left = options.pop("left")
-            patch.setattr("lightning_hessian.measure_gradients._left_by_gram", lambda *_: left)
+            patch.setattr("lightning_hessian.measure.gradients._left_by_gram", lambda *_: left)
         return as_json(gradient_structure(module, loss, data, process_group=group, **options))
 
 
@@ -177,7 +177,7 @@ def failures(module: Network) -> dict[str, list[Any]]:
         start = time.monotonic()
         with pytest.MonkeyPatch.context() as patch:
             if name == "disk":
-                patch.setattr("lightning_hessian.measure_gradients._left_by_gram", lambda *_: 0.0)
+                patch.setattr("lightning_hessian.measure.gradients._left_by_gram", lambda *_: 0.0)
             try:
                 arguments = {"batch_size": 3, "num_gradients": 50, **options}
                 gradient_structure(
@@ -208,9 +208,11 @@ def cut_short(module: Network) -> list[dict[str, Any]]:
             return ((i, min(i + step, total)) for i in range(0, total, step))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lightning_hessian.measure_gradients.deadline", deadline)
+            patch.setattr("lightning_hessian.measure.gradients.deadline", deadline)
             patch.setattr(gradient_history, "pieces", pieces)
-            patch.setattr("lightning_hessian.operators.gram._plan", lambda *_: (50, world))
+            patch.setattr(
+                "lightning_hessian.operators.gradients.gram._plan", lambda *_: (50, world)
+            )
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 result = gradient_structure(
@@ -223,8 +225,8 @@ def cut_short(module: Network) -> list[dict[str, Any]]:
 
 def by_lanczos(module: Network) -> list[float]:
     """The covariance's first eigenvalues, by products with G in slices."""
-    from lightning_hessian.operators.gradient_ranks import DealtGradients
-    from lightning_hessian.operators.gradients import MiniBatchGradients
+    from lightning_hessian.operators.gradients.ranks import DealtGradients
+    from lightning_hessian.operators.gradients.rows import MiniBatchGradients
     from lightning_hessian.probe.minibatches import draw_minibatches
     from lightning_hessian.probe.parameters import ParameterSpace
 

@@ -26,8 +26,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hessian import HessianSpectrumCallback, block_structure, hessian_spectrum
-from lightning_hessian.distributed import _GATHER, _SCATTER
-from lightning_hessian.probe.sharded import ShardedObjective
+from lightning_hessian.linear.ranks import _GATHER, _SCATTER
+from lightning_hessian.probe.sharding.objective import ShardedObjective
 from lightning_hessian.solvers import basis
 
 FEATURES, CLASSES, NUM_SAMPLES, BATCH = 6, 4, 44, 8  # six batches, the last of four

@@ -13,7 +13,7 @@ from parallel.job import Network, batches, loss_fn, measured
 from parallel.launching import run
 from references import dense_hessian
 
-from lightning_hessian.reports.offline_run import read_offline_run
+from lightning_hessian.histories.offline_run import read_offline_run
 
 
 @pytest.fixture(scope="module")

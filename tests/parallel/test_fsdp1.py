@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.spawn import spawn
 
 from lightning_hessian import HessianSpectrum, block_structure, hessian_spectrum
-from lightning_hessian.operators import fsdp1
-from lightning_hessian.probe.sharded import ShardedObjective
+from lightning_hessian.probe.sharding import fsdp1
+from lightning_hessian.probe.sharding.objective import ShardedObjective
 
 LAYOUTS = {
     2: [(shards, original) for shards in (False, True) for original in (True, False)],

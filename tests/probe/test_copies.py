@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_hessian.probe import copies
-from lightning_hessian.probe.copies import StatefulDataError
-from lightning_hessian.probe.reachable import reachable
+from lightning_hessian.isolation import copies
+from lightning_hessian.isolation.copies import StatefulDataError
+from lightning_hessian.isolation.reachable import reachable
 from lightning_hessian.probe.samples import draw_batches
 
 
@@ -118,7 +118,7 @@ def test_locks_and_modules_need_no_copy():
 
 @pytest.mark.parametrize("size", [10, 3 * 2**20 + 5])
 def test_a_print_sees_one_number(size, monkeypatch):
-    monkeypatch.setattr("lightning_hessian.probe.reachable._EXACT_BYTES", 2**20)
+    monkeypatch.setattr("lightning_hessian.isolation.reachable._EXACT_BYTES", 2**20)
     for values in (torch.zeros(size, dtype=torch.uint8), np.zeros(size, dtype=np.uint8)):
         for place in (0, size // 2, size - 1):
             before = reachable([values])

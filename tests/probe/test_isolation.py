@@ -18,9 +18,9 @@ from references import mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_hessian.measure import hessian_spectrum
-from lightning_hessian.probe.held import untouched
-from lightning_hessian.probe.isolation import isolated, muted
+from lightning_hessian.isolation.context import isolated, muted
+from lightning_hessian.isolation.held import untouched
+from lightning_hessian.measure.spectrum import hessian_spectrum
 
 ENGINES = ("auto", "linearize", "autograd", "recompute")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_hessian.reports.offline_run import read_offline_run
+from lightning_hessian.histories.offline_run import read_offline_run
 
 
 @contextlib.contextmanager

@@ -27,17 +27,17 @@ from report_runs import logged, recording, write_csv_run
 from test_offline_run import framed
 
 from lightning_hessian import hessian_spectrum, load_runs
-from lightning_hessian.commands.checkpoint_spectra import _extra
-from lightning_hessian.commands.checkpoints import read_checkpoint
-from lightning_hessian.commands.loading import module_of
-from lightning_hessian.operators.linear import MatrixOperator
-from lightning_hessian.reports.cache import RunCache
-from lightning_hessian.reports.hparams import read_hparams
-from lightning_hessian.reports.local_runs import LocalRun, read_local_run
-from lightning_hessian.reports.offline_run import read_offline_run
-from lightning_hessian.reports.spectra import read_spectra
-from lightning_hessian.reports.tensorboard_events import masked_crc32c
-from lightning_hessian.reports.transaction_log import TransactionLog
+from lightning_hessian.cli.checkpoint_spectra import _extra
+from lightning_hessian.cli.checkpoints import read_checkpoint
+from lightning_hessian.cli.loading import module_of
+from lightning_hessian.histories.cache import RunCache
+from lightning_hessian.histories.hparams import read_hparams
+from lightning_hessian.histories.local_runs import LocalRun, read_local_run
+from lightning_hessian.histories.offline_run import read_offline_run
+from lightning_hessian.histories.spectra import read_spectra
+from lightning_hessian.histories.tensorboard_events import masked_crc32c
+from lightning_hessian.histories.transaction_log import TransactionLog
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.results import (
     MeasurementError,
     UnreadableFileError,

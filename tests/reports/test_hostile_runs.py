@@ -20,10 +20,10 @@ from report_runs import logged, write_csv_run
 from test_offline_run import framed, history_record
 
 from lightning_hessian import load_runs
-from lightning_hessian.reports.load import RunLeftOutWarning
-from lightning_hessian.reports.parallel import Progress, map_runs
-from lightning_hessian.reports.spectra import read_spectra
-from lightning_hessian.reports.tensorboard_events import masked_crc32c
+from lightning_hessian.histories.load import RunLeftOutWarning
+from lightning_hessian.histories.parallel import Progress, map_runs
+from lightning_hessian.histories.spectra import read_spectra
+from lightning_hessian.histories.tensorboard_events import masked_crc32c
 from lightning_hessian.results import UnreadableFileError, bounds, load_spectrum
 from lightning_hessian.results.outside import parse_json, printable
 from lightning_hessian.tracking.loggers import write_text

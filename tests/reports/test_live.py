@@ -21,8 +21,8 @@ from scipy import stats
 from tracking.runs import finished, measuring, train, wandb_logger
 
 from lightning_hessian import correlation_report, load_runs
+from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run
 from lightning_hessian.reports.live import follow, live_page, measurements
-from lightning_hessian.reports.offline_run import OfflineRun, read_offline_run
 from lightning_hessian.reports.verdicts import judged
 
 

@@ -12,8 +12,8 @@ import pytest
 from report_runs import logged, recording, write_csv_run
 
 from lightning_hessian import load_runs
-from lightning_hessian.reports import load
-from lightning_hessian.reports.run_table import columns_of
+from lightning_hessian.histories import load
+from lightning_hessian.histories.run_table import columns_of
 
 KEYS = ("val_loss", "hessian/d_ks", "hessian/lambda_1")
 

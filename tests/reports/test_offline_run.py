@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lightning_hessian.reports.offline_run import OfflineRun, read_offline_run
+from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run
 
 wandb = pytest.importorskip("wandb")
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from lightning_hessian import correlation_report
-from lightning_hessian.cli import main
+from lightning_hessian.cli.main import main
+from lightning_hessian.histories.run_table import RunRecord, RunTable
 from lightning_hessian.reports.compose import compose
 from lightning_hessian.reports.document import (
     Bullets,
@@ -27,8 +28,7 @@ from lightning_hessian.reports.document import (
     to_markdown,
 )
 from lightning_hessian.reports.media import MOST_BYTES, figures_of, read_png
-from lightning_hessian.reports.outside import csv_cell, visible
-from lightning_hessian.reports.run_table import RunRecord, RunTable
+from lightning_hessian.results.escaping import csv_cell, visible
 
 HOSTILE = [
     "` ``<img src=x onerror=alert(1)>```",

@@ -14,9 +14,9 @@ from report_runs import logged, write_csv_run
 from scipy import stats
 
 from lightning_hessian import correlation_report
-from lightning_hessian.cli import main
-from lightning_hessian.reports.parallel import Progress
-from lightning_hessian.reports.run_table import RunRecord, RunTable
+from lightning_hessian.cli.main import main
+from lightning_hessian.histories.parallel import Progress
+from lightning_hessian.histories.run_table import RunRecord, RunTable
 from lightning_hessian.reports.within import within_runs
 
 STATISTICS = ("hessian/d_ks", "hessian/lambda_1")

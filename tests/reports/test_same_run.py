@@ -14,8 +14,8 @@ from report_runs import logged, write_csv_run
 from tracking.runs import finished, measuring, train, wandb_logger
 
 from lightning_hessian import correlation_report, load_runs
-from lightning_hessian.reports.run_table import RunRecord, RunTable
-from lightning_hessian.reports.same_run import each_run_once, identities_beside
+from lightning_hessian.histories.run_table import RunRecord, RunTable
+from lightning_hessian.histories.same_run import each_run_once, identities_beside
 
 STATISTICS, MONITORS = ("hessian/d_ks", "hessian/lambda_1"), ("val_loss",)
 

@@ -12,8 +12,8 @@ from graphql_server import GraphQLServer
 from report_runs import logged
 
 from lightning_hessian import correlation_report, load_runs
-from lightning_hessian.reports import wandb_runs
-from lightning_hessian.reports.wandb_runs import parse_wandb_path
+from lightning_hessian.histories import wandb_runs
+from lightning_hessian.histories.wandb_runs import parse_wandb_path
 
 KEYS = ("val_loss", "hessian/d_ks", "hessian/lambda_1")
 

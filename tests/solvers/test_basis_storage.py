@@ -8,8 +8,8 @@ import scipy.fft
 import torch
 from test_lanczos import Watched, allowance, eigenvalues_of, matrix_of, true_residuals
 
-from lightning_hessian.distributed import Shard
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
+from lightning_hessian.linear.shards import Shard
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.solvers import basis, storage
 from lightning_hessian.solvers.basis import KrylovBasis

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_lanczos import SPECTRA, N, Watched, matrix_of
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers import checkpoint as checkpoints
 from lightning_hessian.solvers.lanczos import RitzPairs, lanczos
 from lightning_hessian.solvers.storage import BasisStorage

@@ -11,7 +11,7 @@ from test_lanczos import matrix_of
 from torch import nn
 
 from lightning_hessian import hessian_spectrum
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.lanczos import lanczos
 from lightning_hessian.solvers.storage import BasisStorage
 

@@ -9,14 +9,10 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.solvers import storage
-from lightning_hessian.solvers.lanczos import (
-    RitzPairs,
-    default_bound,
-    lanczos,
-)
+from lightning_hessian.solvers.lanczos import RitzPairs, default_bound, lanczos
 
 N = 200
 RANKS = np.arange(1, N + 1.0)

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from test_lanczos import RANKS, N, Watched, allowance, eigenvalues_of, matrix_of
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.pooled import copies, pooled_ritz_values
 from lightning_hessian.solvers.power_iteration import power_iteration
 

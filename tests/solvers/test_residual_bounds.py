@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_lanczos import allowance, matrix_of, true_residuals
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.lanczos import lanczos
 from lightning_hessian.solvers.storage import BasisStorage
 

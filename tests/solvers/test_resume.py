@@ -8,7 +8,7 @@ import torch
 from test_checkpoint import alike
 from test_lanczos import Watched, matrix_of
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.lanczos import lanczos
 from lightning_hessian.solvers.storage import BasisStorage
 

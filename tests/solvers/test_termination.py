@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.solvers import checkpoint as checkpoints
 from lightning_hessian.solvers.lanczos import lanczos

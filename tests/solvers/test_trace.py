@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.trace import trace
 
 N, NUM_SEEDS, NUM_PROBES = 60, 200, 16

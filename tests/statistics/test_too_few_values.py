@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 
 from lightning_hessian import hessian_spectrum
-from lightning_hessian.metrics import PowerLawFit
 from lightning_hessian.statistics.power_law import LEAST_FOR_VERDICT, fit_power_law
+from lightning_hessian.tracking.power_law_metric import PowerLawFit
 from lightning_hessian.tracking.scalars import power_law_scalars, spectrum_scalars
 from lightning_hessian.tracking.style import verdict
 

@@ -12,21 +12,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_hessian.demo import _print_correlations
+from lightning_hessian.cli.digits import _print_correlations
+from lightning_hessian.histories.offline_run import OfflineRun
+from lightning_hessian.histories.run_table import RunRecord, RunTable, columns_of
 from lightning_hessian.reports.compose import compose
 from lightning_hessian.reports.document import to_html, to_markdown
 from lightning_hessian.reports.live import live_page
 from lightning_hessian.reports.numbers import write_csv
-from lightning_hessian.reports.offline_run import OfflineRun
 from lightning_hessian.reports.report import correlation_report
-from lightning_hessian.reports.run_table import RunRecord, RunTable, columns_of
-from lightning_hessian.statistics.verdict import (
-    answer,
-    corrected,
-    movement,
-    verdict,
-    which_of_two,
-)
+from lightning_hessian.statistics.verdict import answer, corrected, movement, verdict, which_of_two
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 
 NAMES = ("d_ks", "lambda_1", "trace", "block_off_diagonal_ratio")

@@ -13,7 +13,7 @@ import torch
 from matrices import SUITES, Case
 from scipy import stats
 
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.lanczos import lanczos
 from lightning_hessian.statistics.power_law import fit_power_law
 

@@ -12,7 +12,7 @@ import torch
 from callbacks.tiny_modules import Regression, train_loader, val_loader
 
 from lightning_hessian import HessianSpectrumCallback
-from lightning_hessian.reports.offline_run import OfflineRun, read_offline_run
+from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run
 
 Row = dict[str, Any]
 

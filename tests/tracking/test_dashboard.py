@@ -20,7 +20,7 @@ import pytest
 from runs import finished, measuring, train, wandb_logger
 
 from lightning_hessian import GradientStructureCallback
-from lightning_hessian.cli import main
+from lightning_hessian.cli.main import main
 from lightning_hessian.tracking.dashboard import (
     Figures,
     Lines,
@@ -154,7 +154,7 @@ def save(home: Path, url: str, key: str | None, *arguments: str) -> Any:
     if key is not None:
         environment["WANDB_API_KEY"] = key
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lightning_hessian.cli", "workspace", *arguments],
+        [sys.executable, "-W", "ignore", "-m", "lightning_hessian.cli.main", "workspace", *arguments],
         env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
         stdin=subprocess.DEVNULL, timeout=120, check=False,
     )  # fmt: skip

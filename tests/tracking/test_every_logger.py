@@ -21,7 +21,7 @@ from runs import (
     wandb_logger,
 )
 
-from lightning_hessian.reports.spectra import read_spectra
+from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.tracking.spectra import decode_spectrum
 
 ALWAYS = {"rank", "cutoff", "eigengaps", "density", "blocks", "heterogeneity"}
@@ -146,7 +146,7 @@ def test_wandb(tmp_path: Path) -> None:
 def test_every_key_is_defined_by_its_name_on_the_right_step(tmp_path: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    from lightning_hessian.reports.offline_run import _TransactionLog
+    from lightning_hessian.histories.offline_run import _TransactionLog
 
     callback, logger = measuring(), wandb_logger(tmp_path, prefix="mine")
     train(tmp_path, [callback], logger)

@@ -20,12 +20,7 @@ from lightning_hessian.results import HessianSpectrum, SpectralDensity
 from lightning_hessian.tracking.block_figures import block_heatmap, heterogeneity_heatmap
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 from lightning_hessian.tracking.density_figures import spectral_density_plot
-from lightning_hessian.tracking.figures import (
-    cutoff_plot,
-    eigengap_plot,
-    emergence_plot,
-    rank_plot,
-)
+from lightning_hessian.tracking.figures import cutoff_plot, eigengap_plot, emergence_plot, rank_plot
 from lightning_hessian.tracking.style import COLOURS, render
 
 VALUES = np.sort(stats.pareto(0.9).rvs(120, random_state=np.random.default_rng(5)))[::-1]

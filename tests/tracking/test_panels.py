@@ -19,7 +19,7 @@ from runs import measuring, measuring_rank_only, train
 from scipy import stats
 
 from lightning_hessian import GradientStructureCallback
-from lightning_hessian.reports.spectra import read_spectra
+from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.tracking import panels as panels_module
 from lightning_hessian.tracking.loggers import ADAPTERS, adapter
 

@@ -17,8 +17,8 @@ from callbacks.tiny_modules import Regression, train_loader, val_loader
 from scipy import stats
 from torchmetrics import MetricCollection
 
-from lightning_hessian.metrics import STATISTICS, PowerLawFit
 from lightning_hessian.statistics.power_law import fit_power_law
+from lightning_hessian.tracking.power_law_metric import STATISTICS, PowerLawFit
 
 VALUES = torch.tensor(stats.pareto(1.1).rvs(90, random_state=np.random.default_rng(1)))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_hessian.reports.spectra import read_spectra
+from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.tracking.spectra import decode_spectrum, encode_spectrum
 
 RNG = np.random.default_rng(0)

@@ -1,0 +1,231 @@
+"""`lightning-hessian report`: which statistic goes with the validation loss, over runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning_hessian.cli.arguments import a_path, a_text, entity_and_project, read_as
+from lightning_hessian.results.arguments import live_interval, num_workers, row_choice
+
+SUMMARY = "say which statistic goes with the validation loss, over one run or many"
+DESCRIPTION = """\
+Reads runs and correlates the statistics of the Hessian (and of gradients) with the metrics that
+are monitored: within each run, allowing for the dependence of its measurements, and across runs
+with one point each. Writes report.html, report.md, correlations.csv and correlations.json.
+
+RUN is a W&B path (ENTITY/PROJECT, ENTITY/PROJECT/RUN or an address from the browser), an offline
+W&B run folder, a folder of Lightning's CSVLogger, a folder of TensorBoard event files, or a folder
+with many of these below it.
+
+examples:
+  lightning-hessian report wandb/offline-run-20260101_120000-abc
+  lightning-hessian report logs/ --monitor val_loss --monitor val_acc --out report
+  lightning-hessian report ada/digits --filter config.optimizer=adam --group width
+  lightning-hessian report sweep_output --group optimizer --size num_parameters --at best
+"""
+
+OUTPUT = ("report.html", "report.md", "correlations.csv", "correlations.json")
+"""The files that the command writes."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("runs", nargs="+", type=a_text, metavar="RUN", help="where a run, or many, can be read")
+    add(
+        "--monitor",
+        action="append",
+        type=a_text,
+        metavar="KEY",
+        help="logged metric to correlate with; may be repeated; gap is the generalization gap "
+        "(val_loss, and gap where it was logged)",
+    )
+    add(
+        "--statistic",
+        action="append",
+        type=a_text,
+        metavar="GLOB",
+        help="logged keys that are correlated with it; may be repeated (those of the callbacks); "
+        "each one more makes the correction for their number stricter",
+    )
+    add(
+        "--out",
+        type=a_path,
+        default=Path("hessian_report"),
+        help="folder to write to (%(default)s)",
+    )
+    add(
+        "--at",
+        type=read_as(float, row_choice),
+        default="last",
+        metavar="last|best|STEP",
+        help="which measurement stands for a run across runs: the last, that with the best "
+        "monitor, or the last one up to a step (%(default)s)",
+    )
+    add(
+        "--mode",
+        choices=("min", "max"),
+        default="min",
+        help="whether the best monitor is the smallest or the largest (%(default)s)",
+    )
+    add(
+        "--group",
+        type=a_text,
+        metavar="CONFIG_KEY",
+        help="config key that colours and groups the runs",
+    )
+    add(
+        "--size",
+        type=a_text,
+        metavar="CONFIG_KEY",
+        help="config key of the model's size, for scaling fits",
+    )
+    add(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the runs of a W&B project: config.optimizer=adam, state=finished; may be repeated",
+    )
+    add(
+        "--publish",
+        type=entity_and_project,
+        metavar="ENTITY/PROJECT",
+        help="also save it as a W&B Report there",
+    )
+    add("--no-cache", action="store_true", help="read every run again, keep nothing")
+    add(
+        "--workers",
+        type=read_as(int, num_workers),
+        metavar="N",
+        help="processes (one for each core)",
+    )
+    live = parser.add_argument_group("watching one local run that is still training")
+    live.add_argument("--live", action="store_true", help="write the report again as rows come in")
+    live.add_argument(
+        "--interval",
+        type=read_as(float, live_interval),
+        default=10.0,
+        metavar="SECONDS",
+        help="how often (%(default)g)",
+    )
+    live.add_argument("--once", action="store_true", help="with --live: look once, then stop")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command."""
+    monitors = list(dict.fromkeys(options.monitor or ["val_loss", "gap"]))
+    from lightning_hessian.results.output import check_folder
+
+    if options.live:
+        _follow(options, monitors)
+        return
+    check_folder(options.out, files=OUTPUT)
+    from lightning_hessian.histories.load import RunLeftOutWarning, load_runs
+    from lightning_hessian.reports.report import correlation_report
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunLeftOutWarning)  # told below
+        table = load_runs(
+            options.runs,
+            filters=_filters(options.filter),
+            keys=[*monitors, *(options.statistic or [])],
+            cache=not options.no_cache,
+            workers=options.workers,
+        )
+    for problem in table.problems[:5]:
+        print(f"left out: {_line(problem)}", file=sys.stderr)
+    if len(table.problems) > 5:
+        print(f"and {len(table.problems) - 5} more, named in the report", file=sys.stderr)
+    report = correlation_report(
+        table,
+        monitor=monitors,
+        statistics=options.statistic,
+        at=options.at,
+        mode=options.mode,
+        group=options.group,
+        size=options.size,
+        workers=options.workers,
+    )
+    page = report.write(options.out)
+    print(_summary(report))
+    print(f"\nReport: {page}  (also report.md, correlations.csv, correlations.json)")
+    if options.publish:
+        from lightning_hessian.reports.publish import publish
+
+        print(f"W&B Report: {publish(report, options.publish)}")
+
+
+def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
+    from lightning_hessian.reports.live import follow  # type: ignore[import-not-found, unused-ignore]
+    from lightning_hessian.results.output import check_file
+
+    if len(options.runs) != 1 or not Path(options.runs[0]).is_dir():
+        raise ValueError("--live takes one folder of a run on this machine.")
+    page_file = options.out if options.out.suffix == ".html" else options.out / "live.html"
+    check_file(page_file, "--out")
+    page = follow(
+        Path(options.runs[0]),
+        options.out,
+        monitor=monitors,
+        interval=options.interval,
+        once=options.once,
+    )
+    print(f"Report: {page}")
+
+
+def _summary(report: Any) -> str:
+    """Returns the answer in a few lines for the terminal."""
+    from lightning_hessian.reports.verdicts import (
+        answer_within,
+        interval_text,
+        judged,
+        number,
+        ranked,
+    )
+
+    across = bool(report.across)
+    pairs = ranked(report.across) if across else ranked(report.within)
+    title = "Across runs" if across else "Within runs, first differences"
+    named = not across and len(report.table) > 1
+    lines = [f"{title}: r, 95 % interval, p corrected by Holm, points"]
+    for pair in pairs[:12]:
+        r = pair.r if across else pair.r_differences
+        ends = pair.fisher if across else (pair.differences.low, pair.differences.high)
+        what = f"{pair.statistic} with {pair.monitor}" + (f", {pair.run}" if named else "")
+        lines.append(
+            f"  {what:<48} {number(r):>6}  {interval_text(ends):<16} {number(pair.holm, 3):>6}"
+            f" {pair.num_points:>5}" + ("" if across else f"  {judged(pair).label}")
+        )
+    if not pairs:
+        lines.append("  no run has two rows with a statistic and the monitor")
+    if not across:
+        lines.append(answer_within(report.within))
+    return "\n".join(map(_line, lines))
+
+
+def _line(text: str) -> str:
+    """Returns one line that moves no cursor, whatever a run is called."""
+    from lightning_hessian.results.escaping import visible
+
+    return visible(text.replace("\n", " ").replace("\r", " "))
+
+
+def _filters(texts: list[str]) -> dict[str, Any]:
+    """Returns ``KEY=VALUE`` as W&B takes it, numbers and booleans as such."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--filter {text}: write KEY=VALUE, for example state=finished.")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found

@@ -1,0 +1,78 @@
+"""`lightning-hessian workspace ENTITY/PROJECT`: build the W&B dashboard."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from lightning_hessian.cli.arguments import a_path, a_text, entity_and_project
+
+SUMMARY = "build the W&B dashboard"
+DESCRIPTION = (
+    "Saves a view to a W&B project with the sections Generalization, Sharpness, Spectrum, Blocks, "
+    "Gradients and Cost, over all of its runs. Needs a W&B account (`wandb login`) and the extra "
+    "'workspaces'; with --spec the view is written to a file, without account or network."
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument(
+        "path", metavar="ENTITY/PROJECT", type=entity_and_project, help="where the view belongs"
+    )
+    parser.add_argument(
+        "--monitor",
+        action="append",
+        type=a_text,
+        metavar="METRIC",
+        help="monitored metric; may be given several times (val_loss and gap)",
+    )
+    parser.add_argument(
+        "--name", type=a_text, default="Hessian spectra", help="of the view (%(default)s)"
+    )
+    parser.add_argument(
+        "--spec",
+        type=a_path,
+        metavar="FILE",
+        help="write the view as JSON here instead of saving it",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+        ConnectionError: The server was not reached, knows no key of ours, or refused the view.
+        ModuleNotFoundError: wandb-workspaces is not installed.
+    """
+    from lightning_hessian.results.output import check_file
+    from lightning_hessian.tracking.dashboard import build_workspace, workspace_json
+
+    entity, _, project = options.path.partition("/")
+    if options.spec is not None:
+        check_file(options.spec, "--spec")
+    monitors = options.monitor or ["val_loss", "gap"]
+    workspace = build_workspace(entity, project, monitor=monitors, name=options.name)
+    if options.spec is not None:
+        options.spec.parent.mkdir(parents=True, exist_ok=True)
+        options.spec.write_text(json.dumps(workspace_json(workspace), indent=1) + "\n")
+        print(f"View: {options.spec}")
+        return
+    print(f"View: {_saved(workspace, options.path)}")
+
+
+def _saved(workspace: Any, path: str) -> str:
+    """Saves a workspace, and returns its address."""
+    try:
+        return workspace.save().url
+    except Exception as error:  # wandb raises errors of many kinds, none of which it promises
+        raise ConnectionError(
+            f"W&B did not take the view of {path}: {_first_line(error)}. Check the network, "
+            "`wandb login` (or WANDB_API_KEY) and the name of the project, or write the view to a "
+            "file with --spec FILE."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,159 @@
+"""Read scalars back from TensorBoard event files, record by record.
+
+A file is a row of records: length (8 bytes), its checksum (4), an `Event` in protobuf, its
+checksum (4), both checksums masked CRC32C. TensorBoard's own loader gives up at the first damaged
+record; here only that one is left out where its length is whole.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lightning_hessian.results import UnreadableFileError, bounds
+from lightning_hessian.results.outside import Problems, open_regular, printable, reason, unreadable
+
+_HEADER = struct.Struct("<QI")
+_SHORT = 4096
+"""Bytes of an event that is checked first, and decoded then."""
+
+
+def _crc_table() -> tuple[int, ...]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return tuple(table)
+
+
+_TABLE = _crc_table()
+
+
+def masked_crc32c(data: bytes) -> int:
+    """Returns the checksum of a record.
+
+    Source: RFC 3720 for CRC32C; the mask is that of TensorFlow's record files.
+
+    Example:
+        >>> hex(masked_crc32c(b"123456789"))
+        '0xc78ab0e5'
+    """
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Return rows ``{"step": .., tag: value}`` of all scalars, and what was left out.
+
+    Args:
+        path: An event file, ``events.out.tfevents.*``.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard is not installed.
+        UnreadableFileError: The file is beyond the bounds.
+        OSError: It cannot be opened.
+    """
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped,unused-ignore]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "event files are read with tensorboard: pip install tensorboard"
+        ) from error
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
+
+    rows: list[dict[str, Any]] = []
+    problems = Problems()
+    num_values = 0
+    with open_regular(path, bounds.RUN_FILE_BYTES) as file, unreadable(path):
+        for offset, payload, checksum in _records(file, problems):
+            # Checksums in Python take 0.1 s a megabyte. Pictures are long and hold no scalars.
+            if len(payload) <= _SHORT and masked_crc32c(payload) != checksum:
+                problems.append(f"the event at byte {offset} does not match its checksum, left out")
+                continue
+            try:
+                scalars = dict(_scalars(Event.FromString(payload), offset, problems))
+            except DecodeError:
+                problems.append(f"the event at byte {offset} is no Event, left out")
+                continue
+            step = scalars.pop("", None)
+            if not scalars:
+                continue
+            if len(payload) > _SHORT and masked_crc32c(payload) != checksum:
+                problems.append(f"the event at byte {offset} does not match its checksum, left out")
+                continue
+            rows.append({"step": step, **scalars})
+            num_values += len(scalars)
+            if num_values > bounds.NUM_VALUES:
+                raise UnreadableFileError(f"{path} holds more than {bounds.NUM_VALUES} values")
+    return rows, problems.told()
+
+
+def _records(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, bytes, int]]:
+    """Yield offset, payload and checksum of the records, one of them in memory at a time."""
+    size = os.fstat(file.fileno()).st_size
+    position = 0
+    while position < size:
+        start, body = position, position + _HEADER.size
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            problems.append(f"the file ends inside the event at byte {start} (live or cut off)")
+            return
+        length, checksum = _HEADER.unpack(header)
+        if masked_crc32c(header[:8]) != checksum:
+            problems.append(f"the length at byte {start} is damaged, the rest of the file left out")
+            return
+        position = body + length + 4
+        if position > size:
+            problems.append(f"the file ends inside the event at byte {start} (live or cut off)")
+            return
+        if length > bounds.RECORD_BYTES:
+            problems.append(f"the event at byte {start} is too long, left out")
+            file.seek(position)
+            continue
+        payload, last = file.read(length), file.read(4)
+        if len(last) < 4:
+            return  # the file became shorter
+        yield start, payload, struct.unpack("<I", last)[0]
+
+
+def _scalars(event: Any, offset: int, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """Yield the step, under no name, and the scalars of an event."""
+    yield "", event.step
+    for value in event.summary.value:
+        kind = value.WhichOneof("value")
+        if not value.tag or len(value.tag) > bounds.KEY_LENGTH:
+            continue
+        if kind == "simple_value":
+            yield value.tag, float(value.simple_value)
+        elif kind == "tensor" and value.metadata.plugin_data.plugin_name in ("", "scalars"):
+            # A tensor may claim any shape: one number stands for all of them in this format.
+            sizes = [dim.size for dim in value.tensor.tensor_shape.dim]
+            if any(size != 1 for size in sizes):
+                if math.prod(sizes) > bounds.RECORD_BYTES:
+                    name = printable(value.tag, 200)
+                    problems.append(f"{name!r} at byte {offset} claims {sizes} values, left out")
+                continue
+            try:
+                number = _number(value.tensor)
+            except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+                name = printable(value.tag, 200)
+                problems.append(f"{name!r} at byte {offset} left out: {reason(error)}")
+                continue
+            if number is not None:
+                yield value.tag, number
+
+
+def _number(tensor: Any) -> float | None:
+    """Return the number in a tensor of one element, None where it is something else."""
+    from tensorboard.util.tensor_util import make_ndarray  # type: ignore[import-untyped,unused-ignore]
+
+    array = make_ndarray(tensor)
+    return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "fiu" else None

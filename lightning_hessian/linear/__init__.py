@@ -1,0 +1,1 @@
+"""The ground: symmetric operators, vectors in shards, ranks, memory, random numbers."""

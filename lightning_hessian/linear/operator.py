@@ -1,0 +1,116 @@
+"""What a solver needs of an operator: its order, and products with vectors."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_hessian.linear.shards import Shard
+from lightning_hessian.results import MeasurementError
+
+
+class SymmetricOperator(Protocol):
+    """A symmetric linear operator on vectors of length ``size``."""
+
+    @property
+    def size(self) -> int:
+        """Order n of the operator."""
+
+    @property
+    def shard(self) -> Shard:
+        """Which entries of a vector this process holds; n_local of them, all n if alone."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the vectors."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors live."""
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Returns the product with a vector [n_local], a new tensor [n_local]."""
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of [b, n_local], a new tensor [b, n_local]."""
+
+
+def check_finite(
+    found: Tensor, norm: float = 0.0, what: str = "A product with the operator"
+) -> None:
+    """Checks what came of a product.
+
+    Args:
+        found: The product, or what was computed from it.
+        norm: Its norm, where it has been computed.
+        what: How the message begins.
+
+    Raises:
+        MeasurementError: It is NaN or infinite.
+    """
+    if not (found.isfinite().all() and np.isfinite(norm)):
+        raise MeasurementError(
+            f"{what} is NaN or infinite. The gradient may overflow in this precision, or an "
+            "operation has no finite second derivative."
+        )
+
+
+class MatrixOperator:
+    """A symmetric matrix [n, n] as an operator.
+
+    Example:
+        >>> operator = MatrixOperator(torch.diag(torch.tensor([3.0, 1.0])))
+        >>> operator.matvec(torch.ones(2))
+        tensor([3., 1.])
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"The matrix has shape {tuple(matrix.shape)}; it must be square.")
+        self.matrix = matrix
+        self.shard = Shard.whole(matrix.shape[0])
+        self.size, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Returns the product with a vector [n], a new tensor [n]."""
+        return self.matrix @ vector
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of [b, n], a new tensor [b, n]."""
+        return vectors @ self.matrix
+
+
+class RestrictedOperator:
+    """The diagonal block of an operator on some of its coordinates.
+
+    Args:
+        operator: Symmetric operator of order n.
+        coordinates: int64 [m], which of them; vectors of the block are in this order.
+
+    Example:
+        >>> from lightning_hessian.linear.operator import MatrixOperator
+        >>> matrix = torch.tensor([[1.0, 9.0, 2.0], [9.0, 9.0, 9.0], [2.0, 9.0, 3.0]])
+        >>> block = RestrictedOperator(MatrixOperator(matrix), torch.tensor([0, 2]))
+        >>> block.matvec(torch.ones(2))
+        tensor([3., 5.])
+    """
+
+    def __init__(self, operator: SymmetricOperator, coordinates: Tensor) -> None:
+        self.operator = operator
+        self.shard, local = operator.shard.restricted(coordinates)
+        self.coordinates = local.to(operator.device)
+        self.size = len(coordinates)
+        self.dtype, self.device = operator.dtype, operator.device
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Returns the product with a vector [m_local], a new tensor [m_local]."""
+        return self.matmat(vector[None])[0]
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of [b, m_local], a new tensor [b, m_local]."""
+        whole = vectors.new_zeros(len(vectors), self.operator.shard.length)
+        whole[:, self.coordinates] = vectors
+        return self.operator.matmat(whole)[:, self.coordinates]

@@ -1,0 +1,1 @@
+"""What can be measured in a module, and the functions that measure it."""

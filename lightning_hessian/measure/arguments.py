@@ -1,0 +1,129 @@
+"""The rules of what a measurement is asked with, one table for all functions and callbacks.
+
+A name means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_hessian.measure.protocols import PROTOCOLS
+from lightning_hessian.operators.hessian import ENGINES
+from lightning_hessian.probe.arguments import a_module, batches, gradient_data, group, selection
+from lightning_hessian.probe.partition import partition_choice
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import (
+    Rule,
+    existing_folder,
+    file_to_write,
+    flag,
+    function_of,
+    memory,
+    one_of,
+    optional,
+    progress_function,
+    real_number,
+    seconds,
+    seed_number,
+    significance_level,
+    tolerance,
+    whole_number,
+)
+from lightning_hessian.solvers.storage import BasisStorage
+
+MOST_PROBES = 10_000
+"""Random probes of a trace or a density: by then their error is a hundredth of that of one."""
+
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_]+")
+
+
+def layer_choice(name: str, value: Any) -> Any:
+    """The rule of ``layers``: ``"layer"``, or names with what selects each."""
+    if isinstance(value, str) and value == "layer":
+        return value
+    remedy = "Give 'layer', or a mapping from names to globs such as {'head': 'head.*'}."
+    if not isinstance(value, Mapping) or not value:
+        raise ArgumentError(name, value, remedy)
+    for key, chosen in value.items():
+        if not isinstance(key, str) or not _LAYER_NAME.fullmatch(key):
+            raise ArgumentError(
+                name,
+                value,
+                f"The name {key!r} cannot be part of a key; use letters, digits and underscores "
+                "only.",
+            )
+        selection(f"{name}[{key!r}]", chosen)
+    return dict(value)
+
+
+def storage_tier(name: str, value: Any) -> str:
+    """The rule of ``basis_storage``: that of `BasisStorage`."""
+    return BasisStorage(tier=value).tier
+
+
+_positive = whole_number(least=1)
+
+RULES: dict[str, Rule] = {
+    "model": a_module,
+    "loss_fn": optional(function_of("module", "batch", returns="mean loss")),
+    "batches": batches,
+    "data": gradient_data,
+    "num_eigenvalues": _positive,
+    "parameters": optional(selection, "all that require grad"),
+    "layers": layer_choice,
+    "blocks": partition_choice,
+    "protocol": one_of(*PROTOCOLS),
+    "num_runs": whole_number(least=1, most=1000),
+    "num_steps": _positive,
+    "tol": tolerance,
+    "max_hvps": optional(_positive, "for the default"),
+    "max_seconds": optional(seconds, "for no limit"),
+    "hvp": one_of("auto", *ENGINES),
+    "mode": one_of("eval", "train"),
+    "batch_weight": optional(function_of("batch", returns="float")),
+    "trace_probes": whole_number(
+        most=MOST_PROBES, because="0 is for no trace, and a single one gives no error."
+    ),
+    "density": flag,
+    "return_eigenvectors": flag,
+    "basis_memory": optional(memory, "half of what is free"),
+    "basis_storage": storage_tier,
+    "basis_dtype": one_of(None, "bfloat16"),
+    "checkpoint": optional(file_to_write, "for none"),
+    "process_group": optional(group, "this process alone"),
+    "on_progress": optional(progress_function),
+    "seed": seed_number,
+    # Blocks.
+    "rel_error": real_number("Give a relative error above 0, up to 1.", above=0.0, most=1.0),
+    "exact": optional(flag, "to choose"),
+    "densities": flag,
+    "density_steps": _positive,
+    "density_probes": whole_number(least=1, most=MOST_PROBES),
+    "return_matrix": flag,
+    # Gradients.
+    "num_gradients": whole_number(least=2),
+    "batch_size": optional(_positive, "that of the data"),
+    "tests": flag,
+    "max_tested": optional(_positive, "for all"),
+    "clip_norm": optional(real_number("Give a positive norm.", above=0.0), "for no clipping"),
+    "preconditioner": one_of(None, "adam"),
+    "num_eigenvectors": whole_number(),
+    "significance": significance_level,
+    "memory_budget": optional(memory, "half of what is free"),
+    "directory": optional(existing_folder, "the system's folder for temporary files"),
+}
+"""By the name of the argument, for every measuring function."""
+
+SPECTRUM_RULES: dict[str, Rule] = {
+    **RULES,
+    "num_eigenvalues": optional(_positive, "for the protocol's default"),
+}
+"""Of spectra, where K has a default that depends on the protocol."""
+
+GRADIENT_RULES: dict[str, Rule] = {
+    **RULES,
+    "num_gradients": optional(RULES["num_gradients"], "for one pass over the data"),
+}
+"""Of `gradient_structure`, where T has a default that depends on the data."""

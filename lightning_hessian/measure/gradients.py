@@ -1,0 +1,390 @@
+"""The front door without Lightning, third part: the structure of stochastic gradients."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lightning_hessian.isolation.context import isolated
+from lightning_hessian.linear.memory import free_bytes, memory_explained, most_bytes
+from lightning_hessian.linear.ranks import RankError, Ranks
+from lightning_hessian.linear.shards import Shard
+from lightning_hessian.measure.arguments import GRADIENT_RULES
+from lightning_hessian.measure.spectrum import deadline
+from lightning_hessian.operators.gradients.gram import combinations, gram_matrix, spectra
+from lightning_hessian.operators.gradients.history import GradientHistory
+from lightning_hessian.operators.gradients.ranks import DealtGradients
+from lightning_hessian.operators.gradients.rows import (
+    GradientRows,
+    MiniBatchGradients,
+    adam_preconditioner,
+)
+from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
+from lightning_hessian.probe.objective import LossFunction, Mode
+from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.probe.sharding.fsdp1 import on_whole_modules
+from lightning_hessian.results import (
+    ArgumentError,
+    FloatArray,
+    GradientStructure,
+    MeasurementError,
+    RowTests,
+)
+from lightning_hessian.results.arguments import checked
+from lightning_hessian.statistics.gaussianity import MIN_POINTS, row_tests
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@checked(GRADIENT_RULES)
+@memory_explained
+@on_whole_modules
+def gradient_structure(
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+    data: Any,
+    *,
+    num_gradients: int | None = None,
+    batch_size: int | None = None,
+    num_eigenvalues: int = 1000,
+    parameters: ParameterSelection = None,
+    tests: bool = True,
+    max_tested: int | None = None,
+    clip_norm: float | None = None,
+    preconditioner: str | None = None,
+    num_eigenvectors: int = 0,
+    mode: Mode = "eval",
+    significance: float = 0.05,
+    memory_budget: float | None = None,
+    directory: str | Path | None = None,
+    max_seconds: float | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
+    process_group: ProcessGroup | None = None,
+    seed: int = 0,
+) -> GradientStructure:
+    """Returns spectra and tests of the gradients of T mini-batches at the present parameters.
+
+    T gradients give all non-zero eigenvalues of their second moment and covariance exactly, from
+    the T x T matrix of their inner products. The model is left exactly as it was: parameters,
+    buffers, ``.grad``, random number generators, modes and global flags.
+
+    Args:
+        model: Any module. Half-precision parameters are measured in float32.
+        loss_fn: ``loss_fn(model, batch) -> mean loss``; ``None`` as in `hessian_spectrum`.
+        data: A DataLoader, a map-style Dataset, or batches, from which T mini-batches of B
+            samples are drawn in shuffled passes; see `probe.minibatches.draw_minibatches`.
+        num_gradients: T; by default as many as one pass over the data makes.
+        batch_size: B; by default the loader's, or the size of the first batch. 1 for per-sample
+            gradients.
+        num_eigenvalues: K, how many of the largest eigenvalues; fewer where T - 1 or n is smaller.
+        parameters: Which parameters, as in `hessian_spectrum`.
+        tests: Whether to test the entries of the gradients, over dimensions and over iterations.
+            This takes G whole, 4 T n bytes in memory or in a file; spectra alone do not.
+        max_tested: Test at most so many gradients, and so many parameters, drawn at random.
+        clip_norm: Scale gradients of a larger norm down to it.
+        preconditioner: ``"adam"`` multiplies each gradient by ``1 / (sqrt(v) + 1e-8)``, where v
+            is the mean of the T squared (clipped) gradients.
+        num_eigenvectors: How many eigenvectors of the covariance to return.
+        mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
+        significance: Level of the tests.
+        memory_budget: Bytes that gradients and Gram matrix may take at a time on each rank, by
+            default half of what is free. Above it, G lies in a file; without tests, gradients are
+            computed anew.
+        directory: Where that file lies; by default the system's folder for temporary files.
+        max_seconds: After so many seconds no further gradients are computed.
+        on_progress: ``on_progress(num_gradients, None)``, called now and then with the number of
+            gradients computed so far.
+        process_group: Processes that make the measurement together: all make this call with the
+            same arguments. Mini-batches are dealt out to them, each holds a slice of the
+            parameters of G, and all get the same numbers, whatever their number. By default this
+            process measures alone.
+        seed: Of everything random here.
+
+    Raises:
+        ValueError: A parameter selection without match, data that do not make T mini-batches,
+            fewer than 2 gradients (20 with tests), an unknown mode or preconditioner.
+        MeasurementError: A gradient that is NaN or infinite, a loss without gradient, too little
+            memory, or time was up at once. Where a rank failed all raise it, as a `RankError`.
+
+    Source: SG, sections 2 to 4.
+
+    Example:
+        >>> torch.manual_seed(0)
+        <torch._C.Generator ...>
+        >>> model = nn.Linear(9, 3)
+        >>> data = [(torch.randn(256, 9), torch.randint(3, (256,)))]
+        >>> def loss_fn(model, batch):
+        ...     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> found = gradient_structure(model, loss_fn, data, batch_size=8, num_gradients=100)
+        >>> found.num_gradients, found.num_parameters, len(found.covariance)
+        (100, 30, 30)
+    """
+    start = time.monotonic()
+    space = ParameterSpace.select(model, parameters)
+    if num_gradients is not None:
+        check_number(num_gradients, tests, memory_budget)
+    check_space(space, tests)
+    ranks = Ranks.of(process_group, space.device)
+    if num_gradients is not None:  # before so many are drawn
+        _left_by_gram(memory_budget, num_gradients, space.device, tests, ranks)
+    with ranks.together():
+        minibatches = draw_minibatches(
+            data, batch_size=batch_size, num_minibatches=num_gradients, seed=seed, ranks=ranks
+        )
+        _check_enough(minibatches.total, tests)
+        source = None
+        if len(minibatches):
+            source = MiniBatchGradients(
+                model, loss_fn, minibatches, space, mode=mode, clip_norm=clip_norm, seed=seed
+            )
+            if on_progress is not None:
+                source.on_product = lambda count: on_progress(count, None)
+    _check_alike(minibatches, space, ranks)
+    gradients: GradientRows
+    if ranks.world == 1 and source is not None:
+        gradients = source
+    else:
+        gradients = DealtGradients(source, minibatches.total, space, ranks)
+    budget = _left_by_gram(memory_budget, gradients.num_gradients, gradients.device, tests, ranks)
+    should_stop = ranks.stopping(deadline(start, max_seconds))
+    with isolated(model, training=mode == "train") if source is None else source.isolated():
+        if tests:
+            gradients = GradientHistory.collect(
+                gradients, memory_budget=budget, directory=directory, should_stop=should_stop
+            )
+        if preconditioner is not None:
+            _precondition(gradients)
+        gram = gram_matrix(gradients, memory_budget=budget, should_stop=should_stop)
+        count = len(gram)
+        _check_count(count, minibatches.total, tests, ranks)
+        found = spectra(gram, num_eigenvalues, space.size, num_eigenvectors, ranks=ranks)
+        del gram
+        vectors = None if found.weights is None else combinations(gradients, found.weights)
+    dimension_tests, iteration_tests = (
+        _tests(gradients, max_tested, significance, seed)
+        if isinstance(gradients, GradientHistory)
+        else (None, None)
+    )
+    losses, engine, num_computed = _told(source, minibatches.total, ranks)
+    return GradientStructure(
+        covariance=found.covariance,
+        second_moment=found.second_moment,
+        covariance_trace=found.covariance_trace,
+        second_moment_trace=found.second_moment_trace,
+        mean_gradient_norm=found.mean_norm,
+        dimension_tests=dimension_tests,
+        iteration_tests=iteration_tests,
+        loss=float(losses[:count].mean()),
+        num_parameters=space.size,
+        num_gradients=count,
+        batch_size=minibatches.batch_size,
+        num_computed=num_computed,
+        seconds=time.monotonic() - start,
+        engine=engine,
+        dtype=str(space.dtype).removeprefix("torch."),
+        eigenvectors=vectors,
+    )
+
+
+def check_number(num_gradients: int, tests: bool, memory_budget: float | None) -> None:
+    """Checks T by itself: enough for the tests, and no more than any memory here could hold.
+
+    Whether they fit into what is free is known only at the measurement.
+
+    Raises:
+        ArgumentError: T is too small, or its T x T inner products can never fit.
+    """
+    _check_enough(num_gradients, tests)
+    most = most_bytes() / 2 if memory_budget is None else memory_budget
+    if 2 * _gram_bytes(num_gradients) > most:
+        raise ArgumentError("num_gradients", num_gradients, _too_many(num_gradients, most))
+
+
+def _gram_bytes(num_gradients: int) -> int:
+    return 8 * num_gradients**2
+
+
+def _too_many(num_gradients: int, memory_budget: float) -> str:
+    return (
+        f"The inner products of {num_gradients} gradients take "
+        f"{_gram_bytes(num_gradients) / 1e9:.2g} GB, more than half of the "
+        f"{memory_budget / 1e9:.2g} GB that may be used. Lower num_gradients to "
+        f"{int(math.sqrt(memory_budget / _gram_bytes(1) / 2))} at most, or raise memory_budget."
+    )
+
+
+def check_space(space: ParameterSpace, tests: bool) -> None:
+    """Checks that parameters are whole, and gradients long enough for the tests.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if space.held is not None:
+        raise ValueError(
+            "The structure of gradients cannot be measured on parameters in shards yet "
+            "(`fully_shard`, tensor parallelism, or FSDP1 with too little memory to gather them). "
+            "Use strategy='ddp', or measure a checkpoint on one device."
+        )
+    if tests and space.size < MIN_POINTS:
+        raise ValueError(
+            f"{space.size} parameters are too few to be tested (at least {MIN_POINTS}); give "
+            "tests=False."
+        )
+
+
+def _check_enough(num_gradients: int, tests: bool) -> None:
+    if num_gradients < _least(tests):
+        raise ArgumentError(
+            "num_gradients",
+            num_gradients,
+            f"That is too few: tests need {MIN_POINTS}, spectra alone (tests=False) 2. Raise it, "
+            "lower batch_size, or bring more data.",
+        )
+
+
+def _least(tests: bool) -> int:
+    return MIN_POINTS if tests else 2
+
+
+def _check_alike(minibatches: MiniBatches, space: ParameterSpace, ranks: Ranks) -> None:
+    """Checks that all ranks draw the same mini-batches for the same parameters.
+
+    Raises:
+        RankError: They do not.
+    """
+    told = ranks.gathered((minibatches.total, minibatches.checksum(), space.size))
+    for rank, other in enumerate(told):
+        if other != told[0]:
+            raise RankError(
+                f"Rank {rank} has other data or parameters than rank 0: {other[0]} and "
+                f"{told[0][0]} mini-batches, {other[2]:,} and {told[0][2]:,} parameters"
+                f"{'' if other[1] == told[0][1] else ', other samples'}. Give all ranks the same "
+                "data in the same order, and the same arguments."
+            )
+
+
+def _left_by_gram(
+    memory_budget: float | None,
+    num_gradients: int,
+    device: torch.device,
+    tests: bool,
+    ranks: Ranks,
+) -> float:
+    """Returns what the Gram matrix leaves of the budget, the same on all ranks.
+
+    Raises:
+        MeasurementError: It leaves less than half.
+    """
+    if memory_budget is None:
+        # G lies in main memory, which all ranks of a machine share, whatever their devices.
+        device = torch.device("cpu") if tests else device
+        hosts = ranks.gathered(socket.gethostname())
+        sharing = hosts.count(hosts[ranks.rank]) if device.type == "cpu" else ranks.neighbours
+        memory_budget = free_bytes(device) / 2 / sharing
+    memory_budget = ranks.least(memory_budget)
+    gram_bytes = _gram_bytes(num_gradients)
+    if 2 * gram_bytes > memory_budget:
+        raise MeasurementError(_too_many(num_gradients, memory_budget))
+    return memory_budget - gram_bytes
+
+
+def _precondition(gradients: GradientRows) -> None:
+    """Makes the gradients those that Adam would step by."""
+    if not isinstance(gradients, GradientHistory):  # computed by all ranks, piece by piece
+        gradients.precondition(adam_preconditioner(gradients))
+        return
+    with gradients.shard.ranks.together():
+        gradients.precondition(adam_preconditioner(gradients))
+
+
+def _check_count(count: int, wanted: int, tests: bool, ranks: Ranks) -> None:
+    """Says where time cut the gradients short, or raises if too few are left."""
+    least = _least(tests)
+    if count < least:
+        raise MeasurementError(
+            f"The time was up after {count} gradients, and at least {least} are needed. Allow "
+            "more, or lower num_gradients or batch_size."
+        )
+    if count < wanted and ranks.rank == 0:
+        warnings.warn(
+            f"The time was up after {count} of {wanted} gradients; allow more or lower "
+            "num_gradients.",
+            stacklevel=5,  # past the function, and both decorators, to the caller
+        )
+
+
+def _told(
+    source: MiniBatchGradients | None, total: int, ranks: Ranks
+) -> tuple[FloatArray, str, int]:
+    """Returns the losses [T], the engine, and how many gradients were computed, on all ranks."""
+    mine = None if source is None else (source.losses, source.engine, source.num_computed)
+    losses = np.empty(total)
+    engines, computed = [], 0
+    for rank, told in enumerate(ranks.gathered(mine)):
+        if told is not None:
+            losses[rank :: ranks.world] = told[0]
+            engines.append(told[1])
+            computed += told[2]
+    return losses, "+".join(dict.fromkeys(engines)), computed
+
+
+def _tests(
+    history: GradientHistory, max_tested: int | None, significance: float, seed: int
+) -> tuple[RowTests, RowTests]:
+    """Returns the tests over dimensions and over iterations."""
+    rng = np.random.default_rng(seed)
+
+    def chosen(count: int) -> NDArray[np.int64] | None:
+        if max_tested is None or max_tested >= count:
+            return None
+        return np.sort(rng.choice(count, max_tested, replace=False))
+
+    ranks = history.shard.ranks
+    gradients, parameters = chosen(history.num_gradients), chosen(history.size)
+    num_gradients = history.num_gradients if gradients is None else len(gradients)
+    here = history.shard
+    if parameters is not None:
+        here = here.restricted(torch.from_numpy(parameters))[0]
+    return (
+        _rows_tested(
+            history.by_gradient(gradients), Shard.even(num_gradients, ranks), significance, seed
+        ),
+        _rows_tested(history.by_parameter(parameters), here, significance, seed + 1),
+    )
+
+
+def _rows_tested(
+    blocks: Iterator[NDArray[Any]], rows: Shard, significance: float, seed: int
+) -> RowTests:
+    """Returns the tests of all rows, of which each rank is given a share, block by block."""
+    ranks = rows.ranks
+    results = torch.zeros(2, rows.length, dtype=torch.float64)
+    places = torch.arange(rows.size)[rows.positions]
+    done, one = 0, None
+    for block in blocks:
+        with ranks.together():
+            if len(block):
+                one = row_tests(
+                    block, significance=significance, seed=seed, first=int(places[done])
+                )
+                part = results[:, done : done + len(block)]
+                part[0], part[1] = map(torch.from_numpy, (one.ks_distances, one.p_values))
+                done += len(block)
+    whole = rows.gather(results.to(ranks.device)).cpu().numpy()
+    # A rank without rows does not know K; the others do.
+    empty = np.empty(0)
+    known = ranks.gathered(one and replace(one, ks_distances=empty, p_values=empty))
+    one = next(found for found in known if found is not None)
+    return replace(one, ks_distances=whole[0], p_values=whole[1])

@@ -1,0 +1,155 @@
+"""The two ways to the top of a spectrum: converged eigenvalues, or pooled Ritz values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_hessian.results import ArgumentError, FloatArray, SpectralDensity
+from lightning_hessian.solvers.density import spectral_density
+from lightning_hessian.solvers.lanczos import RitzPairs
+from lightning_hessian.solvers.pooled import PooledRitzValues, pooled_ritz_values
+from lightning_hessian.solvers.storage import BasisStorage
+
+if TYPE_CHECKING:
+    from lightning_hessian.linear.operator import SymmetricOperator
+
+PROTOCOLS = {"converged": 50, "pooled_slq": 1000}
+"""Ways to a spectrum, and how many eigenvalues (or pooled Ritz values) each gives by default."""
+
+_DENSITY_STEPS, _DENSITY_PROBES, _LEAST_DENSITY_STEPS = 80, 4, 10
+
+
+@dataclass(frozen=True, eq=False)
+class Top:
+    """The top of a spectrum by whatever protocol; ``good`` of the vectors serve for the trace."""
+
+    values: FloatArray
+    residuals: FloatArray
+    vectors: torch.Tensor
+    good: int
+    lowest: float | None
+    num_products: int
+    warnings: tuple[str, ...]
+    num_copies: int = 0
+    density: SpectralDensity | None = None
+    trace: float | None = None  # where the whole space was searched, so that it is exact
+
+
+def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
+    """Returns the top of a spectrum as Lanczos has found it."""
+    # The converged ones before the first that has not; a view, for they may be large.
+    good = len(ritz.values) if ritz.converged.all() else int(ritz.converged.argmin())
+    lowest_found = ritz.lowest_residual <= tol * abs(ritz.lowest)
+    warning = _unconverged(ritz, count, tol)
+    return Top(
+        values=ritz.values,
+        residuals=ritz.residuals,
+        vectors=ritz.vectors,
+        good=good,
+        lowest=ritz.lowest if lowest_found else None,
+        num_products=ritz.num_products,
+        warnings=(warning,) if warning else (),
+        trace=ritz.trace,
+    )
+
+
+def pooled_top(
+    operator: SymmetricOperator,
+    count: int,
+    num_runs: int,
+    num_steps: int,
+    tol: float,
+    max_products: int,
+    storage: BasisStorage,
+    seed: int,
+    should_stop: Callable[[], bool] | None,
+) -> Top:
+    """Returns the top of the pooled Ritz values, and what to say of them."""
+    spent = 0
+
+    def stop() -> bool:
+        nonlocal spent
+        spent += 1
+        return spent >= max_products or (should_stop is not None and should_stop())
+
+    found: PooledRitzValues = pooled_ritz_values(
+        operator, num_runs=num_runs, num_steps=num_steps, tol=tol, storage=storage, seed=seed,
+        should_stop=stop,
+    )  # fmt: skip
+    wanted = num_runs * min(num_steps, operator.size)
+    said = []
+    if found.stopped != "done":
+        said.append(
+            f"protocol='pooled_slq' pools {found.num_products} Ritz values instead of {wanted}: "
+            "the time or max_hvps ran out. Allow more, or lower num_steps."
+        )
+    lowest = len(found.values) - 1
+    lowest_found = found.residuals[lowest] <= tol * abs(found.values[lowest])
+    empty = torch.zeros(0, operator.shard.length, dtype=operator.dtype, device=operator.device)
+    return Top(
+        values=found.values[:count],
+        residuals=found.residuals[:count],
+        vectors=empty,
+        good=0,
+        lowest=float(found.values[lowest]) if lowest_found else None,
+        num_products=found.num_products,
+        warnings=tuple(said),
+        num_copies=int(found.is_copy[:count].sum()),
+        density=found.density,
+    )
+
+
+def whole_density(
+    operator: SymmetricOperator,
+    max_products: int | None,
+    seed: int,
+    should_stop: Callable[[], bool] | None,
+) -> SpectralDensity | None:
+    """Returns the density of the whole spectrum, None where the bounds leave too little for it."""
+    steps = _DENSITY_STEPS
+    if max_products is not None:
+        steps = min(steps, max_products // _DENSITY_PROBES)
+        if steps < min(_LEAST_DENSITY_STEPS, operator.size):
+            return None
+    return spectral_density(
+        operator, num_steps=steps, num_probes=_DENSITY_PROBES, seed=seed, should_stop=should_stop
+    )
+
+
+def check_protocol(protocol: str, num_eigenvalues: int | None, checkpoint: object = None) -> int:
+    """Returns K, by default that of the protocol.
+
+    Raises:
+        ArgumentError: A checkpoint, where the protocol keeps none.
+    """
+    count = PROTOCOLS[protocol] if num_eigenvalues is None else num_eigenvalues
+    if checkpoint is not None and protocol != "converged":
+        raise ArgumentError(
+            "checkpoint",
+            checkpoint,
+            f"protocol={protocol!r} keeps no checkpoint; leave checkpoint=None.",
+        )
+    return count
+
+
+def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> str | None:
+    """Returns what to say of eigenvalues that have not converged, None where all have."""
+    found = int(ritz.converged.sum())
+    if ritz.stopped in ("converged", "exhausted") or found == num_eigenvalues:
+        return None
+    reason = {
+        "bound": "the bound on products was reached; raise max_hvps or lower num_eigenvalues",
+        "interrupted": "the time was up; allow more or lower num_eigenvalues",
+        "precision": "the others are too small beside lambda_1 for this precision (or zero); "
+        "lower num_eigenvalues, raise tol, or use float64 (or basis_dtype=None, if it was given)",
+        "memory": "the basis is full, and in bfloat16 it cannot restart; raise basis_memory, or "
+        "lower num_eigenvalues",
+    }[ritz.stopped]
+    return (
+        f"{found} of {num_eigenvalues} eigenvalues converged to tol={tol:g} after "
+        f"{ritz.num_products} products: {reason}."
+    )

@@ -1,0 +1,1 @@
+"""Stochastic gradients: rows, their history, their Gram matrix, over ranks."""

@@ -1,0 +1,150 @@
+"""Makes a traced product cheap: constants are evaluated once, and the rest follows simpler rules.
+
+The rules change no result beyond rounding. Sums with a zero fall away; products that are added up
+are accumulated where they lie; results are written over operands that nobody else reads. Which rule
+applies follows from the graph alone, so that the same loss always gives the same digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lightning_hessian.operators.linearize.graph import LinearGraph
+
+aten = torch.ops.aten
+
+_PRODUCTS: dict[Any, Any] = {
+    aten.mm.default: aten.addmm_.default,
+    aten.bmm.default: aten.baddbmm_.default,
+}
+"""Matrix products, and what adds one to a tensor in place."""
+
+_POINTWISE: dict[Any, Any] = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.mul.Scalar: aten.mul_.Scalar,
+    aten.div.Scalar: aten.div_.Scalar,
+}
+"""Operations of each entry alone, and what writes their result over the first operand."""
+
+_FRESH = {
+    *_PRODUCTS,
+    *_POINTWISE,
+    aten.clone.default,
+    aten.convolution.default,
+    aten.embedding.default,
+    aten.gather.default,
+    aten.gelu_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.sigmoid_backward.default,
+    aten.tanh_backward.default,
+    aten.threshold_backward.default,
+    aten.where.self,
+}
+"""Operations whose result lies in memory of its own."""
+
+_WRITING = {*_PRODUCTS.values(), *_POINTWISE.values(), aten.addcmul_.default}
+_VIEWS = {
+    aten._unsafe_view.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+_ELSEWHERE: dict[Any, Any] = {
+    aten.addmm_.default: aten.addmm.default,
+    aten.baddbmm_.default: aten.baddbmm.default,
+    aten.addcmul_.default: aten.addcmul.default,
+}
+"""What writes to memory, and what does the same in memory of its own."""
+
+
+def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """Returns the traced function with its constants evaluated and the rest simplified.
+
+    Args:
+        traced: A graph of ATen operations, linear in its inputs.
+        inputs: What to evaluate it at, to learn the shapes.
+    """
+    with torch.no_grad():
+        graph = LinearGraph(traced, inputs)
+        for rule in (_drop_zero, _accumulate, _overwrite):
+            for node in graph.operations:
+                rule(graph, node)
+            graph.sweep()
+    return graph.module()
+
+
+def batchable(product: fx.GraphModule) -> fx.GraphModule:
+    """Returns the same with products added up in new memory, as ``torch.vmap`` can do at once.
+
+    It has no rule for doing so in place, and would go through the vectors one by one.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(product.graph, {}))
+    for node in graph.nodes:
+        node.target = _ELSEWHERE.get(node.target, node.target)
+    return fx.GraphModule(product, graph)
+
+
+def _is_spare(node: Any) -> bool:
+    """Whether a tensor may be written over by its only reader."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return False
+    if node.target in _VIEWS or node.target in _WRITING:
+        return _is_spare(node.args[0])
+    return node.target in _FRESH
+
+
+# Rules: each takes a node, and changes the graph where it finds something cheaper ----------------
+
+
+def _drop_zero(graph: LinearGraph, node: fx.Node) -> None:
+    """Leaves out the adding of zeros."""
+    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or not graph.is_settled(node):
+        return
+    first, second = node.args
+    left: Any = None
+    if graph.is_zero(second):
+        left = first
+    elif node.target is aten.add.Tensor and not node.kwargs and graph.is_zero(first):
+        left = second
+    if left is not None and graph.alike(node, left):
+        node.replace_all_uses_with(left)
+
+
+def _accumulate(graph: LinearGraph, node: fx.Node) -> None:
+    """Adds a product to the other summand where that lies, without a sum of its own."""
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return
+    for other, product in (node.args, node.args[::-1]):
+        if not isinstance(product, fx.Node) or len(product.users) != 1 or other is product:
+            continue
+        if not graph.is_settled(node, other, *product.args):  # these are read later than before
+            continue
+        spare = _is_spare(other)
+        if product.target in _PRODUCTS and spare and graph.alike(node, other, product):
+            graph.replace(node, _PRODUCTS[product.target], other, *product.args)
+            return
+        if product.target is aten.mul.Tensor and graph.alike(node, other, *product.args):
+            target = aten.addcmul_.default if spare else aten.addcmul.default
+            graph.replace(node, target, other, *product.args)
+            return
+
+
+def _overwrite(graph: LinearGraph, node: fx.Node) -> None:
+    """Writes a result over an operand that has no other reader: no memory is taken anew."""
+    if node.target not in _POINTWISE or not graph.is_settled(node, *node.args):
+        return
+    first, *rest = node.args
+    commutes = node.target in (aten.add.Tensor, aten.mul.Tensor) and not node.kwargs
+    if _is_spare(first) and graph.alike(node, first):
+        graph.replace(node, _POINTWISE[node.target], first, *rest, **node.kwargs)
+    elif commutes and _is_spare(rest[0]) and graph.alike(node, rest[0]):
+        graph.replace(node, _POINTWISE[node.target], rest[0], first)

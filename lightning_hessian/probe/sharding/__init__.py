@@ -1,0 +1,1 @@
+"""Modules whose parameters are distributed: FSDP1, FSDP2 and tensor parallelism."""
