@@ -104,6 +104,7 @@ class RestrictedOperator:
         self.coordinates = local.to(operator.device)
         self.size = len(coordinates)
         self.dtype, self.device = operator.dtype, operator.device
+        self.engine = getattr(operator, "engine", "")
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Returns the product with a vector [m_local], a new tensor [m_local]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,12 +165,6 @@ class Ranks:
         things: list[Any] = [None] * self.world
         dist.all_gather_object(things, thing, group=self.group)
         return things
-
-    def stopping(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool] | None:
-        """Returns a question that all ranks answer alike: yes if one of them says so."""
-        if should_stop is None or self.world == 1:
-            return should_stop
-        return lambda: self.any(should_stop())
 
     @contextmanager
     def together(self) -> Iterator[None]:

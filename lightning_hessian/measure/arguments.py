@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_hessian.measure.protocols import PROTOCOLS
+from lightning_hessian.measure.budget import a_budget
+from lightning_hessian.measure.options import loss_options, spectrum_protocol
 from lightning_hessian.operators.hessian import ENGINES
 from lightning_hessian.probe.arguments import a_module, batches, gradient_data, group, selection
 from lightning_hessian.probe.partition import partition_choice
@@ -25,7 +26,6 @@ from lightning_hessian.results.arguments import (
     optional,
     progress_function,
     real_number,
-    seconds,
     seed_number,
     significance_level,
     tolerance,
@@ -58,9 +58,11 @@ def layer_choice(name: str, value: Any) -> Any:
     return dict(value)
 
 
-def storage_tier(name: str, value: Any) -> str:
-    """The rule of ``basis_storage``: that of `BasisStorage`."""
-    return BasisStorage(tier=value).tier
+def basis_storage(name: str, value: Any) -> BasisStorage:
+    """The rule of ``basis``."""
+    if isinstance(value, BasisStorage):
+        return value
+    raise ArgumentError(name, value, "Give BasisStorage(memory=..., tier=..., dtype=...).")
 
 
 _positive = whole_number(least=1)
@@ -74,23 +76,18 @@ RULES: dict[str, Rule] = {
     "parameters": optional(selection, "all that require grad"),
     "layers": layer_choice,
     "blocks": partition_choice,
-    "protocol": one_of(*PROTOCOLS),
-    "num_runs": whole_number(least=1, most=1000),
-    "num_steps": _positive,
+    "protocol": spectrum_protocol,
     "tol": tolerance,
-    "max_hvps": optional(_positive, "for the default"),
-    "max_seconds": optional(seconds, "for no limit"),
+    "budget": a_budget,
     "hvp": one_of("auto", *ENGINES),
     "mode": one_of("eval", "train"),
-    "batch_weight": optional(function_of("batch", returns="float")),
+    "loss_options": loss_options,
     "trace_probes": whole_number(
         most=MOST_PROBES, because="0 is for no trace, and a single one gives no error."
     ),
     "density": flag,
     "return_eigenvectors": flag,
-    "basis_memory": optional(memory, "half of what is free"),
-    "basis_storage": storage_tier,
-    "basis_dtype": one_of(None, "bfloat16"),
+    "basis": basis_storage,
     "checkpoint": optional(file_to_write, "for none"),
     "process_group": optional(group, "this process alone"),
     "on_progress": optional(progress_function),

@@ -1,25 +1,32 @@
-"""The front door without Lightning, second part: the block structure of a Hessian."""
+"""The block structure of a Hessian: norms of all blocks, and densities of the diagonal ones."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
-from lightning_hessian.linear.operator import MatrixOperator, RestrictedOperator, SymmetricOperator
+from lightning_hessian.linear.operator import (
+    MatrixOperator,
+    RestrictedOperator,
+    SymmetricOperator,
+)
 from lightning_hessian.measure.arguments import RULES
-from lightning_hessian.measure.spectrum import deadline
-from lightning_hessian.operators.choose import hessian_operator
-from lightning_hessian.probe.objective import LossFunction, Mode
-from lightning_hessian.probe.objectives import objective_over
+from lightning_hessian.measure.budget import UNLIMITED, Budget
+from lightning_hessian.measure.instrument import Absent
+from lightning_hessian.measure.options import LossOptions
+from lightning_hessian.measure.session import Session
+from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection
-from lightning_hessian.probe.partition import Blocks, partition
-from lightning_hessian.probe.sharding.fsdp1 import on_whole_modules
-from lightning_hessian.results import BlockStructure, SpectralDensity
+from lightning_hessian.probe.partition import Blocks, Partition, partition
+from lightning_hessian.results import BlockStructure, MeasurementError, SpectralDensity
 from lightning_hessian.results.arguments import checked
 from lightning_hessian.solvers.block_norms import (
     DENSE_ORDER,
@@ -39,7 +46,6 @@ _LEAST_STEPS = 10
 
 @checked(RULES)
 @memory_explained
-@on_whole_modules
 def block_structure(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -52,17 +58,15 @@ def block_structure(
     densities: bool = False,
     density_steps: int = 30,
     density_probes: int = 2,
-    max_hvps: int | None = None,
-    max_seconds: float | None = None,
+    budget: Budget | None = None,
     hvp: str = "auto",
-    mode: Mode = "eval",
-    batch_weight: Callable[[Any], float] | None = None,
+    loss_options: LossOptions | None = None,
     return_matrix: bool = False,
     process_group: ProcessGroup | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> BlockStructure:
-    """Returns the Frobenius norms of all blocks of the Hessian, and what follows from them.
+    """Return the Frobenius norms of all blocks of the Hessian, and what follows from them.
 
     The norms of B blocks take about B + 24 products, or 2 B if that is more, and more until the
     off-diagonal ratio is known to ``rel_error``. Where n is small they take n products and are
@@ -83,13 +87,11 @@ def block_structure(
             them the heterogeneity.
         density_steps: Lanczos steps for each, at most; fewer where ``max_hvps`` asks for it.
         density_probes: Probes for each, at most.
-        max_hvps: Bound on Hessian-vector products. The least probes come first, then 10 steps for
-            each density, then more probes, then more steps. Densities that do not fit are left
-            out, all of them.
-        max_seconds: After so many seconds the measurement ends with what is complete.
+        budget: Bounds on Hessian-vector products and seconds. The least probes come first, then 10
+            steps for each density, then more probes, then more steps. Densities that do not fit
+            are left out, all of them. When time is up, what is complete is returned.
         hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"`` or ``"recompute"``.
-        mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
-        batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over.
+        loss_options: How the loss is evaluated: train or evaluation mode, what a batch weighs.
         return_matrix: Whether to return the Hessian itself, [n, n]; takes n products.
         process_group: Processes that make the measurement together, as in `hessian_spectrum`.
         on_progress: ``on_progress(num_hvps, None)``, called after every product.
@@ -114,59 +116,184 @@ def block_structure(
         >>> blocks.names, blocks.frobenius.shape, blocks.exact
         (('0', '2'), (2, 2), True)
     """
-    start = time.monotonic()
-    cut = partition(model, blocks, parameters)
-    objective = objective_over(
-        process_group, model, loss_fn, batches, cut.space, batch_weight=batch_weight, mode=mode,
-        seed=seed,
-    )  # fmt: skip
-    ranks = objective.ranks
-    should_stop = deadline(start, max_seconds)
-    with objective.isolated():
-        loss = objective.value()
-        operator = hessian_operator(objective, hvp, expected_products=2 * least_products(cut.sizes))
-        if on_progress is not None:
-            operator.on_product = lambda count: on_progress(count, None)
-        norms = block_norms(
-            operator, cut.labels, rel_error=rel_error, exact=exact,
-            max_products=_bound_of_norms(cut.sizes, max_hvps, densities),
-            return_matrix=return_matrix, seed=seed, should_stop=should_stop,
-        )  # fmt: skip
-        spectra = None
-        if densities:
-            left = None if max_hvps is None else max_hvps - norms.num_products
-            spectra = _densities(
-                _diagonal_blocks(operator, cut.labels, norms), density_steps, density_probes,
-                left, seed + 1, ranks.stopping(should_stop),
-            )  # fmt: skip
-    return BlockStructure(
-        names=cut.names,
-        groups=cut.groups,
-        sizes=cut.sizes,
-        frobenius=norms.frobenius,
-        std_error=norms.std_error,
-        off_diagonal_ratio=norms.ratio,
-        off_diagonal_ratio_std_error=norms.ratio_std_error,
-        off_diagonal_share=norms.share,
-        off_diagonal_share_std_error=norms.share_std_error,
-        exact=bool(norms.exact.all()),
-        stopped=norms.stopped,
-        densities=spectra,
-        heterogeneity=heterogeneity(spectra) if spectra else None,
-        loss=loss,
-        num_samples=objective.num_samples,
-        num_hvps=operator.num_products,
-        seconds=time.monotonic() - start,
-        engine=operator.engine,
-        dtype=str(cut.space.dtype).removeprefix("torch."),
-        matrix=norms.matrix.double().numpy()
-        if return_matrix and norms.matrix is not None
-        else None,
+    instrument = BlocksInstrument(
+        blocks=blocks,
+        parameters=parameters,
+        rel_error=rel_error,
+        exact=exact,
+        densities=densities,
+        density_steps=density_steps,
+        density_probes=density_probes,
+        return_matrix=return_matrix,
     )
+    instrument.check(model)
+    cut = partition(model, blocks, parameters)
+    session = Session(
+        model,
+        loss_fn,
+        batches,
+        parameters=parameters,
+        hvp=hvp,
+        loss_options=loss_options,
+        process_group=process_group,
+        expected_products=2 * least_products(cut.sizes),
+        seed=seed,
+    )
+    with session:
+        allowance = (budget or UNLIMITED).open(session, on_progress)
+        return instrument.structure(session, allowance)
+
+
+@dataclass(frozen=True)
+class BlocksRecord:
+    """A block structure as it is logged.
+
+    Attributes:
+        structure: What was measured.
+        missing: Sentences on what was left out.
+    """
+
+    structure: BlockStructure
+    missing: tuple[str, ...] = ()
+
+    def scalars(self) -> dict[str, float]:
+        """Return the statistics by logged name."""
+        from lightning_hessian.tracking.scalars import block_scalars
+
+        return block_scalars(self.structure)
+
+    def absent(self) -> tuple[str, ...]:
+        """Return a sentence for each statistic that is missing."""
+        return self.missing
+
+
+@dataclass(frozen=True)
+class BlocksInstrument:
+    """Norms of the Hessian's blocks, and the heterogeneity of the diagonal ones where affordable.
+
+    Arguments as in `block_structure`.
+    """
+
+    blocks: Blocks = "layer"
+    parameters: ParameterSelection = None
+    rel_error: float = 0.1
+    exact: bool | None = None
+    densities: bool = False
+    density_steps: int = 30
+    density_probes: int = 2
+    return_matrix: bool = False
+    name: str = field(default="blocks", init=False)
+    prefix: str = field(default="hessian", init=False)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError where the partition does not fit the model."""
+        partition(model, self.blocks, self.parameters)
+
+    def cost(self, session: Session) -> int:
+        """Return the least products that the norms take."""
+        return least_products(self._cut(session).sizes)
+
+    def measure(self, session: Session, allowance: Allowance) -> BlocksRecord | Absent:
+        """Return the norms of the blocks, or why there are none."""
+        cut = self._cut(session)
+        least, left = least_products(cut.sizes), allowance.products_left
+        if len(cut.sizes) < 2:
+            return Absent(
+                (
+                    f"There are no block statistics: blocks={self.blocks!r} makes a single block, "
+                    "with nothing off the diagonal. Cut finer (blocks='neuron'), or give "
+                    "blocks=None.",
+                )
+            )
+        if left is not None and left < least:
+            return Absent(
+                (
+                    f"No block statistics: {len(cut.sizes)} blocks take at least {least} products, "
+                    f"and the spectrum left {left}. Raise the budget, or give blocks=None.",
+                )
+            )
+        if not allowance.affords(least):
+            return Absent(
+                ("No block statistics: the spectrum took all the time. Allow more, or fewer K.",)
+            )
+        order, spent = sum(cut.sizes), allowance.spent
+        # About as many as were spent before; all columns of a tiny network cost next to nothing.
+        enough = max(3 * spent // 2, least, order if order <= DENSE_ORDER else 0)
+        limit = allowance.limited_to(enough) if spent else nullcontext()
+        try:
+            with limit:
+                found = self.structure(session, allowance)
+        except MeasurementError as error:
+            if not allowance.is_over():
+                raise
+            return Absent((f"No block statistics: {error}",))
+        missing: tuple[str, ...] = ()
+        if self.densities and found.heterogeneity is None:
+            missing = (
+                f"block_heterogeneity is left out: the densities of {len(cut.sizes)} blocks take "
+                f"at least {10 * len(cut.sizes)} products more than the budget allows. Raise it, "
+                "or cut fewer blocks.",
+            )
+        return BlocksRecord(found, missing)
+
+    def structure(self, session: Session, allowance: Allowance) -> BlockStructure:
+        """Return the block structure of the session's Hessian.
+
+        Raises:
+            MeasurementError: Time was up before the norms were known.
+        """
+        begun, before = time.monotonic(), allowance.spent
+        cut = self._cut(session)
+        operator = session.operator(cut.space.names)
+        norms = block_norms(
+            operator,
+            cut.labels,
+            rel_error=self.rel_error,
+            exact=self.exact,
+            max_products=_bound_of_norms(cut.sizes, allowance.products_left, self.densities),
+            return_matrix=self.return_matrix,
+            seed=session.seed,
+            allowance=allowance,
+        )
+        spectra = None
+        if self.densities:
+            spectra = _densities(
+                _diagonal_blocks(operator, session, cut, norms),
+                self.density_steps,
+                self.density_probes,
+                session.seed + 1,
+                allowance,
+            )
+        matrix = norms.matrix if self.return_matrix else None
+        return BlockStructure(
+            names=cut.names,
+            groups=cut.groups,
+            sizes=cut.sizes,
+            frobenius=norms.frobenius,
+            std_error=norms.std_error,
+            off_diagonal_ratio=norms.ratio,
+            off_diagonal_ratio_std_error=norms.ratio_std_error,
+            off_diagonal_share=norms.share,
+            off_diagonal_share_std_error=norms.share_std_error,
+            exact=bool(norms.exact.all()),
+            stopped=norms.stopped,
+            densities=spectra,
+            heterogeneity=heterogeneity(spectra) if spectra else None,
+            loss=session.loss,
+            num_samples=session.objective.num_samples,
+            num_hvps=allowance.spent - before,
+            seconds=time.monotonic() - begun,
+            engine=operator.engine,
+            dtype=str(cut.space.dtype).removeprefix("torch."),
+            matrix=None if matrix is None else matrix.double().numpy(),
+        )
+
+    def _cut(self, session: Session) -> Partition:
+        return partition(session.model, self.blocks, self.parameters)
 
 
 def _bound_of_norms(sizes: Sequence[int], max_hvps: int | None, densities: bool) -> int | None:
-    """Returns what the norms may take, so that the densities fit where they can."""
+    """Return what the norms may take, so that the densities fit where they can."""
     if max_hvps is None or not densities or sum(sizes) <= DENSE_ORDER:
         return max_hvps
     left = max_hvps - sum(min(size, _LEAST_STEPS) for size in sizes)
@@ -174,13 +301,12 @@ def _bound_of_norms(sizes: Sequence[int], max_hvps: int | None, densities: bool)
 
 
 def _diagonal_blocks(
-    operator: SymmetricOperator, labels: torch.Tensor, norms: BlockNorms
+    operator: SymmetricOperator, session: Session, cut: Partition, norms: BlockNorms
 ) -> list[SymmetricOperator]:
-    """Returns the diagonal blocks as operators, which cost no product where H is known."""
-    count = len(norms.frobenius)
+    """Return the diagonal blocks as operators, which cost no product where H is known."""
+    labels, count = cut.labels, len(norms.frobenius)
     if norms.matrix is None:
-        members = [(labels == block).nonzero().flatten() for block in range(count)]
-        return [RestrictedOperator(operator, coordinates) for coordinates in members]
+        return [_diagonal_block(operator, session, cut, block) for block in range(count)]
     sizes = torch.bincount(labels[labels >= 0], minlength=count).tolist()
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return [
@@ -189,31 +315,56 @@ def _diagonal_blocks(
     ]
 
 
+def _diagonal_block(
+    operator: SymmetricOperator, session: Session, cut: Partition, block: int
+) -> SymmetricOperator:
+    """Return a diagonal block: of whole parameter tensors as a view that differentiates by these.
+
+    Such a view costs what its layer costs; the restriction of a product of the whole costs the
+    whole.
+    """
+    coordinates = (cut.labels == block).nonzero().flatten()
+    names = _whole_tensors(cut, block)
+    if names is not None:
+        return session.operator(names)
+    return RestrictedOperator(operator, coordinates)
+
+
+def _whole_tensors(cut: Partition, block: int) -> tuple[str, ...] | None:
+    """Return the names of the tensors that a block consists of, None where it cuts one."""
+    names = []
+    for name, labels in zip(cut.space.names, torch.split(cut.labels, cut.space.sizes), strict=True):
+        inside = labels == block
+        if bool(inside.all()):
+            names.append(name)
+        elif bool(inside.any()):
+            return None
+    return tuple(names)
+
+
 def _densities(
     diagonal: Sequence[SymmetricOperator],
     num_steps: int,
     num_probes: int,
-    max_products: int | None,
     seed: int,
-    should_stop: Callable[[], bool] | None,
+    allowance: Allowance,
 ) -> tuple[SpectralDensity, ...] | None:
-    """Returns the density of each block, None where the bounds do not allow all of them."""
+    """Return the density of each block, None where the bounds do not allow all of them."""
     known = all(isinstance(block, MatrixOperator) for block in diagonal)
     sizes = [block.size for block in diagonal]
     if known:
         num_steps, num_probes = max(sizes), 1  # all eigenvalues, from the matrix
-    elif max_products is not None:
-        fitting = _fitting(sizes, num_steps, num_probes, max_products)
+    elif allowance.products_left is not None:
+        fitting = _fitting(sizes, num_steps, num_probes, allowance.products_left)
         if fitting is None:
             return None
         num_steps, num_probes = fitting
     found = []
     for i, block in enumerate(diagonal):
         density = spectral_density(
-            block, num_steps=num_steps, num_probes=num_probes, seed=seed + i,
-            should_stop=should_stop,
-        )  # fmt: skip
-        late = should_stop is not None and i + 1 < len(diagonal) and should_stop()
+            block, num_steps=num_steps, num_probes=num_probes, seed=seed + i, allowance=allowance
+        )
+        late = i + 1 < len(diagonal) and allowance.is_over()
         if density is None or late:
             return None
         found.append(density)
@@ -223,7 +374,7 @@ def _densities(
 def _fitting(
     sizes: Sequence[int], num_steps: int, num_probes: int, max_products: int
 ) -> tuple[int, int] | None:
-    """Returns how many steps and probes fit the bound: first fewer probes, then fewer steps."""
+    """Return how many steps and probes fit the bound: first fewer probes, then fewer steps."""
     choices = [(num_steps, probes) for probes in range(num_probes, 0, -1)]
     choices += [(steps, 1) for steps in range(num_steps - 1, _LEAST_STEPS - 1, -1)]
     for steps, probes in choices:

@@ -1,4 +1,4 @@
-"""The front door without Lightning, third part: the structure of stochastic gradients."""
+"""The structure of stochastic gradients: spectra and tests of the gradients of T mini-batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lightning_hessian.isolation.context import isolated
+from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import free_bytes, memory_explained, most_bytes
 from lightning_hessian.linear.ranks import RankError, Ranks
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.measure.arguments import GRADIENT_RULES
-from lightning_hessian.measure.spectrum import deadline
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.session import Session
 from lightning_hessian.operators.gradients.gram import combinations, gram_matrix, spectra
 from lightning_hessian.operators.gradients.history import GradientHistory
 from lightning_hessian.operators.gradients.ranks import DealtGradients
@@ -33,7 +35,7 @@ from lightning_hessian.operators.gradients.rows import (
 from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
-from lightning_hessian.probe.sharding.fsdp1 import on_whole_modules
+from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results import (
     ArgumentError,
     FloatArray,
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
 
 @checked(GRADIENT_RULES)
 @memory_explained
-@on_whole_modules
 def gradient_structure(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -69,12 +70,12 @@ def gradient_structure(
     significance: float = 0.05,
     memory_budget: float | None = None,
     directory: str | Path | None = None,
-    max_seconds: float | None = None,
+    budget: Budget | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
     process_group: ProcessGroup | None = None,
     seed: int = 0,
 ) -> GradientStructure:
-    """Returns spectra and tests of the gradients of T mini-batches at the present parameters.
+    """Return spectra and tests of the gradients of T mini-batches at the present parameters.
 
     T gradients give all non-zero eigenvalues of their second moment and covariance exactly, from
     the T x T matrix of their inner products. The model is left exactly as it was: parameters,
@@ -103,7 +104,7 @@ def gradient_structure(
             default half of what is free. Above it, G lies in a file; without tests, gradients are
             computed anew.
         directory: Where that file lies; by default the system's folder for temporary files.
-        max_seconds: After so many seconds no further gradients are computed.
+        budget: Its seconds: after so many no further gradients are computed.
         on_progress: ``on_progress(num_gradients, None)``, called now and then with the number of
             gradients computed so far.
         process_group: Processes that make the measurement together: all make this call with the
@@ -131,71 +132,180 @@ def gradient_structure(
         >>> found.num_gradients, found.num_parameters, len(found.covariance)
         (100, 30, 30)
     """
-    start = time.monotonic()
-    space = ParameterSpace.select(model, parameters)
-    if num_gradients is not None:
-        check_number(num_gradients, tests, memory_budget)
-    check_space(space, tests)
-    ranks = Ranks.of(process_group, space.device)
-    if num_gradients is not None:  # before so many are drawn
-        _left_by_gram(memory_budget, num_gradients, space.device, tests, ranks)
-    with ranks.together():
-        minibatches = draw_minibatches(
-            data, batch_size=batch_size, num_minibatches=num_gradients, seed=seed, ranks=ranks
+    instrument = GradientsInstrument(
+        num_gradients=num_gradients,
+        batch_size=batch_size,
+        num_eigenvalues=num_eigenvalues,
+        parameters=parameters,
+        tests=tests,
+        max_tested=max_tested,
+        clip_norm=clip_norm,
+        preconditioner=preconditioner,
+        num_eigenvectors=num_eigenvectors,
+        mode=mode,
+        significance=significance,
+        memory_budget=memory_budget,
+        directory=directory,
+    )
+    with whole(model) as plain:
+        instrument.check(plain)
+        ranks = Ranks.of(process_group, next(plain.parameters()).device)
+        seconds = None if budget is None else budget.seconds
+        allowance = Allowance(seconds=seconds, ranks=ranks, on_progress=on_progress)
+        return instrument.structure(plain, loss_fn, data, allowance, ranks, seed)
+
+
+@dataclass(frozen=True)
+class GradientsRecord:
+    """A gradient structure as it is logged.
+
+    Attributes:
+        structure: What was measured.
+        significance: Level of the Kolmogorov-Smirnov test.
+    """
+
+    structure: GradientStructure
+    significance: float = 0.05
+
+    def scalars(self) -> dict[str, float]:
+        """Return the statistics by logged name."""
+        return self._found[0]
+
+    def absent(self) -> list[str]:
+        """Return a sentence for each statistic that is missing."""
+        return self._found[1]
+
+    @property
+    def _found(self) -> tuple[dict[str, float], list[str]]:
+        from lightning_hessian.tracking.gradient_scalars import gradient_scalars
+
+        return gradient_scalars(self.structure, self.significance)
+
+
+@dataclass(frozen=True)
+class GradientsInstrument:
+    """Spectra and tests of stochastic gradients; arguments as in `gradient_structure`."""
+
+    num_gradients: int | None = None
+    batch_size: int | None = None
+    num_eigenvalues: int = 1000
+    parameters: ParameterSelection = None
+    tests: bool = True
+    max_tested: int | None = None
+    clip_norm: float | None = None
+    preconditioner: str | None = None
+    num_eigenvectors: int = 0
+    mode: Mode = "eval"
+    significance: float = 0.05
+    memory_budget: float | None = None
+    directory: str | Path | None = None
+    name: str = field(default="gradients", init=False)
+    prefix: str = field(default="gradient", init=False)
+
+    def __post_init__(self) -> None:
+        if self.num_gradients is not None:
+            check_number(self.num_gradients, self.tests, self.memory_budget)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError where parameters lie in shards, or are too few for the tests."""
+        check_space(ParameterSpace.select(model, self.parameters), self.tests)
+
+    def cost(self, session: Session) -> int:
+        """Return about how many gradients are computed; each costs less than a product."""
+        return self.num_gradients or len(list(session.batches))
+
+    def measure(self, session: Session, allowance: Allowance) -> GradientsRecord:
+        """Return the structure of the gradients of mini-batches of the session's batches."""
+        found = self.structure(
+            session.model, session.loss_fn, session.batches, allowance, session.ranks, session.seed
         )
-        _check_enough(minibatches.total, tests)
-        source = None
-        if len(minibatches):
-            source = MiniBatchGradients(
-                model, loss_fn, minibatches, space, mode=mode, clip_norm=clip_norm, seed=seed
+        return GradientsRecord(found, self.significance)
+
+    def structure(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction | None,
+        data: Any,
+        allowance: Allowance,
+        ranks: Ranks,
+        seed: int,
+    ) -> GradientStructure:
+        """Return the structure of the gradients; see `gradient_structure` for the errors."""
+        start = time.monotonic()
+        space = ParameterSpace.select(model, self.parameters)
+        if self.num_gradients is not None:  # before so many are drawn
+            _left_by_gram(self.memory_budget, self.num_gradients, space.device, self.tests, ranks)
+        with ranks.together():
+            minibatches = draw_minibatches(
+                data,
+                batch_size=self.batch_size,
+                num_minibatches=self.num_gradients,
+                seed=seed,
+                ranks=ranks,
             )
-            if on_progress is not None:
-                source.on_product = lambda count: on_progress(count, None)
-    _check_alike(minibatches, space, ranks)
-    gradients: GradientRows
-    if ranks.world == 1 and source is not None:
-        gradients = source
-    else:
-        gradients = DealtGradients(source, minibatches.total, space, ranks)
-    budget = _left_by_gram(memory_budget, gradients.num_gradients, gradients.device, tests, ranks)
-    should_stop = ranks.stopping(deadline(start, max_seconds))
-    with isolated(model, training=mode == "train") if source is None else source.isolated():
-        if tests:
-            gradients = GradientHistory.collect(
-                gradients, memory_budget=budget, directory=directory, should_stop=should_stop
+            _check_enough(minibatches.total, self.tests)
+            source = None
+            if len(minibatches):
+                source = MiniBatchGradients(
+                    model,
+                    loss_fn,
+                    minibatches,
+                    space,
+                    mode=self.mode,
+                    clip_norm=self.clip_norm,
+                    seed=seed,
+                )
+                source.on_product = allowance.spend
+        _check_alike(minibatches, space, ranks)
+        gradients: GradientRows
+        if ranks.world == 1 and source is not None:
+            gradients = source
+        else:
+            gradients = DealtGradients(source, minibatches.total, space, ranks)
+        budget = _left_by_gram(
+            self.memory_budget, gradients.num_gradients, gradients.device, self.tests, ranks
+        )
+        with (
+            isolated(model, training=self.mode == "train") if source is None else source.isolated()
+        ):
+            if self.tests:
+                gradients = GradientHistory.collect(
+                    gradients, memory_budget=budget, directory=self.directory, allowance=allowance
+                )
+            if self.preconditioner is not None:
+                _precondition(gradients)
+            gram = gram_matrix(gradients, memory_budget=budget, allowance=allowance)
+            count = len(gram)
+            _check_count(count, minibatches.total, self.tests, ranks)
+            found = spectra(
+                gram, self.num_eigenvalues, space.size, self.num_eigenvectors, ranks=ranks
             )
-        if preconditioner is not None:
-            _precondition(gradients)
-        gram = gram_matrix(gradients, memory_budget=budget, should_stop=should_stop)
-        count = len(gram)
-        _check_count(count, minibatches.total, tests, ranks)
-        found = spectra(gram, num_eigenvalues, space.size, num_eigenvectors, ranks=ranks)
-        del gram
-        vectors = None if found.weights is None else combinations(gradients, found.weights)
-    dimension_tests, iteration_tests = (
-        _tests(gradients, max_tested, significance, seed)
-        if isinstance(gradients, GradientHistory)
-        else (None, None)
-    )
-    losses, engine, num_computed = _told(source, minibatches.total, ranks)
-    return GradientStructure(
-        covariance=found.covariance,
-        second_moment=found.second_moment,
-        covariance_trace=found.covariance_trace,
-        second_moment_trace=found.second_moment_trace,
-        mean_gradient_norm=found.mean_norm,
-        dimension_tests=dimension_tests,
-        iteration_tests=iteration_tests,
-        loss=float(losses[:count].mean()),
-        num_parameters=space.size,
-        num_gradients=count,
-        batch_size=minibatches.batch_size,
-        num_computed=num_computed,
-        seconds=time.monotonic() - start,
-        engine=engine,
-        dtype=str(space.dtype).removeprefix("torch."),
-        eigenvectors=vectors,
-    )
+            del gram
+            vectors = None if found.weights is None else combinations(gradients, found.weights)
+        dimension_tests, iteration_tests = (
+            _tests(gradients, self.max_tested, self.significance, seed)
+            if isinstance(gradients, GradientHistory)
+            else (None, None)
+        )
+        losses, engine, num_computed = _told(source, minibatches.total, ranks)
+        return GradientStructure(
+            covariance=found.covariance,
+            second_moment=found.second_moment,
+            covariance_trace=found.covariance_trace,
+            second_moment_trace=found.second_moment_trace,
+            mean_gradient_norm=found.mean_norm,
+            dimension_tests=dimension_tests,
+            iteration_tests=iteration_tests,
+            loss=float(losses[:count].mean()),
+            num_parameters=space.size,
+            num_gradients=count,
+            batch_size=minibatches.batch_size,
+            num_computed=num_computed,
+            seconds=time.monotonic() - start,
+            engine=engine,
+            dtype=str(space.dtype).removeprefix("torch."),
+            eigenvectors=vectors,
+        )
 
 
 def check_number(num_gradients: int, tests: bool, memory_budget: float | None) -> None:

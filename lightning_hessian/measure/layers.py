@@ -1,25 +1,30 @@
-"""The front door without Lightning, fourth part: a spectrum for each of several layers."""
+"""A spectrum for each of several layers: diagonal blocks of one Hessian."""
 
 from __future__ import annotations
 
-import inspect
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
-from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.linear.allowance import Allowance
+from lightning_hessian.linear.memory import memory_explained
 from lightning_hessian.measure.arguments import SPECTRUM_RULES
-from lightning_hessian.measure.protocols import check_protocol
-from lightning_hessian.measure.spectrum import hessian_spectrum
+from lightning_hessian.measure.budget import UNLIMITED, Budget
+from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
+from lightning_hessian.measure.session import Session
+from lightning_hessian.measure.spectrum import SpectrumInstrument, SpectrumRecord
 from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
-from lightning_hessian.probe.sharding.objective import ranks_of
 from lightning_hessian.results import ArgumentError, HessianSpectrum
-from lightning_hessian.results.arguments import anything, checked
+from lightning_hessian.results.arguments import checked
+from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 """``"layer"``, or names of groups of parameters with what selects each."""
@@ -27,10 +32,8 @@ Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
-_OPTIONS = {*inspect.signature(hessian_spectrum).parameters} - {"parameters"}
-
-
-@checked({name: SPECTRUM_RULES.get(name, anything) for name in ("layers", *_OPTIONS)})
+@checked(SPECTRUM_RULES)
+@memory_explained
 def layer_spectra(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -38,19 +41,24 @@ def layer_spectra(
     *,
     layers: Layers = "layer",
     num_eigenvalues: int | None = None,
-    protocol: str = "converged",
-    max_hvps: int | None = None,
-    max_seconds: float | None = None,
-    **options: Any,
+    protocol: SpectrumProtocol = "converged",
+    tol: float = 1e-3,
+    budget: Budget | None = None,
+    hvp: str = "auto",
+    loss_options: LossOptions | None = None,
+    trace_probes: int = 16,
+    basis: BasisStorage = ANYWHERE,
+    process_group: ProcessGroup | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
+    seed: int = 0,
 ) -> dict[str, HessianSpectrum]:
-    """Returns the spectrum of the diagonal block of the Hessian that belongs to each layer.
+    """Return the spectrum of the diagonal block of the Hessian that belongs to each layer.
 
-    Each layer has a graph of its own rather than a share in that of the whole model: its products
-    go no further back than the layer, and cost what it costs. Measured on LeNet, 500 images, one
-    thread: 224 ms for a product with the whole Hessian by ``autograd`` (112 by ``linearize``), 172
-    (67) for the first convolution, 35 (22) for the second, 1.6 (1.3), 0.4 and 0.2 for the dense
-    layers. Restricting products of the whole would save the building of the graphs, which takes
-    one to four products, and make every product of a late layer a hundred times as dear.
+    One operator is built; each layer is a view of it that differentiates by its own parameters
+    only, so its products go no further back than the layer, and cost what it costs. Measured on
+    LeNet, 500 images, one thread: 224 ms for a product with the whole Hessian by ``autograd`` (112
+    by ``linearize``), 172 (67) for the first convolution, 35 (22) for the second, 1.6 (1.3), 0.4
+    and 0.2 for the dense layers.
 
     Args:
         model: Any module.
@@ -62,9 +70,15 @@ def layer_spectra(
             dots.
         num_eigenvalues: K for each; as many as there are parameters, if they are fewer.
         protocol: As in `hessian_spectrum`.
-        max_hvps: Bound on the products of all layers together.
-        max_seconds: Bound on the time of all layers together.
-        **options: The other arguments of `hessian_spectrum`.
+        tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
+        budget: Bounds on the products and the time of all layers together.
+        hvp: As in `hessian_spectrum`.
+        loss_options: How the loss is evaluated.
+        trace_probes: Hutchinson probes for the trace of each; 0 for none.
+        basis: How much memory the Krylov basis may take, where, and in which precision.
+        process_group: Processes that make the measurement together.
+        on_progress: ``on_progress(num_hvps, num_converged)``, called after every product.
+        seed: Of everything random here.
 
     Returns:
         Name to spectrum, in the order of ``layers``. A layer for which products or time did not
@@ -86,37 +100,127 @@ def layer_spectra(
         >>> {name: len(spectrum.eigenvalues) for name, spectrum in spectra.items()}
         {'0': 5, '2': 5}
     """
-    started = time.monotonic()
-    groups = layer_groups(model, layers)
-    batches = list(batches)
-    device = next(model.parameters()).device
-    ranks = ranks_of(model, device) or Ranks.of(options.get("process_group"), device)
-    found: dict[str, HessianSpectrum] = {}
-    spent = 0
-    left_out = []
-    for name, selection in groups.items():
-        size = ParameterSpace.select(model, selection).size
-        count = check_protocol(protocol, num_eigenvalues)
-        count = count if protocol == "pooled_slq" else min(count, size)
-        left = None if max_hvps is None else max_hvps - spent
-        seconds = None if max_seconds is None else max_seconds - (time.monotonic() - started)
-        probes = options.get("trace_probes", 16)
-        short = left is not None and left < count + probes
-        if short or ranks.any(seconds is not None and seconds <= 0):
-            left_out.append(name)
-            continue
-        found[name] = hessian_spectrum(
-            model, loss_fn, batches, parameters=selection, num_eigenvalues=count,
-            protocol=protocol, max_hvps=left, max_seconds=seconds, **options,
-        )  # fmt: skip
-        spent += found[name].num_hvps
-    if left_out:
-        warnings.warn(
-            f"Layers without a spectrum: {', '.join(left_out)}. The products or the time allowed "
-            "were spent on those before. Raise max_hvps or the time, or name fewer layers.",
-            stacklevel=3,  # past the decorator, to the caller
-        )
-    return found
+    instrument = LayersInstrument(
+        layers,
+        SpectrumInstrument(
+            num_eigenvalues=num_eigenvalues,
+            protocol=protocol,
+            tol=tol,
+            trace_probes=trace_probes,
+            basis=basis,
+        ),
+    )
+    instrument.check(model)
+    session = Session(
+        model,
+        loss_fn,
+        batches,
+        parameters=instrument.selected(model),
+        hvp=hvp,
+        loss_options=loss_options,
+        process_group=process_group,
+        expected_products=instrument.expected_products(model),
+        seed=seed,
+    )
+    with session:
+        record = instrument.measure(session, (budget or UNLIMITED).open(session, on_progress))
+    if session.ranks.rank == 0:
+        for warning in record.warnings:
+            warnings.warn(warning, stacklevel=4)  # past both decorators, to the caller
+    return record.spectra
+
+
+@dataclass(frozen=True)
+class LayersRecord:
+    """The spectra of layers as they are logged.
+
+    Attributes:
+        records: By name of the layer.
+        warnings: What is to be said of layers that were left out.
+    """
+
+    records: Mapping[str, SpectrumRecord]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def spectra(self) -> dict[str, HessianSpectrum]:
+        """The spectra by name of the layer."""
+        return {name: record.spectrum for name, record in self.records.items()}
+
+    def scalars(self) -> dict[str, float]:
+        """Return the statistics by logged name, ``<statistic>_<layer>``."""
+        return {
+            f"{statistic}_{name}": value
+            for name, record in self.records.items()
+            for statistic, value in record.scalars().items()
+        }
+
+    def absent(self) -> list[str]:
+        """Return a sentence for each statistic that is missing."""
+        missing = [
+            f"Layer {name}: {reason}"
+            for name, record in self.records.items()
+            for reason in record.absent()
+        ]
+        return [*missing, *self.warnings]
+
+
+@dataclass(frozen=True)
+class LayersInstrument:
+    """A spectrum for each of several layers.
+
+    Attributes:
+        layers: As in `layer_spectra`.
+        spectrum: How each is measured; its ``parameters`` are replaced by those of the layer.
+    """
+
+    layers: Layers = "layer"
+    spectrum: SpectrumInstrument = field(default_factory=SpectrumInstrument)
+    name: str = field(default="layers", init=False)
+    prefix: str = field(default="layers", init=False)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError where a name or a selection does not fit the model."""
+        layer_groups(model, self.layers)
+
+    def selected(self, model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+        """Return what selects the parameters of all layers together."""
+        names = {
+            name
+            for selection in layer_groups(model, self.layers).values()
+            for name in ParameterSpace.select(model, selection).names
+        }
+        return _named(frozenset(names))
+
+    def expected_products(self, model: nn.Module) -> int:
+        """Return about how many products all layers take together."""
+        return len(layer_groups(model, self.layers)) * self.spectrum.expected_products
+
+    def cost(self, session: Session) -> int:
+        """Return how many products all layers take together, about."""
+        return self.expected_products(session.model)
+
+    def measure(self, session: Session, allowance: Allowance) -> LayersRecord:
+        """Return the spectra of the layers that the allowance suffices for, in their order."""
+        records: dict[str, SpectrumRecord] = {}
+        left_out = []
+        for name, selection in layer_groups(session.model, self.layers).items():
+            size = ParameterSpace.select(session.model, selection).size
+            count = self.spectrum.count
+            if not isinstance(self.spectrum.protocol, PooledSLQ):
+                count = min(count, size)
+            if not allowance.affords(count + self.spectrum.trace_probes):
+                left_out.append(name)
+                continue
+            one = replace(self.spectrum, num_eigenvalues=count, parameters=selection)
+            records[name] = one.measure(session, allowance)
+        said: tuple[str, ...] = ()
+        if left_out:
+            said = (
+                f"Layers without a spectrum: {', '.join(left_out)}. The products or the time "
+                "allowed were spent on those before. Raise the budget, or name fewer layers.",
+            )
+        return LayersRecord(records, said)
 
 
 def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelection]:

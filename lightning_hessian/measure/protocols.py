@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hessian.linear.allowance import Allowance
+from lightning_hessian.measure.options import PooledSLQ, SpectrumProtocol
 from lightning_hessian.results import ArgumentError, FloatArray, SpectralDensity
 from lightning_hessian.solvers.density import spectral_density
 from lightning_hessian.solvers.lanczos import RitzPairs
@@ -17,10 +18,12 @@ from lightning_hessian.solvers.storage import BasisStorage
 if TYPE_CHECKING:
     from lightning_hessian.linear.operator import SymmetricOperator
 
-PROTOCOLS = {"converged": 50, "pooled_slq": 1000}
-"""Ways to a spectrum, and how many eigenvalues (or pooled Ritz values) each gives by default."""
+DEFAULT_EIGENVALUES = 50
+DEFAULT_POOLED = 1000
 
 _DENSITY_STEPS, _DENSITY_PROBES, _LEAST_DENSITY_STEPS = 80, 4, 10
+DENSITY_PRODUCTS = _DENSITY_STEPS * _DENSITY_PROBES
+"""What a density of the whole spectrum takes, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,32 +63,29 @@ def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
 def pooled_top(
     operator: SymmetricOperator,
     count: int,
-    num_runs: int,
-    num_steps: int,
+    protocol: PooledSLQ,
     tol: float,
-    max_products: int,
     storage: BasisStorage,
+    allowance: Allowance,
     seed: int,
-    should_stop: Callable[[], bool] | None,
 ) -> Top:
-    """Returns the top of the pooled Ritz values, and what to say of them."""
-    spent = 0
-
-    def stop() -> bool:
-        nonlocal spent
-        spent += 1
-        return spent >= max_products or (should_stop is not None and should_stop())
-
+    """Return the top of the pooled Ritz values, and what to say of them."""
     found: PooledRitzValues = pooled_ritz_values(
-        operator, num_runs=num_runs, num_steps=num_steps, tol=tol, storage=storage, seed=seed,
-        should_stop=stop,
-    )  # fmt: skip
-    wanted = num_runs * min(num_steps, operator.size)
+        operator,
+        num_runs=protocol.num_runs,
+        num_steps=protocol.num_steps,
+        tol=tol,
+        max_products=allowance.products_left,
+        storage=storage,
+        seed=seed,
+        allowance=allowance,
+    )
+    wanted = protocol.num_runs * min(protocol.num_steps, operator.size)
     said = []
     if found.stopped != "done":
         said.append(
-            f"protocol='pooled_slq' pools {found.num_products} Ritz values instead of {wanted}: "
-            "the time or max_hvps ran out. Allow more, or lower num_steps."
+            f"PooledSLQ pools {found.num_products} Ritz values instead of {wanted}: the budget "
+            "ran out. Allow more, or lower num_steps."
         )
     lowest = len(found.values) - 1
     lowest_found = found.residuals[lowest] <= tol * abs(found.values[lowest])
@@ -104,34 +104,35 @@ def pooled_top(
 
 
 def whole_density(
-    operator: SymmetricOperator,
-    max_products: int | None,
-    seed: int,
-    should_stop: Callable[[], bool] | None,
+    operator: SymmetricOperator, allowance: Allowance, seed: int
 ) -> SpectralDensity | None:
-    """Returns the density of the whole spectrum, None where the bounds leave too little for it."""
+    """Return the density of the whole spectrum, None where the budget leaves too little for it."""
     steps = _DENSITY_STEPS
-    if max_products is not None:
-        steps = min(steps, max_products // _DENSITY_PROBES)
+    left = allowance.products_left
+    if left is not None:
+        steps = min(steps, left // _DENSITY_PROBES)
         if steps < min(_LEAST_DENSITY_STEPS, operator.size):
             return None
     return spectral_density(
-        operator, num_steps=steps, num_probes=_DENSITY_PROBES, seed=seed, should_stop=should_stop
+        operator, num_steps=steps, num_probes=_DENSITY_PROBES, seed=seed, allowance=allowance
     )
 
 
-def check_protocol(protocol: str, num_eigenvalues: int | None, checkpoint: object = None) -> int:
-    """Returns K, by default that of the protocol.
+def check_protocol(
+    protocol: SpectrumProtocol, num_eigenvalues: int | None, checkpoint: object = None
+) -> int:
+    """Return K, by default that of the protocol.
 
     Raises:
         ArgumentError: A checkpoint, where the protocol keeps none.
     """
-    count = PROTOCOLS[protocol] if num_eigenvalues is None else num_eigenvalues
-    if checkpoint is not None and protocol != "converged":
+    pooled = isinstance(protocol, PooledSLQ)
+    count = num_eigenvalues
+    if count is None:
+        count = DEFAULT_POOLED if pooled else DEFAULT_EIGENVALUES
+    if checkpoint is not None and pooled:
         raise ArgumentError(
-            "checkpoint",
-            checkpoint,
-            f"protocol={protocol!r} keeps no checkpoint; leave checkpoint=None.",
+            "checkpoint", checkpoint, "PooledSLQ keeps no checkpoint; leave checkpoint=None."
         )
     return count
 
@@ -142,7 +143,7 @@ def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> str | Non
     if ritz.stopped in ("converged", "exhausted") or found == num_eigenvalues:
         return None
     reason = {
-        "bound": "the bound on products was reached; raise max_hvps or lower num_eigenvalues",
+        "bound": "the bound on products was reached; allow more or lower num_eigenvalues",
         "interrupted": "the time was up; allow more or lower num_eigenvalues",
         "precision": "the others are too small beside lambda_1 for this precision (or zero); "
         "lower num_eigenvalues, raise tol, or use float64 (or basis_dtype=None, if it was given)",

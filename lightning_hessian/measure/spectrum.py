@@ -1,4 +1,4 @@
-"""The front door without Lightning: one call from a module and some batches to a record."""
+"""Spectra: the largest eigenvalues of a Hessian, its trace, and its density where asked."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
 from lightning_hessian.measure.arguments import SPECTRUM_RULES
-from lightning_hessian.measure.protocols import check_protocol, pooled_top, ritz_top, whole_density
-from lightning_hessian.operators.choose import hessian_operator
-from lightning_hessian.probe.objective import LossFunction, Mode
-from lightning_hessian.probe.objectives import objective_over
+from lightning_hessian.measure.budget import UNLIMITED, Budget
+from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
+from lightning_hessian.measure.protocols import (
+    DENSITY_PRODUCTS,
+    Top,
+    check_protocol,
+    pooled_top,
+    ritz_top,
+    whole_density,
+)
+from lightning_hessian.measure.session import Session
+from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
-from lightning_hessian.probe.sharding.fsdp1 import on_whole_modules
 from lightning_hessian.probe.sharding.objective import ranks_of
 from lightning_hessian.results import ArgumentError, HessianSpectrum
 from lightning_hessian.results.arguments import checked
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
-from lightning_hessian.solvers.storage import BasisStorage
+from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage
 from lightning_hessian.solvers.trace import TraceEstimate, trace
 
 if TYPE_CHECKING:
@@ -32,7 +41,6 @@ if TYPE_CHECKING:
 
 @checked(SPECTRUM_RULES)
 @memory_explained
-@on_whole_modules
 def hessian_spectrum(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -40,27 +48,21 @@ def hessian_spectrum(
     *,
     num_eigenvalues: int | None = None,
     parameters: ParameterSelection = None,
-    protocol: str = "converged",
-    num_runs: int = 3,
-    num_steps: int = 1000,
+    protocol: SpectrumProtocol = "converged",
     tol: float = 1e-3,
-    max_hvps: int | None = None,
-    max_seconds: float | None = None,
+    budget: Budget | None = None,
     hvp: str = "auto",
-    mode: Mode = "eval",
-    batch_weight: Callable[[Any], float] | None = None,
+    loss_options: LossOptions | None = None,
     trace_probes: int = 16,
     density: bool = False,
     return_eigenvectors: bool = False,
-    basis_memory: float | None = None,
-    basis_storage: str = "auto",
-    basis_dtype: str | None = None,
+    basis: BasisStorage = ANYWHERE,
     checkpoint: str | os.PathLike[str] | None = None,
     process_group: ProcessGroup | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
     seed: int = 0,
 ) -> HessianSpectrum:
-    """Returns the largest eigenvalues of the Hessian of the mean loss, and its trace.
+    """Return the largest eigenvalues of the Hessian of the mean loss, and its trace.
 
     The Hessian is that of the mean over all samples of all batches. The model is left exactly as
     it was: parameters, buffers, ``.grad``, random number generators, modes and global flags.
@@ -71,39 +73,26 @@ def hessian_spectrum(
             for a module with ``hessian_loss(batch)`` or a LightningModule's ``training_step``.
         batches: Batches of any structure; read once and held on the model's device.
         num_eigenvalues: K, how many of the largest (algebraic) eigenvalues; by default 50, or
-            1000 under ``"pooled_slq"``.
+            1000 under `PooledSLQ`.
         parameters: A glob, a list of globs, a regex or a predicate ``(name, parameter) -> bool``;
             ``None`` for all that require grad.
-        protocol: ``"converged"``, or ``"pooled_slq"``, the papers' procedure: Ritz values of
-            several Lanczos runs in one list, of which the K largest are kept whether they have
-            converged or not. Many are copies of one another (``num_copies``), and power laws are
-            fitted to all that are positive, so that this is for comparison with the papers only.
-        num_runs: Runs of ``"pooled_slq"``.
-        num_steps: Steps of each; no more than there are parameters.
+        protocol: ``"converged"``, or a `PooledSLQ`, the papers' procedure.
         tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
-        max_hvps: Bound on Hessian-vector products, those of the trace included; by default
-            40 K + 400 for the eigenvalues. A density takes what the others have left.
-        max_seconds: After so many seconds the measurement ends with what has converged.
+        budget: Bounds on Hessian-vector products (those of the trace included) and seconds. By
+            default 40 K + 400 products for the eigenvalues, and no bound on the time. A density
+            takes what the others have left. What has converged when time is up is returned.
         hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"``, ``"recompute"``, ``"compile"`` or
             ``"finite_difference"``; see `HessianOperator`.
-        mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
-        batch_weight: ``batch_weight(batch) -> float``, what the batch's loss is a mean over
-            (unmasked tokens, say); by default its labels that are not -100, where it holds
-            ``labels`` of which some are, else its number of samples (see `probe.batch_weight`).
+        loss_options: How the loss is evaluated: train or evaluation mode, what a batch weighs.
         trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
         density: Whether to estimate the density of the whole spectrum too, by up to 320 more
-            products (stochastic Lanczos quadrature, 4 probes of 80 steps); ``"pooled_slq"`` has it
+            products (stochastic Lanczos quadrature, 4 probes of 80 steps); `PooledSLQ` has it
             for nothing.
         return_eigenvectors: Whether to return the Ritz vectors too, [K, n].
-        basis_memory: Bytes that the Krylov basis may take in each process, with what its
-            projected problem needs on the CPU; by default half of what is free.
-        basis_storage: Where it may live: ``"device"``, ``"cpu"``, ``"disk"`` or ``"disk:FOLDER"``,
-            or ``"auto"``: the device, and the CPU where the device cannot hold the least.
-        basis_dtype: ``"bfloat16"`` halves it; serves for eigenvalues within a decade of the
-            largest, see `BasisStorage` for what it costs.
+        basis: How much memory the Krylov basis may take, where, and in which precision.
         checkpoint: A file from which an interrupted run goes on, if it exists, and which is
             written every ten minutes and when time or products run out; see `lanczos`. The same
-            weights and batches must be given. Not for ``"pooled_slq"``.
+            weights and batches must be given. Not for `PooledSLQ`.
         process_group: Processes that make the measurement together: all make this call with the
             same arguments. Batches are dealt out to them, Krylov vectors lie in shards, and all
             get the same numbers, whatever their number. By default this process measures alone.
@@ -128,93 +117,194 @@ def hessian_spectrum(
         >>> spectrum.num_converged, spectrum.num_parameters
         (3, 5)
     """
-    start = time.monotonic()
-    count = check_protocol(protocol, num_eigenvalues, checkpoint)
-    storage = BasisStorage(basis_memory, basis_storage, basis_dtype)
-    pooled = protocol == "pooled_slq"
-    space = check_selection(model, parameters, 1 if pooled else count)
-    probes, bound = split_bound(1 if pooled else count, max_hvps, trace_probes)
-    objective = objective_over(
-        process_group, model, loss_fn, batches, space, batch_weight=batch_weight, mode=mode,
-        seed=seed,
-    )  # fmt: skip
-    ranks = objective.ranks
-    should_stop = deadline(start, max_seconds)
-    num_converged = 0
-
-    def on_check(found: int) -> None:
-        nonlocal num_converged
-        num_converged = found
-
-    with objective.isolated():
-        loss = objective.value()
-        expected = num_runs * num_steps if pooled else 3 * count
-        operator = hessian_operator(objective, hvp, expected_products=expected + probes)
-        if on_progress is not None:
-            operator.on_product = lambda done: on_progress(done, num_converged)
-        if pooled:
-            limit = bound if max_hvps is not None else num_runs * num_steps
-            top = pooled_top(operator, count, num_runs, num_steps, tol, limit, storage, seed,
-                          should_stop)  # fmt: skip
-        else:
-            ritz = lanczos(
-                operator, count, tol=tol, max_products=bound, seed=seed, storage=storage,
-                checkpoint=checkpoint, should_stop=should_stop, on_check=on_check,
-            )  # fmt: skip
-            top = ritz_top(ritz, count, tol)
-        estimate = None
-        if probes and top.trace is not None:
-            estimate = TraceEstimate(top.trace, std_error=0.0, num_products=0)
-        elif probes:
-            estimate = trace(
-                operator, torch.from_numpy(top.values[: top.good]), top.vectors[: top.good],
-                num_probes=probes, seed=seed + 1, should_stop=should_stop,
-            )  # fmt: skip
-        spent = top.num_products + (estimate.num_products if estimate else 0)
-        whole = top.density if density else None
-        if density and not pooled:
-            left = None if max_hvps is None else max_hvps - spent
-            whole = whole_density(operator, left, seed + 2, should_stop)
-            spent += whole.num_products if whole else 0
-    if ranks.rank == 0:
-        for warning in top.warnings:
-            warnings.warn(warning, stacklevel=4)  # past both decorators, to the caller
-        if density and whole is None:
-            warnings.warn(
-                "There is no density of the whole spectrum: the eigenvalues and the trace left "
-                "too little of max_hvps or of the time. Allow more.",
-                stacklevel=4,
-            )
-    vectors = None
-    if return_eigenvectors and not pooled:
-        vectors = operator.shard.gather(top.vectors.to(space.dtype, copy=True))
-    return HessianSpectrum(
-        eigenvalues=top.values,
-        residuals=top.residuals,
-        converged=top.residuals <= tol * abs(top.values),
-        trace=estimate.value if estimate else None,
-        trace_std_error=estimate.std_error if estimate else None,
-        lambda_min=top.lowest,
-        loss=loss,
-        num_parameters=space.size,
-        num_samples=objective.num_samples,
-        num_hvps=max(spent, operator.num_products),
-        seconds=time.monotonic() - start,
-        engine=operator.engine,
-        dtype=str(space.dtype).removeprefix("torch."),
-        eigenvectors=vectors,
+    instrument = SpectrumInstrument(
+        num_eigenvalues=num_eigenvalues,
+        parameters=parameters,
         protocol=protocol,
-        num_runs=num_runs if pooled else 1,
-        num_copies=top.num_copies,
-        density=whole,
+        tol=tol,
+        trace_probes=trace_probes,
+        density=density,
+        return_eigenvectors=return_eigenvectors,
+        basis=basis,
+        checkpoint=checkpoint,
     )
+    budget = budget or UNLIMITED
+    instrument.check(model)
+    instrument.check_budget(budget)
+    session = Session(
+        model,
+        loss_fn,
+        batches,
+        parameters=parameters,
+        hvp=hvp,
+        loss_options=loss_options,
+        process_group=process_group,
+        expected_products=instrument.expected_products,
+        seed=seed,
+    )
+    with session:
+        record = instrument.measure(session, budget.open(session, on_progress))
+    if session.ranks.rank == 0:
+        for warning in record.warnings:
+            warnings.warn(warning, stacklevel=4)  # past both decorators, to the caller
+    return record.spectrum
 
 
-def deadline(start: float, max_seconds: float | None) -> Callable[[], bool] | None:
-    """Returns whether time is up, as a question; None where there is no limit."""
-    if max_seconds is None:
-        return None
-    return lambda: time.monotonic() - start > max_seconds
+@dataclass(frozen=True)
+class SpectrumRecord:
+    """A spectrum as it is logged.
+
+    Attributes:
+        spectrum: What was measured.
+        significance: Level of the Kolmogorov-Smirnov test.
+        warnings: What is to be said of the measurement.
+    """
+
+    spectrum: HessianSpectrum
+    significance: float = 0.05
+    warnings: tuple[str, ...] = ()
+
+    def scalars(self) -> dict[str, float]:
+        """Return the statistics by logged name."""
+        return self._found[0]
+
+    def absent(self) -> list[str]:
+        """Return a sentence for each statistic that is missing."""
+        return [*self.warnings, *self._found[1]]
+
+    @property
+    def _found(self) -> tuple[dict[str, float], list[str]]:
+        from lightning_hessian.tracking.scalars import spectrum_scalars
+
+        return spectrum_scalars(self.spectrum, self.significance)
+
+
+@dataclass(frozen=True)
+class SpectrumInstrument:
+    """The top of the Hessian's spectrum, its trace, and its density where asked.
+
+    Arguments as in `hessian_spectrum`, and:
+
+    Attributes:
+        significance: Level of the Kolmogorov-Smirnov test.
+    """
+
+    num_eigenvalues: int | None = None
+    parameters: ParameterSelection = None
+    protocol: SpectrumProtocol = "converged"
+    tol: float = 1e-3
+    trace_probes: int = 16
+    density: bool = False
+    return_eigenvectors: bool = False
+    basis: BasisStorage = ANYWHERE
+    checkpoint: str | os.PathLike[str] | None = None
+    significance: float = 0.05
+    name: str = field(default="spectrum", init=False)
+    prefix: str = field(default="hessian", init=False)
+
+    @property
+    def count(self) -> int:
+        """K, by default that of the protocol."""
+        return check_protocol(self.protocol, self.num_eigenvalues, self.checkpoint)
+
+    @property
+    def expected_products(self) -> int:
+        """About how many products a measurement takes."""
+        if isinstance(self.protocol, PooledSLQ):
+            return self.protocol.num_runs * self.protocol.num_steps + self.trace_probes
+        density = DENSITY_PRODUCTS if self.density else 0
+        return 3 * self.count + 20 + self.trace_probes + density
+
+    def check(self, model: nn.Module) -> None:
+        """Raise where the arguments do not fit the model, before anything is measured.
+
+        Raises:
+            ValueError: The selection matches nothing, or has fewer than K parameters.
+        """
+        pooled = isinstance(self.protocol, PooledSLQ)
+        check_selection(model, self.parameters, 1 if pooled else self.count)
+
+    def check_budget(self, budget: Budget) -> None:
+        """Raise where the products allowed are too few for K eigenvalues and the trace."""
+        least = 1 if isinstance(self.protocol, PooledSLQ) else self.count
+        split_bound(least, budget.products, self.trace_probes)
+
+    def cost(self, session: Session) -> int:
+        """Return how many products a measurement takes, about."""
+        return min(self.expected_products, default_bound(session.space.size))
+
+    def measure(self, session: Session, allowance: Allowance) -> SpectrumRecord:
+        """Return the spectrum of the session's Hessian, or of its part by ``parameters``."""
+        begun = time.monotonic()
+        space = ParameterSpace.select(session.model, self.parameters)
+        operator = session.operator(space.names)
+        before = allowance.spent
+        top = self._top(operator, allowance, session.seed)
+        estimate = None
+        if self.trace_probes and top.trace is not None:
+            estimate = TraceEstimate(top.trace, std_error=0.0, num_products=0)
+        elif self.trace_probes:
+            estimate = trace(
+                operator,
+                torch.from_numpy(top.values[: top.good]),
+                top.vectors[: top.good],
+                num_probes=self.trace_probes,
+                seed=session.seed + 1,
+                allowance=allowance,
+            )
+        said = list(top.warnings)
+        density = top.density if self.density else None
+        if self.density and density is None:
+            density = whole_density(operator, allowance, session.seed + 2)
+            if density is None:
+                said.append(
+                    "There is no density of the whole spectrum: the eigenvalues and the trace left "
+                    "too little of the budget. Allow more."
+                )
+        vectors = None
+        if self.return_eigenvectors and not isinstance(self.protocol, PooledSLQ):
+            vectors = operator.shard.gather(top.vectors.to(space.dtype, copy=True))
+        spectrum = HessianSpectrum(
+            eigenvalues=top.values,
+            residuals=top.residuals,
+            converged=top.residuals <= self.tol * abs(top.values),
+            trace=estimate.value if estimate else None,
+            trace_std_error=estimate.std_error if estimate else None,
+            lambda_min=top.lowest,
+            loss=session.loss,
+            num_parameters=space.size,
+            num_samples=session.objective.num_samples,
+            num_hvps=max(allowance.spent - before, top.num_products),
+            seconds=time.monotonic() - begun,
+            engine=operator.engine,
+            dtype=str(space.dtype).removeprefix("torch."),
+            eigenvectors=vectors,
+            protocol="pooled_slq" if isinstance(self.protocol, PooledSLQ) else self.protocol,
+            num_runs=self.protocol.num_runs if isinstance(self.protocol, PooledSLQ) else 1,
+            num_copies=top.num_copies,
+            density=density,
+        )
+        return SpectrumRecord(spectrum, self.significance, tuple(said))
+
+    def _top(self, operator: Any, allowance: Allowance, seed: int) -> Top:
+        """Return the top of the spectrum by the protocol."""
+        left = allowance.products_left
+        if isinstance(self.protocol, PooledSLQ):
+            return pooled_top(
+                operator, self.count, self.protocol, self.tol, self.basis, allowance, seed
+            )
+        bound = default_bound(self.count) if left is None else left - self.trace_probes
+        ritz = lanczos(
+            operator,
+            self.count,
+            tol=self.tol,
+            max_products=bound,
+            storage=self.basis,
+            checkpoint=self.checkpoint,
+            seed=seed,
+            allowance=allowance,
+        )
+        return ritz_top(ritz, self.count, self.tol)
 
 
 def check_selection(
@@ -252,8 +342,8 @@ def split_bound(num_eigenvalues: int, max_hvps: int | None, trace_probes: int) -
         return trace_probes, default_bound(num_eigenvalues)
     if max_hvps < num_eigenvalues + trace_probes:
         raise ArgumentError(
-            "max_hvps",
-            max_hvps,
+            "budget",
+            f"Budget(products={max_hvps})",
             f"It is too small: {num_eigenvalues} eigenvalues and {trace_probes} trace probes take "
             f"at least {num_eigenvalues + trace_probes} products. Raise it, or lower "
             "num_eigenvalues.",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_hessian.linear.memory import free_bytes
+from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.operators.view import HessianView
 from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError
 
 
@@ -32,7 +36,7 @@ class DataParallelHessian:
         engine: The engines in use, joined by ``+`` where ranks differ.
         self_check_error: The largest of the ranks'.
         num_products: Products taken so far.
-        on_product: Told their number after every product; None for nobody.
+        on_product: Told how many were made, after every call; None for nobody.
 
     Raises:
         ValueError: Unknown engine.
@@ -43,12 +47,11 @@ class DataParallelHessian:
         self, objective: Objective, engine: str = "auto", *, expected_products: int = 200
     ) -> None:
         ranks = objective.ranks
-        self.size, self.dtype = objective.space.size, objective.space.dtype
-        self.device = objective.space.device
-        self.shard = Shard.even(self.size, ranks)
+        self._lie_over(objective.space, ranks)
         self.num_products = 0
         self.on_product: Callable[[int], None] | None = None
-        self._local: HessianOperator | None = None
+        self._whole: DataParallelHessian = self
+        self._local: HessianOperator | HessianView | None = None
         budget = free_bytes(self.device) / 2 / ranks.neighbours
         with ranks.together():
             if objective.batches:
@@ -59,7 +62,26 @@ class DataParallelHessian:
         found = [made for made in ranks.gathered(mine) if made is not None]
         self.engine = "+".join(dict.fromkeys(name for name, _ in found))
         self.self_check_error = max(error for _, error in found)
+
+    def _lie_over(self, space: ParameterSpace, ranks: Ranks) -> None:
+        """Lay vectors out over the parameters of a space, in even shards."""
+        self.space = space
+        self.size, self.dtype, self.device = space.size, space.dtype, space.device
+        self.shard = Shard.even(self.size, ranks)
         self._width = -(-self.size // ranks.world)
+
+    def restricted(self, names: Sequence[str]) -> DataParallelHessian:
+        """Return the diagonal block of some parameter tensors, as a view that shares all graphs.
+
+        Args:
+            names: Of the tensors.
+        """
+        view = copy.copy(self)
+        with self.shard.ranks.together():
+            if self._local is not None:
+                view._local = self._local.restricted(names)
+        view._lie_over(self.space.subspace(names), self.shard.ranks)
+        return view
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Returns H v for this rank's part of a vector [n_local], a new tensor [n_local]."""
@@ -97,10 +119,14 @@ class DataParallelHessian:
                     "this precision, or an operation has no finite second derivative."
                 )
             ranks.fail(failure)
-        self.num_products += count
-        if self.on_product is not None:
-            self.on_product(self.num_products)
+        self._whole.count(count)
         return mine[:-1].view(count, self._width)[:, : self.shard.length].clone()
+
+    def count(self, products: int) -> None:
+        """Count products that were made, by this operator or by a view of it."""
+        self.num_products += products
+        if self.on_product is not None:
+            self.on_product(products)
 
     def _gathered(self, vectors: Tensor) -> Tensor:
         """Returns whole vectors [b, n] from the ranks' parts."""

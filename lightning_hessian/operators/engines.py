@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx
 
 from lightning_hessian.isolation.recomputation import REENTRANT, is_reentrant
-from lightning_hessian.operators.linearize.fold import batchable, fold
+from lightning_hessian.operators.linearize.fold import batchable, fold, fold_restricted
 from lightning_hessian.operators.linearize.trace import trace
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
@@ -67,6 +67,15 @@ class _Linearised:
         folded = batchable(self._folded)
         return lambda tangents: folded(*tangents)
 
+    def restricted(self, which: Sequence[int], point: Sequence[Tensor]) -> Product:
+        """Return the product of the block of some parameters: nothing else is computed.
+
+        Args:
+            which: Their places among the tangents.
+            point: A tensor in the shape of each parameter.
+        """
+        return _Linearised(fold_restricted(self._folded, which, point))
+
 
 def compiled(objective: Objective, index: int) -> Product:
     """Returns the linearised product, compiled by ``torch.compile``."""
@@ -89,19 +98,39 @@ def autograd(objective: Objective, index: int, *, at: tuple[Tensor, ...] | None 
     if objective.anywhere(any(bool(gradient[i].any()) for i in flat)):
         _check_flat(objective, index, gradient, flat)
 
-    def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    return _Retained(objective, gradient, leaves, curved)
+
+
+class _Retained:
+    """A product by the retained graph of a gradient."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        gradient: Sequence[Tensor],
+        leaves: tuple[Tensor, ...],
+        curved: Sequence[int],
+    ) -> None:
+        self._objective, self._gradient, self._leaves = objective, gradient, leaves
+        self._curved = curved  # the parts of the gradient that carry a graph
+
+    def __call__(self, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        return self._product(tangents, range(len(self._leaves)))
+
+    def restricted(self, which: Sequence[int], point: Sequence[Tensor]) -> Product:
+        """Return the product of the block of some parameters: autograd goes no further back."""
+        return lambda tangents: self._product(tangents, which)
+
+    def _product(self, tangents: tuple[Tensor, ...], which: Sequence[int]) -> Sequence[Tensor]:
+        leaves = [self._leaves[i] for i in which]
+        pairs = [(self._gradient[i], t) for i, t in zip(which, tangents, strict=True)]
+        curved = [pair for i, pair in zip(which, pairs, strict=True) if i in self._curved]
         if not curved:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        found = derivatives(
-            [gradient[i] for i in curved],
-            leaves,
-            [tangents[i] for i in curved],
-            retain_graph=True,
-        )
-        objective.is_written()  # puts back what hooks have written to
+        gradient, vectors = zip(*curved, strict=True)
+        found = derivatives(gradient, leaves, vectors, retain_graph=True)
+        self._objective.is_written()  # puts back what hooks have written to
         return found
-
-    return product
 
 
 def _check_flat(

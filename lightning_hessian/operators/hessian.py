@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from lightning_hessian.operators.engines import (
     retained_bytes,
 )
 from lightning_hessian.operators.loss_graph import read_graphs
+from lightning_hessian.operators.view import HessianView
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
@@ -71,7 +73,7 @@ class HessianOperator:
             recomputed graph on a batch that was checked (for finite differences, the difference
             between one product and two that add up to it).
         num_products: Products taken so far, those of the checks left out.
-        on_product: Told their number after every product; None for nobody.
+        on_product: Told how many were made, after every call; None for nobody.
 
     Raises:
         ValueError: Unknown engine.
@@ -98,7 +100,7 @@ class HessianOperator:
         self.on_product: Callable[[int], None] | None = None
         self.self_check_error = 0.0
         self.engine = engine
-        self._products: list[Product] = []
+        self.products: list[Product] = []
         self._engines: list[str] = []  # of each batch
         self._graph_bytes: int | None = None
         self._batched = BatchedProducts(objective.space, self._product_bytes)
@@ -120,17 +122,25 @@ class HessianOperator:
                 stacklevel=2,
             )
         if short:
-            self._products = []
+            self.products = []
             self._build(["recompute"] * len(objective.batches))
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Returns H v for a vector [n_local], a new tensor [n_local]."""
         tangents = self.objective.space.split(vector)
         total = torch.zeros_like(vector)
-        for product, weight in zip(self._products, self.objective.weights, strict=True):
+        for product, weight in zip(self.products, self.objective.weights, strict=True):
             total.add_(self.objective.space.flatten(product(tangents)), alpha=weight)
-        self._count(1)
+        self.count(1)
         return total
+
+    def restricted(self, names: Sequence[str]) -> Any:
+        """Return the diagonal block of some parameter tensors, as a view that shares all graphs.
+
+        Args:
+            names: Of the tensors.
+        """
+        return HessianView(self, names)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns H v for each row v of [b, n_local], a new tensor [b, n_local].
@@ -142,7 +152,7 @@ class HessianOperator:
             return self.matvec(vectors[0])[None]
         total = torch.zeros_like(vectors)
         for index, weight in enumerate(self.objective.weights):
-            engine, product = self._engines[index], self._products[index]
+            engine, product = self._engines[index], self.products[index]
             if engine == "recompute":
                 product = autograd(self.objective, index)
             if engine in ("compile", "finite_difference"):
@@ -151,13 +161,14 @@ class HessianOperator:
             else:
                 found = self._batched(product, vectors)
             total.add_(found, alpha=weight)
-        self._count(len(vectors))
+        self.count(len(vectors))
         return total
 
-    def _count(self, products: int) -> None:
+    def count(self, products: int) -> None:
+        """Count products that were made, by this operator or by a view of it."""
         self.num_products += products
         if self.on_product is not None:
-            self.on_product(self.num_products)
+            self.on_product(products)
 
     def _product_bytes(self) -> int:
         """Returns the memory that a product of the largest batch takes in passing, about."""
@@ -222,10 +233,10 @@ class HessianOperator:
         self.engine, self._engines = "+".join(dict.fromkeys(engines)), engines
         made = made or {}
         with self._explained(self.engine):
-            self._products = [
+            self.products = [
                 made[i] if i in made else self._made(engine, i) for i, engine in enumerate(engines)
             ]
-            self.self_check_error = self._checks.check(self._products, engines)
+            self.self_check_error = self._checks.check(self.products, engines)
 
     def _made(self, engine: str, index: int) -> Product:
         """Returns the product of a batch by an engine."""

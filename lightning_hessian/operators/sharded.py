@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightning_hessian.linear.memory import free_bytes, is_out_of_memory, short_of_memory
+from lightning_hessian.linear.operator import RestrictedOperator
 from lightning_hessian.linear.ranks import RankError
 from lightning_hessian.operators.engines import autograd, explained
 from lightning_hessian.operators.hessian import HessianOperator
@@ -57,6 +61,20 @@ class ShardedHessian(HessianOperator):
         """
         with self.objective.ranks.together():
             return super().matvec(vector)
+
+    def restricted(self, names: Sequence[str]) -> RestrictedOperator:
+        """Return the diagonal block of some parameter tensors; a product costs one of the whole.
+
+        Collectives stand in the middle of the derivative, unit by unit, so that no part of it can
+        be left out on one rank alone.
+
+        Args:
+            names: Of the tensors.
+        """
+        space = self.objective.space
+        ends = list(itertools.accumulate(space.sizes, initial=0))
+        parts = [torch.arange(ends[i], ends[i + 1]) for i in space.places(names)]
+        return RestrictedOperator(self, torch.cat(parts))
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns H v for each row v of [b, n_local], one after the other: collectives in order."""

@@ -94,6 +94,27 @@ class ParameterSpace:
             held=_held(chosen),
         )
 
+    def subspace(self, names: Sequence[str]) -> ParameterSpace:
+        """Return the space of some of the parameters, in the order that they have here.
+
+        Args:
+            names: Names of parameters of this space.
+        """
+        which = self.places(names)
+        dtypes = tuple(self.dtypes[i] for i in which)
+        return ParameterSpace(
+            names=tuple(self.names[i] for i in which),
+            shapes=tuple(self.shapes[i] for i in which),
+            dtypes=dtypes,
+            dtype=functools.reduce(torch.promote_types, dtypes),
+            device=self.device,
+            held=None if self.held is None else tuple(self.held[i] for i in which),
+        )
+
+    def places(self, names: Sequence[str]) -> list[int]:
+        """Return where some parameters stand among all, in ascending order."""
+        return sorted(self.names.index(name) for name in names)
+
     @cached_property
     def sizes(self) -> list[int]:
         """Number of elements of each parameter."""

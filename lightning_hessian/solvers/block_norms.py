@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.results import FloatArray, MeasurementError
 from lightning_hessian.solvers.jackknife import BlockEstimate
@@ -71,7 +72,7 @@ def block_norms(
     exact: bool | None = None,
     return_matrix: bool = False,
     seed: int = 0,
-    should_stop: Callable[[], bool] | None = None,
+    allowance: Allowance = UNBOUNDED,
 ) -> BlockNorms:
     """Returns the Frobenius norms of the blocks that ``labels`` cut a symmetric operator into.
 
@@ -98,7 +99,7 @@ def block_norms(
         exact: Compute all columns (True), none that can be probed (False), or choose (None).
         return_matrix: Whether to return the matrix too; all columns are computed.
         seed: Of the probes.
-        should_stop: Asked after every chunk of products; True ends with the probes made.
+        allowance: Asked after every chunk of products; True ends with the probes made.
 
     Raises:
         ValueError: Labels that do not fit the operator, or a bound too small for the least probes.
@@ -113,7 +114,7 @@ def block_norms(
         array([[6.403, 1.   ],
                [1.   , 2.   ]])
     """
-    columns = _Columns(operator, _members(labels, operator.size), seed, should_stop)
+    columns = _Columns(operator, _members(labels, operator.size), seed, allowance)
     sizes = columns.sizes
     dense = _dense_columns(sizes, max_products, True if return_matrix else exact)
     small = bool(dense.all()) and sum(sizes) <= _KEPT_ORDER
@@ -214,12 +215,12 @@ class _Columns:
         operator: SymmetricOperator,
         members: list[Tensor],
         seed: int,
-        should_stop: Callable[[], bool] | None,
+        allowance: Allowance,
     ) -> None:
         self.operator = operator
         self.sizes = [len(part) for part in members]
         self.generator = torch.Generator().manual_seed(seed)
-        self.should_stop = operator.shard.ranks.stopping(should_stop)
+        self.allowance = allowance
         self.num_products = 0
         self.exact_squares = np.zeros((len(members), len(members)))  # row i, column j
         self.samples: list[list[FloatArray]] = [[] for _ in members]  # of column j, [B] each
@@ -249,7 +250,7 @@ class _Columns:
                 self.exact_squares[:, j] += squares
             if keep:
                 rows.append(self.held.gather(products).cpu())
-            if start + self.chunk < len(jobs) and self.should_stop is not None:
+            if start + self.chunk < len(jobs) and self.allowance.seconds is not None:
                 self._raise_if_late(len(jobs))
         return torch.cat(rows) if keep else None
 
@@ -264,12 +265,12 @@ class _Columns:
                 vectors[row, local.to(vectors.device)] = (2 * held.take(bits) - 1).to(vectors)
             for j, squares in zip(chunk, self._squares(self._products(vectors)), strict=True):
                 self.samples[j].append(squares)
-            if self.should_stop is not None and self.should_stop():
+            if self.allowance.is_over():
                 return False
         return True
 
     def _raise_if_late(self, wanted: int) -> None:
-        if self.should_stop is not None and self.should_stop():
+        if self.allowance.is_over():
             raise MeasurementError(
                 f"The time was up after {self.num_products} of {wanted} columns. Allow more time, "
                 "or let probes do it (exact=False)."

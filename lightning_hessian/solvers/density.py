@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.results import SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
@@ -19,7 +18,7 @@ def spectral_density(
     num_steps: int = 80,
     num_probes: int = 4,
     seed: int = 0,
-    should_stop: Callable[[], bool] | None = None,
+    allowance: Allowance = UNBOUNDED,
 ) -> SpectralDensity | None:
     """Returns the density of the eigenvalues, by Lanczos from probes of random signs.
 
@@ -36,7 +35,8 @@ def spectral_density(
         num_steps: m, steps from each probe.
         num_probes: Probes, each with the same weight.
         seed: Of the probes.
-        should_stop: Asked after every product; True ends with the probes completed.
+        allowance: Asked after every product whether the time is up, which ends with the probes
+            completed.
 
     Returns:
         The density, or None where time was up before the first probe was done.
@@ -53,15 +53,14 @@ def spectral_density(
     if num_steps < 1 or num_probes < 1:
         raise ValueError(f"num_steps={num_steps}, num_probes={num_probes}; each is at least 1.")
     shard = operator.shard
-    should_stop = shard.ranks.stopping(should_stop)
     if operator.size <= num_steps * num_probes:
-        return _all_eigenvalues(operator, should_stop)
+        return _all_eigenvalues(operator, allowance)
     generator = torch.Generator().manual_seed(seed)
     basis = KrylovBasis(num_steps, shard, dtype=operator.dtype, device=operator.device)
     nodes, weights, num_products = [], [], 0
     for _ in range(num_probes):
         start = random_signs(operator, generator)
-        rule = gauss_rule(operator, start, basis, num_steps, should_stop)
+        rule = gauss_rule(operator, start, basis, num_steps, allowance)
         if not rule.complete:
             break
         nodes.append(rule.nodes)
@@ -78,13 +77,11 @@ def spectral_density(
     )
 
 
-def _all_eigenvalues(
-    operator: SymmetricOperator, should_stop: Callable[[], bool] | None
-) -> SpectralDensity | None:
+def _all_eigenvalues(operator: SymmetricOperator, allowance: Allowance) -> SpectralDensity | None:
     rows = []
     for unit in torch.eye(operator.size, dtype=operator.dtype, device=operator.device):
         rows.append(operator.shard.gather(operator.matvec(operator.shard.take(unit))))
-        if should_stop is not None and len(rows) < operator.size and should_stop():
+        if len(rows) < operator.size and allowance.is_over():
             return None
     matrix = torch.stack(rows).to("cpu", torch.float64)
     check_finite(matrix)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.results.arguments import file_to_write
 from lightning_hessian.solvers import checkpoint as checkpoints
@@ -28,8 +28,7 @@ def lanczos(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 600,
     seed: int = 0,
-    should_stop: Callable[[], bool] | None = None,
-    on_check: Callable[[int], None] | None = None,
+    allowance: Allowance = UNBOUNDED,
 ) -> RitzPairs:
     """Returns the K largest (algebraic) eigenvalues of an operator with their residual bounds.
 
@@ -65,16 +64,16 @@ def lanczos(
         num_checks: Steps of the search for missed copies; by default 10, or a fifth of the steps
             before it if that is more. 0 for no search; more where eigenvalues are known to repeat.
         storage: How much memory the basis may take, where, and in which precision.
-        checkpoint: A file that holds the state of a run that was interrupted: by ``should_stop``,
-            a bound, an exception, or the end of the process. If it exists, the run goes on from
-            there, to the same digits as without the interruption; ``max_products`` counts what
-            was spent before. It is written every ``checkpoint_seconds``, when the run is
+        checkpoint: A file that holds the state of a run that was interrupted: by the end of its
+            time, a bound, an exception, or the end of the process. If it exists, the run goes on
+            from there, to the same digits as without the interruption; ``max_products`` counts
+            what was spent before. It is written every ``checkpoint_seconds``, when the run is
             interrupted, by SIGTERM too, and deleted when the run is done. Ranks add their number
             to its name.
         checkpoint_seconds: How much work may be lost, at most.
         seed: Of the start vector.
-        should_stop: Asked after every product; True ends the iteration with what there is.
-        on_check: Told now and then how many of the K have converged.
+        allowance: Asked after every product whether the time is up, which ends the iteration with
+            what there is; told now and then how many of the K have converged.
 
     Raises:
         ValueError: K is not in 1..n, ``max_basis`` or ``max_products`` is too small for K, or the
@@ -108,7 +107,6 @@ def lanczos(
     ranks = operator.shard.ranks
     with ranks.together():
         run = _begun(operator, num_eigenvalues, tol, seed, *room, max_products, file)
-    run.on_check = on_check
     if len(set(ranks.gathered(run.num_products))) > 1:
         raise ValueError(
             f"The ranks' parts of the checkpoint {checkpoint} are not of the same time: one is "
@@ -122,9 +120,8 @@ def lanczos(
             with ranks.together():
                 checkpoints.try_to_save(run, file)
 
-    should_stop = ranks.stopping(should_stop)
     if file is None:
-        return run.run(max_products, num_checks, should_stop, None, on_stop=save)
+        return run.run(max_products, num_checks, allowance, None, on_stop=save)
 
     def can_save() -> bool:  # several ranks save together, between two steps
         return ranks.world == 1 and run.between_steps and run.count > 0
@@ -134,7 +131,7 @@ def lanczos(
         checkpoints.saved_on_error(run, file),
     ):
         after_step = checkpoints.every(checkpoint_seconds, save, ranks, ending)
-        found = run.run(max_products, num_checks, should_stop, after_step, on_stop=save)
+        found = run.run(max_products, num_checks, allowance, after_step, on_stop=save)
     if found.stopped not in ("bound", "interrupted"):
         file.unlink(missing_ok=True)
     return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.results import FloatArray, SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
@@ -48,7 +49,8 @@ def pooled_ritz_values(
     tol: float = 1e-3,
     storage: BasisStorage = ANYWHERE,
     seed: int = 0,
-    should_stop: Callable[[], bool] | None = None,
+    max_products: int | None = None,
+    allowance: Allowance = UNBOUNDED,
 ) -> PooledRitzValues:
     """Returns the Ritz values of some runs of m Lanczos steps from vectors of random signs.
 
@@ -66,7 +68,9 @@ def pooled_ritz_values(
         tol: A Ritz value has converged at residual <= tol * abs(value); for telling copies.
         storage: Where the basis may live.
         seed: Of the start vectors.
-        should_stop: Asked after every product; True ends with the values there are.
+        max_products: Bound on the products of all runs together.
+        allowance: Asked after every product whether the time is up, which ends with the values
+            there are.
 
     Raises:
         ValueError: Fewer than one run or step.
@@ -88,15 +92,18 @@ def pooled_ritz_values(
     basis = KrylovBasis(
         steps, operator.shard, dtype=operator.dtype, device=operator.device, storage=storage
     )
-    should_stop = operator.shard.ranks.stopping(should_stop)
     generator = torch.Generator().manual_seed(seed)
     rules: list[GaussRule] = []
     for run in range(num_runs):
         start = random_signs(operator, generator)
-        rules.append(gauss_rule(operator, start, basis, steps, should_stop))
-        if not rules[-1].complete:
+        made = sum(len(rule.nodes) for rule in rules)
+        fitting = steps if max_products is None else min(steps, max_products - made)
+        rule = gauss_rule(operator, start, basis, fitting, allowance)
+        cut = len(rule.nodes) == fitting < steps  # the bound ended it, not an invariant subspace
+        rules.append(dataclasses.replace(rule, complete=rule.complete and not cut))
+        if not rules[-1].complete or made + len(rule.nodes) == max_products:
             break
-        if run + 1 < num_runs and should_stop is not None and should_stop():
+        if run + 1 < num_runs and allowance.is_over():
             break
     values = np.concatenate([rule.nodes for rule in rules])
     residuals = np.concatenate([rule.residuals for rule in rules])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.results import FloatArray
 from lightning_hessian.solvers.basis import KrylovBasis
@@ -36,7 +36,7 @@ def gauss_rule(
     start: Tensor,
     basis: KrylovBasis,
     num_steps: int,
-    should_stop: Callable[[], bool] | None = None,
+    allowance: Allowance = UNBOUNDED,
 ) -> GaussRule:
     """Returns the rule of m Lanczos steps with full reorthogonalisation, each one product.
 
@@ -45,7 +45,8 @@ def gauss_rule(
         start: Vector to start from, this rank's part [n_local]; not zero.
         basis: Room for m vectors; what it holds is overwritten.
         num_steps: m.
-        should_stop: Asked after every product; True ends the run with the steps made.
+        allowance: Asked after every product whether the time is up, which ends the run with the
+            steps made.
 
     Raises:
         MeasurementError: A product is NaN or infinite.
@@ -69,7 +70,7 @@ def gauss_rule(
         if count == num_steps or beta <= 10 * eps * scale:
             complete = True
             break
-        if should_stop is not None and should_stop():
+        if allowance.is_over():
             break
         vector = product.div_(beta)
     ritz = projected.solve([expected], count, eps=eps, scale=scale, ranks=shard.ranks)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.solvers.basis import KrylovBasis
 from lightning_hessian.solvers.pairs import Pending, RitzPairs
@@ -63,7 +64,7 @@ class ThickRestart:
         self.found: RitzPairs | None = None  # what a search for more is under way to confirm
         self.search_until = 0  # products
         self.between_steps = True
-        self.on_check: Callable[[int], None] | None = None  # told how many have converged
+        self.allowance: Allowance = UNBOUNDED
 
     @property
     def count(self) -> int:
@@ -74,7 +75,7 @@ class ThickRestart:
         self,
         max_products: int,
         num_checks: int | None,
-        should_stop: Callable[[], bool] | None,
+        allowance: Allowance,
         after_step: Callable[[], Any] | None,
         on_stop: Callable[[], Any],
     ) -> RitzPairs:
@@ -83,10 +84,11 @@ class ThickRestart:
         Args:
             max_products: Bound on products.
             num_checks: Steps of the search, or None.
-            should_stop: Asked after every product.
+            allowance: Asked after every product whether the time is up.
             after_step: Called after every product.
             on_stop: Called before a run that could go on is ended by a bound or interrupted.
         """
+        self.allowance = allowance
         if not self.pending and not self.count:
             self.pending.append(self._random())
         last = self.num_products >= max_products  # taken up again with a bound that is reached
@@ -96,7 +98,7 @@ class ThickRestart:
                 self._step()
                 if after_step is not None:
                     after_step()
-                interrupted = should_stop is not None and should_stop()
+                interrupted = allowance.is_over()
                 last = interrupted or self.num_products >= max_products
             if self._is_due():
                 ended = self._check(num_checks)
@@ -117,8 +119,7 @@ class ThickRestart:
         """
         full = self.count == self.capacity
         ritz = self._ritz(self._restart_size() if full else self.wanted)
-        if self.on_check is not None:
-            self.on_check(self._num_converged(ritz))
+        self.allowance.note_converged(self._num_converged(ritz))
         self.between_steps = False
         ended = self._ended(ritz, full, num_checks)
         self.between_steps = True
@@ -157,8 +158,7 @@ class ThickRestart:
     def _so_far(self, stopped: str) -> RitzPairs:
         """Returns the pairs of a run that ends before its time; it cannot go on afterwards."""
         ritz = self._ritz(self.wanted)
-        if self.on_check is not None:
-            self.on_check(self._num_converged(ritz))
+        self.allowance.note_converged(self._num_converged(ritz))
         if self.found is not None and not self._has_more(ritz, self.found):
             return dataclasses.replace(self.found, num_products=self.num_products, stopped=stopped)
         self.between_steps = False

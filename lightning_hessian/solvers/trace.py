@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator
 
 _MOST_TOGETHER = 16
@@ -37,7 +37,7 @@ def trace(
     *,
     num_probes: int = 16,
     seed: int = 0,
-    should_stop: Callable[[], bool] | None = None,
+    allowance: Allowance = UNBOUNDED,
 ) -> TraceEstimate | None:
     """Returns tr(A) = sum of Ritz values + Hutchinson's estimate on their complement.
 
@@ -52,7 +52,7 @@ def trace(
         ritz_vectors: Orthonormal rows, this rank's part of them [k, n_local]; on any device.
         num_probes: Probes z, at least 2; each costs one product.
         seed: Of the probes.
-        should_stop: Asked after 1, 2, 4, 8, 16, 32, ... probes; True ends with those made so far.
+        allowance: Asked after 1, 2, 4, 8, 16, 32, ... probes; True ends with those made so far.
 
     Returns:
         The estimate, or None where fewer than two probes could be made.
@@ -64,7 +64,6 @@ def trace(
         raise ValueError(f"num_probes={num_probes}; a standard error needs at least 2.")
     captured = float(ritz_values.sum())
     shard = operator.shard
-    should_stop = shard.ranks.stopping(should_stop)
     if len(ritz_vectors) == operator.size:
         return TraceEstimate(captured, 0.0, 0)
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +83,7 @@ def trace(
             signs.addmm_(shard.ranks.sum(signs @ rows.T), rows, alpha=-1)
         products = operator.matmat(signs)
         samples += shard.ranks.sum((signs * products).sum(1)).tolist()
-        if should_stop is not None and should_stop():
+        if allowance.is_over():
             break
     count = len(samples)
     if count < 2:

@@ -16,6 +16,7 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.ranks import ALONE, Ranks
 from lightning_hessian.operators.gradients.history import GradientHistory
 from lightning_hessian.operators.gradients.rows import (
@@ -41,7 +42,7 @@ def gram_matrix(
     gradients: GradientRows,
     *,
     memory_budget: float,
-    should_stop: Callable[[], bool] | None = None,
+    allowance: Allowance = UNBOUNDED,
 ) -> Tensor:
     """Returns the inner products g_s . g_t of T gradients, float64 [T, T].
 
@@ -58,7 +59,7 @@ def gram_matrix(
         gradients: Stored or computed.
         memory_budget: Bytes of gradients held at a time, beside the Gram matrix; where they are
             computed, the same on all ranks.
-        should_stop: Asked after every piece; True ends with the Gram matrix of the first
+        allowance: Asked after every piece; True ends with the Gram matrix of the first
             gradients, as many as are complete. All ranks must be told the same.
 
     Raises:
@@ -69,8 +70,7 @@ def gram_matrix(
         with ranks.together():
             gram = _products(gradients, memory_budget, lambda: False, nullcontext)
     else:
-        should_stop = should_stop or (lambda: False)
-        gram = _products(gradients, memory_budget, should_stop, ranks.together)
+        gram = _products(gradients, memory_budget, allowance.is_over, ranks.together)
     return _mirrored(summed(gram, ranks))
 
 

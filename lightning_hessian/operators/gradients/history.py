@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.gradients.rows import (
@@ -63,7 +64,7 @@ class GradientHistory:
         *,
         memory_budget: float | None = None,
         directory: str | Path | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        allowance: Allowance = UNBOUNDED,
     ) -> GradientHistory:
         """Returns all T gradients, each computed once.
 
@@ -72,7 +73,7 @@ class GradientHistory:
             memory_budget: Bytes of main memory that G may take on this rank; a larger one is
                 mapped from a file. By default half of what is free.
             directory: Where that file lies; by default the system's folder for temporary files.
-            should_stop: Asked after every piece; True ends with the gradients there are. All
+            allowance: Asked after every piece; True ends with the gradients there are. All
                 ranks must be told the same.
 
         Raises:
@@ -86,7 +87,7 @@ class GradientHistory:
         for start, stop in pieces(gradients):
             values[start:stop] = gradients.rows(start, stop).cpu().numpy()
             count = stop
-            if should_stop is not None and should_stop():
+            if allowance.is_over():
                 break
         return cls(values[:count], gradients.device, gradients.shard)
 

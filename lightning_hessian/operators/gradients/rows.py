@@ -142,7 +142,7 @@ class MiniBatchGradients:
                     self._fill(part[i - first], i)
             self.num_computed += last - first
             if self.on_product is not None:
-                self.on_product(self.num_computed)
+                self.on_product(last - first)
         self._check_finite(rows, start)
         if self._clip_norm is not None:
             norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

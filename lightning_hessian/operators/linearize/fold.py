@@ -81,6 +81,39 @@ def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     return graph.module()
 
 
+def fold_restricted(
+    product: fx.GraphModule, which: Sequence[int], point: Sequence[Tensor]
+) -> fx.GraphModule:
+    """Return a folded product restricted to some of its inputs and the outputs of the same places.
+
+    The other inputs are zero, and so is all that follows from them alone: it is folded away.
+
+    Args:
+        product: What `fold` returned; linear, with an output for each input.
+        which: Places of the inputs that are kept.
+        point: A tensor in the shape of each input.
+    """
+    graph = fx.Graph()
+    root: dict[str, Any] = {
+        node.target: getattr(product, node.target)
+        for node in product.graph.nodes
+        if node.op == "get_attr"
+    }
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs = [node for node in product.graph.nodes if node.op == "placeholder"]
+    for i in which:
+        copies[inputs[i]] = graph.placeholder(inputs[i].name)
+    for i, node in enumerate(inputs):
+        if i not in which:
+            name = f"zero_input_{i}"
+            root[name] = torch.zeros_like(point[i])
+            copies[node] = graph.create_node("get_attr", name)
+    outputs = graph.graph_copy(product.graph, copies)
+    graph.output([outputs[i] for i in which])  # type: ignore[index]
+    graph.eliminate_dead_code()
+    return fold(fx.GraphModule(root, graph), [torch.zeros_like(point[i]) for i in which])
+
+
 def batchable(product: fx.GraphModule) -> fx.GraphModule:
     """Returns the same with products added up in new memory, as ``torch.vmap`` can do at once.
 

@@ -1,0 +1,183 @@
+"""One module at its present parameters and one set of probe batches: built once, used by all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
+from lightning_hessian.linear.operator import SymmetricOperator
+from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.measure.options import LossOptions
+from lightning_hessian.operators.choose import hessian_operator
+from lightning_hessian.probe.objective import LossFunction, Objective
+from lightning_hessian.probe.objectives import objective_over
+from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.probe.sharding.fsdp1 import whole
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass
+class Knowledge:
+    """What measurements have learnt about a module, for those that follow.
+
+    It informs estimates of cost and spares trials; no number of a record depends on it.
+
+    Attributes:
+        seconds_a_product: What a product took, on average over the last session.
+        seconds_to_build: What making objective and operator took.
+        engines: The engine of each batch, in their order.
+    """
+
+    seconds_a_product: float | None = None
+    seconds_to_build: float | None = None
+    engines: tuple[str, ...] | None = None
+
+
+class Session:
+    """A block in which a module is isolated and can be measured by several instruments.
+
+    The objective (the mean loss over the probe batches) and the Hessian operator are built once,
+    at first use, and shared. Products must be taken inside the block, and the parameters must not
+    change in it. Afterwards the module is as before: parameters, buffers, ``.grad``, random number
+    generators, modes and global flags.
+
+    Args:
+        model: Any module; one under FSDP1 is made plain for the time of the block.
+        loss_fn: ``loss_fn(model, batch) -> mean loss``; None as in `hessian_spectrum`.
+        batches: Probe batches of any structure; read once and held.
+        parameters: Which parameters the operator differentiates by.
+        hvp: The engine of the products; see `HessianOperator`.
+        loss_options: How the loss is evaluated.
+        process_group: Processes that measure together; None for this one alone.
+        expected_products: About how many products will be taken; the choice of the engine weighs
+            it against the cost of building.
+        known: What earlier sessions have learnt; filled in by this one.
+        seed: Of everything random here.
+
+    Attributes:
+        model: The module, plain.
+        space: The parameters.
+        objective: The loss over the probe batches.
+        loss: Its value, the mean loss over all probe samples.
+        ranks: Who measures together.
+
+    Example:
+        >>> import torch
+        >>> model, batches = nn.Linear(2, 1), [(torch.randn(8, 2), torch.randn(8, 1))]
+        >>> def loss_fn(model, batch):
+        ...     return nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> with Session(model, loss_fn, batches) as session:
+        ...     session.operator().matvec(torch.ones(3)).shape
+        torch.Size([3])
+    """
+
+    model: nn.Module
+    space: ParameterSpace
+    objective: Objective
+    loss: float
+    ranks: Ranks
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction | None,
+        batches: Iterable[Any],
+        *,
+        parameters: ParameterSelection = None,
+        hvp: str = "auto",
+        loss_options: LossOptions | None = None,
+        process_group: ProcessGroup | None = None,
+        expected_products: int = 200,
+        known: Knowledge | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.batches = batches
+        self.parameters = parameters
+        self.hvp = hvp
+        self.loss_options = loss_options or LossOptions()
+        self.process_group = process_group
+        self.expected_products = expected_products
+        self.known = known if known is not None else Knowledge()
+        self.seed = seed
+        self._stack = ExitStack()
+        self._operator: Any = None
+        self._views: dict[tuple[str, ...], SymmetricOperator] = {}
+        self._allowance: Allowance = UNBOUNDED
+        self._built = 0.0
+
+    def __enter__(self) -> Session:
+        """Isolate the module, and evaluate the loss."""
+        begun = time.monotonic()
+        with ExitStack() as stack:
+            self.model = stack.enter_context(whole(self.model))
+            self.space = ParameterSpace.select(self.model, self.parameters)
+            self.objective = objective_over(
+                self.process_group,
+                self.model,
+                self.loss_fn,
+                self.batches,
+                self.space,
+                batch_weight=self.loss_options.batch_weight,
+                mode=self.loss_options.mode,
+                seed=self.seed,
+            )
+            self.ranks = self.objective.ranks
+            stack.enter_context(self.objective.isolated())
+            self.loss = self.objective.value()
+            self._stack = stack.pop_all()
+        self.known.seconds_to_build = time.monotonic() - begun
+        return self
+
+    def __exit__(self, *failure: object) -> bool | None:
+        """Put everything back as it was, and remember what a product took."""
+        if self._operator is not None and self._operator.num_products:
+            spent = time.monotonic() - self._built
+            self.known.seconds_a_product = spent / self._operator.num_products
+        self._operator = None
+        self._views.clear()
+        return self._stack.__exit__(*failure)  # type: ignore[arg-type]
+
+    def operator(self, parameters: Sequence[str] | None = None) -> Any:
+        """Return the Hessian operator, or its view on some parameter tensors.
+
+        It is built at the first call; a view differentiates by its own parameters only, and shares
+        the graphs that the operator keeps.
+
+        Args:
+            parameters: Names of parameter tensors; None for all of the session.
+
+        Raises:
+            MeasurementError: The loss cannot be differentiated twice; says why.
+        """
+        if self._operator is None:
+            begun = time.monotonic()
+            self._operator = hessian_operator(
+                self.objective, self.hvp, expected_products=self.expected_products
+            )
+            self._operator.on_product = self._spend
+            self._built = time.monotonic()
+            self.known.seconds_to_build = (self.known.seconds_to_build or 0.0) + self._built - begun
+        if parameters is None or tuple(parameters) == self.space.names:
+            return self._operator
+        names = tuple(parameters)
+        if names not in self._views:
+            self._views[names] = self._operator.restricted(names)
+        return self._views[names]
+
+    def spend_from(self, allowance: Allowance) -> None:
+        """Let products of this session's operator count against an allowance."""
+        allowance.seconds_a_product = self.known.seconds_a_product
+        self._allowance = allowance
+
+    def _spend(self, products: int) -> None:
+        self._allowance.spend(products)
