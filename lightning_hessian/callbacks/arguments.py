@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_hessian.callbacks.schedule import EveryNValidations, Schedule, time_limit
 from lightning_hessian.measure.arguments import RULES
+from lightning_hessian.measure.instrument import Instrument
 from lightning_hessian.probe.arguments import probe_data
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
@@ -35,6 +37,24 @@ def schedule(name: str, value: Any) -> Schedule:
     return value
 
 
+def instruments(name: str, value: Any) -> tuple[Instrument, ...]:
+    """The rule of ``instruments``: a sequence of objects that follow the protocol."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ArgumentError(name, value, "Give a list of instruments; see docs/instruments.md.")
+    found = tuple(value)
+    for one in found:
+        if isinstance(one, type) or not isinstance(one, Instrument):
+            raise ArgumentError(
+                name,
+                value,
+                f"{type(one).__name__} is no instrument: it needs name, prefix, check(model), "
+                "cost(session) and measure(session, allowance).",
+            )
+    if len({one.name for one in found}) < len(found):
+        raise ArgumentError(name, value, "Two instruments have one name; give each its own.")
+    return found
+
+
 CALLBACK_RULES: dict[str, Rule] = {
     **RULES,
     "monitor": monitor_names,
@@ -44,7 +64,7 @@ CALLBACK_RULES: dict[str, Rule] = {
     "layers": optional(RULES["layers"], "for no layers"),
     "blocks": optional(RULES["blocks"], "for no block statistics"),
     "time_budget": time_limit,
-    "during_validate": flag,
+    "instruments": instruments,
     "on_error": one_of("warn", "raise"),
     "figures": optional(whole_number(least=1), "for no figures"),
     "progress": flag,

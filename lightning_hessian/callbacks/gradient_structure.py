@@ -10,13 +10,15 @@ from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.probe_data import num_samples
 from lightning_hessian.callbacks.schedule import Schedule
-from lightning_hessian.measure.gradients import check_number, check_space, gradient_structure
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.gradients import GradientsInstrument
+from lightning_hessian.measure.session import Session
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
-from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.results import ArgumentError, GradientStructure
 from lightning_hessian.results.arguments import checked
 from lightning_hessian.tracking.drawings import gradient_drawings
-from lightning_hessian.tracking.gradient_scalars import CORRELATED, gradient_scalars
+from lightning_hessian.tracking.gradient_scalars import CORRELATED
 from lightning_hessian.tracking.panels import Drawings
 from lightning_hessian.tracking.spectra import encode_spectrum
 
@@ -48,7 +50,8 @@ class GradientStructureCallback(MeasurementCallback):
             the end of a sampled spectrum falls off.
         monitor: The metric, or metrics, to correlate the statistics with; ``"gap"`` is the
             validation loss minus the loss on the probe, as in `HessianSpectrumCallback`.
-        every_n_validations: Measure at every n-th validation, or a schedule object.
+        every_n_validations: Measure at every n-th validation, or a schedule object; one with
+            ``during_validate=True`` measures in ``trainer.validate()`` too.
         data: Where gradients are taken: ``"train"``, ``"val"`` (the first loader), a DataLoader,
             or a list of batches. Training samples are drawn apart from training's own order.
         num_batches: How many batches of the loader are drawn and kept on the device; where they
@@ -62,13 +65,12 @@ class GradientStructureCallback(MeasurementCallback):
             for all.
         clip_norm: Scale gradients of a larger norm down to it.
         preconditioner: ``"adam"``, or None; see `gradient_structure`.
-        time_budget: Share of the training time (``0.05``), or seconds a measurement may take.
+        time_budget: Share of the training time (``0.05``), or a `Budget` of seconds.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         memory_budget: Bytes that gradients may take on each rank, by default half of what is
             free; above it they lie in a file.
         directory: Where that file lies.
         significance: Level of all tests.
-        during_validate: Whether ``trainer.validate()`` measures too.
         figures: Figures are drawn at the first measurement, at every so many after it, and of the
             last when training ends, and the spectrum of each is logged; None for neither.
         progress: Whether a measurement longer than a second shows a bar beside Lightning's.
@@ -111,12 +113,11 @@ class GradientStructureCallback(MeasurementCallback):
         max_tested: int | None = 10_000,
         clip_norm: float | None = None,
         preconditioner: str | None = None,
-        time_budget: float | None = None,
+        time_budget: float | Budget | None = None,
         mode: Mode = "eval",
         memory_budget: float | None = None,
         directory: str | Path | None = None,
         significance: float = 0.05,
-        during_validate: bool = False,
         figures: int | None = 10,
         progress: bool = True,
         on_error: str = "warn",
@@ -128,31 +129,42 @@ class GradientStructureCallback(MeasurementCallback):
             data=data,
             num_batches=num_batches,
             time_budget=time_budget,
-            during_validate=during_validate,
             on_error=on_error,
             seed=seed,
             figures=figures,
             progress=progress,
+            instruments=[
+                GradientsInstrument(
+                    num_gradients=num_gradients,
+                    batch_size=batch_size,
+                    num_eigenvalues=num_eigenvalues,
+                    parameters=parameters,
+                    tests=tests,
+                    max_tested=max_tested,
+                    clip_norm=clip_norm,
+                    preconditioner=preconditioner,
+                    mode=mode,
+                    significance=significance,
+                    memory_budget=memory_budget,
+                    directory=directory,
+                )
+            ],
         )
-        check_number(num_gradients, tests, memory_budget)
         self.num_gradients = num_gradients
         self.batch_size = batch_size
         self.num_eigenvalues = num_eigenvalues
         self.loss_fn = loss_fn
         self.parameters = parameters
-        self.tests = tests
-        self.max_tested = max_tested
-        self.clip_norm = clip_norm
-        self.preconditioner = preconditioner
-        self.mode = mode
-        self.memory_budget = memory_budget
-        self.directory = directory
         self.significance = significance
-        self.last_structure: GradientStructure | None = None
+
+    @property
+    def last_structure(self) -> GradientStructure | None:
+        """The gradient structure of the last measurement, None before the first."""
+        return getattr(self.records.get("gradients"), "structure", None)
 
     def check(self, pl_module: Any) -> None:
         """Raises ValueError where the arguments do not fit the module; called before training."""
-        check_space(ParameterSpace.select(pl_module, self.parameters), self.tests)
+        super().check(pl_module)
         resolve_loss(pl_module, self.loss_fn)
 
     def check_data(self, trainer: Any) -> None:
@@ -166,32 +178,17 @@ class GradientStructureCallback(MeasurementCallback):
                 "batch_size, raise num_batches or bring more data.",
             )
 
-    def measure(
-        self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
-    ) -> tuple[dict[str, float], list[str]]:
-        """Returns the statistics of the present gradients, and reasons for what is absent."""
-        self.last_structure = gradient_structure(
+    def session(self, pl_module: Any, batches: Sequence[Any]) -> Session:
+        """Returns the session of the measurement."""
+        return Session(
             pl_module,
             self.loss_fn,
             batches,
-            num_gradients=self.num_gradients,
-            batch_size=self.batch_size,
-            num_eigenvalues=self.num_eigenvalues,
             parameters=self.parameters,
-            tests=self.tests,
-            max_tested=self.max_tested,
-            clip_norm=self.clip_norm,
-            preconditioner=self.preconditioner,
-            mode=self.mode,
-            significance=self.significance,
-            memory_budget=self.memory_budget,
-            directory=self.directory,
-            max_seconds=max_seconds,
-            on_progress=self._progress,
             process_group=self._ranks.group,
+            known=self._known,
             seed=self.seed,
         )
-        return gradient_scalars(self.last_structure, self.significance)
 
     def expected_work(self) -> int:
         """Returns how many gradients a measurement takes."""

@@ -16,9 +16,14 @@ from lightning_hessian.callbacks.pairing import GAP, Pairs, checked_monitors, in
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches, probe_batches
 from lightning_hessian.callbacks.schedule import Schedule, TimeBudget
 from lightning_hessian.callbacks.surroundings import log_step, refuse_surroundings, trainer_ranks
+from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.ranks import ALONE, RankError
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.instrument import Absent, Instrument, Record
+from lightning_hessian.measure.session import Knowledge, Session
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.base import text_of
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings
 from lightning_hessian.tracking.history import History, correlation_scalars
@@ -56,12 +61,12 @@ class MeasurementCallback(Callback):
         every_n_validations: int | Schedule,
         data: ProbeData,
         num_batches: int,
-        time_budget: float | None,
-        during_validate: bool,
+        time_budget: float | Budget | None,
         on_error: str,
         seed: int,
         figures: int | None = None,
         progress: bool = False,
+        instruments: Sequence[Instrument] = (),
     ) -> None:
         super().__init__()
         self.monitors = checked_monitors(tuple(dict.fromkeys(monitor)))  # by its rule, of texts
@@ -69,15 +74,18 @@ class MeasurementCallback(Callback):
         self.schedule = every_n_validations
         self.data = data
         self.num_batches = num_batches
-        self.during_validate = during_validate
+        assert isinstance(time_budget, Budget)  # by its rule
+        self.time_budget = time_budget
+        self.instruments: tuple[Instrument, ...] = tuple(instruments)
+        self.records: dict[str, Record] = {}
+        self._known = Knowledge()
         self.on_error = on_error
         self.seed = seed
         self.figures = figures
         self.progress = progress
         self._panels = Panels(self.prefix, figures)
         self._progress: Progress | None = None  # of the measurement under way
-        self._time_budget = time_budget
-        self._budget = TimeBudget(time_budget)
+        self._budget = TimeBudget(time_budget.share)
         self._history = History()
         self._identity = uuid.uuid4().hex  # drawn by the system: no seed of training moves
         self._num_validations = 0
@@ -94,18 +102,14 @@ class MeasurementCallback(Callback):
 
     def check(self, pl_module: Any) -> None:
         """Raises ValueError where the arguments do not fit the module; called before training."""
-        raise NotImplementedError
+        for instrument in self.instruments:
+            instrument.check(pl_module)
 
     def check_data(self, trainer: Any) -> None:
         """Raises ArgumentError where the arguments do not fit the data; called before training."""
 
-    def measure(
-        self, pl_module: Any, batches: Sequence[Any], max_seconds: float | None
-    ) -> tuple[dict[str, float], list[str]]:
-        """Returns the statistics by name, and a sentence for each that is absent.
-
-        All ranks call it together; those of ``self._ranks.group`` share the work.
-        """
+    def session(self, pl_module: Any, batches: Sequence[Any]) -> Session:
+        """Returns the session that all instruments of a measurement share."""
         raise NotImplementedError
 
     def expected_work(self) -> int:
@@ -166,13 +170,15 @@ class MeasurementCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, before anything is trained."""
-        self._enabled = stage == "fit" or (stage == "validate" and self.during_validate)
+        self._enabled = stage == "fit" or (
+            stage == "validate" and getattr(self.schedule, "during_validate", False)
+        )
         if stage == "fit":
             self._identity = uuid.uuid4().hex  # that of a checkpoint is loaded after this
             self._batches = None
             self._pairs.forget()
         self._guard.speaks = trainer.is_global_zero
-        self._budget = TimeBudget(self._time_budget)
+        self._budget = TimeBudget(self.time_budget.share)
         self._clock = None
         if not self._enabled:
             return
@@ -267,6 +273,44 @@ class MeasurementCallback(Callback):
 
     # Inside ------------------------------------------------------------------------------------
 
+    def measure(
+        self, pl_module: Any, batches: Sequence[Any], budget: Budget
+    ) -> tuple[dict[str, float], list[str]]:
+        """Returns the statistics by logged name, and a sentence for each that is absent.
+
+        All ranks call it together; those of ``self._ranks.group`` share the work. The record of
+        each instrument is kept in ``records``. One that fails after another has succeeded costs
+        its own statistics only.
+        """
+        begun = time.monotonic()
+        self.records = {}
+        scalars: dict[str, float] = {}
+        absent: list[str] = []
+        with self.session(pl_module, batches) as session:
+            allowance = budget.open(session, self._progress)
+            for instrument in self.instruments:
+                if self._progress is not None:
+                    self._progress.next_part(instrument.name)
+                record = self._record(instrument, session, allowance)
+                self.records[instrument.name] = record
+                own = instrument.prefix == self.prefix
+                for name, value in record.scalars().items():
+                    scalars[name if own else f"{instrument.prefix}/{name}"] = value
+                absent += record.absent()
+        if self.work[1] == "num_hvps":  # of all instruments together
+            scalars["num_hvps"] = allowance.spent
+        scalars["seconds"] = time.monotonic() - begun
+        return scalars, absent
+
+    def _record(self, instrument: Instrument, session: Session, allowance: Allowance) -> Record:
+        """Returns what an instrument finds; where it fails after others, the failure's sentence."""
+        try:
+            return instrument.measure(session, allowance)
+        except RuntimeError as error:  # a MeasurementError, or out of memory
+            if not self.records or (self.on_error == "raise" and not allowance.is_over()):
+                raise
+            return Absent((f"No statistics of {instrument.name}: {text_of(error)}",))
+
     def _log(self, trainer: Any, pl_module: Any, scalars: dict[str, float]) -> None:
         """Logs the statistics in the row of the validation metrics."""
         logged = {
@@ -345,7 +389,11 @@ class MeasurementCallback(Callback):
         failure: Exception | None = None
         scalars: dict[str, float] = {}
         seconds = trainer.strategy.broadcast(self._budget.max_seconds())
-        limit = seconds if math.isfinite(seconds) else None
+        limits = [self.time_budget.seconds, seconds if math.isfinite(seconds) else None]
+        limit = min((given for given in limits if given is not None), default=None)
+        if limit is not None and limit <= 0:
+            limit = 1e-9  # nothing is left: whoever asks hears so at once
+        budget = Budget(products=self.time_budget.products, seconds=limit)
         self._ranks = trainer_ranks(trainer, pl_module)
         try:
             with self._ranks.together():
@@ -353,14 +401,16 @@ class MeasurementCallback(Callback):
                     self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
             self._progress = self._new_progress(trainer)
             with whole(trainer.strategy.model):
-                scalars, absent = self.measure(pl_module, self._batches, limit)
+                scalars, absent = self.measure(pl_module, self._batches, budget)
             line = self._guard.attempt(
                 "the line of the progress bar", summary_line, self.prefix, trainer.global_step,
                 scalars,
             )  # fmt: skip
             self._progress.close(line)
             for reason in absent if trainer.is_global_zero else ():
-                warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
+                if reason not in self._warned:  # what is so every time is told once
+                    self._warned.add(reason)
+                    warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
             failure = error
             if self._progress is not None:
@@ -403,7 +453,7 @@ class MeasurementCallback(Callback):
         trained = self._budget.since_last
         self._budget.measured(seconds)
         costly = seconds > max(_COSTLY_SECONDS, _COSTLY_SHARE * trained)
-        if self._time_budget is None and self._clock is not None and costly:
+        if self.time_budget.share is None and self._clock is not None and costly:
             self._warn_once(
                 "cost",
                 f"The measurement took {seconds:.1f} s after {trained:.1f} s of training. "

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     check_fields,
+    flag,
     is_collection,
-    optional,
     real_number,
     renamed,
     whole_number,
 )
 
-time_limit = optional(
-    real_number(
-        "Give a share of the training time (0.05), or a finite number of seconds from 1 on.",
-        above=0.0,
-    ),
-    "for no limit",
+_share = real_number(
+    "Give a share of the training time between 0 and 1, such as 0.05, a Budget(products=..., "
+    "seconds=...), or None for no limit.",
+    above=0.0,
+    below=1.0,
 )
-"""The rule of ``time_budget``."""
+
+
+def time_limit(name: str, value: Any) -> Budget:
+    """The rule of ``time_budget``: a share of the training time, a `Budget`, or None."""
+    if value is None:
+        return UNLIMITED
+    if isinstance(value, Budget):
+        return value
+    return Budget(share=_share(name, value))
 
 
 @runtime_checkable
@@ -46,6 +54,10 @@ class Schedule(Protocol):
 class EveryNValidations:
     """Due at every n-th validation: n, 2 n, and so on.
 
+    Args:
+        n: At every how many validations.
+        during_validate: Whether ``trainer.validate()`` measures too.
+
     Raises:
         ValueError: n is below 1.
 
@@ -56,9 +68,11 @@ class EveryNValidations:
     """
 
     n: int = 1
+    during_validate: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, {"n": renamed("every_n_validations", whole_number(least=1))})
+        number = renamed("every_n_validations", whole_number(least=1))
+        check_fields(self, {"n": number, "during_validate": flag})
 
     def is_due(self, validation: int, step: int, last_step: int | None) -> bool:
         """Returns whether ``validation`` is one of every n."""
@@ -68,6 +82,10 @@ class EveryNValidations:
 @dataclass(frozen=True)
 class AtSteps:
     """Due at the first validation at or after each of the given optimizer steps.
+
+    Args:
+        steps: The steps.
+        during_validate: Whether ``trainer.validate()`` measures too.
 
     Raises:
         ValueError: No steps.
@@ -79,8 +97,10 @@ class AtSteps:
     """
 
     steps: Sequence[int]
+    during_validate: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, {"during_validate": flag})
         steps = self.steps.tolist() if isinstance(self.steps, np.ndarray) else self.steps
         if not is_collection(steps) or not steps:
             raise ArgumentError("steps", self.steps, "Give a list of at least one step.")
@@ -95,49 +115,36 @@ class AtSteps:
 
 @dataclass
 class TimeBudget:
-    """Keeps the time of the measurements within a share of the training time, or in seconds.
+    """Keeps the time of all measurements of a run within a share of the training time.
 
-    A share (below 1) is a bound on all measurements together: one is skipped while what has been
-    earned would not pay for it, judged by the last one (by twice that, if it was cut short). A
-    number of seconds (1 or more) bounds each measurement by itself.
+    One is skipped while what has been earned would not pay for it, judged by the last one (by
+    twice that, if it was cut short).
 
     Args:
-        limit: The share or the seconds; None for no bound.
-
-    Raises:
-        ValueError: ``limit`` is not positive.
+        share: Above 0, below 1; None for no bound.
     """
 
-    limit: float | None = None
+    share: float | None = None
     training: float = field(default=0.0, init=False)
     since_last: float = field(default=0.0, init=False)
     spent: float = field(default=0.0, init=False)
     expected: float = field(default=0.0, init=False)
 
-    def __post_init__(self) -> None:
-        check_fields(self, {"limit": renamed("time_budget", time_limit)})
-
-    @property
-    def _is_share(self) -> bool:
-        return self.limit is not None and self.limit < 1
-
     def trained(self, seconds: float) -> None:
-        """Adds training time (all that was not measuring)."""
+        """Add training time (all that was not measuring)."""
         self.training += seconds
         self.since_last += seconds
 
     def allows(self) -> bool:
-        """Returns whether a measurement may be made now."""
-        return not self._is_share or self.max_seconds() >= self.expected
+        """Return whether a measurement may be made now."""
+        return self.share is None or self.max_seconds() >= self.expected
 
     def max_seconds(self) -> float:
-        """Returns how long a measurement may take now; infinite without a bound."""
-        if self.limit is None:
-            return float("inf")
-        return self.limit * self.training - self.spent if self._is_share else self.limit
+        """Return how long a measurement may take now; infinite without a bound."""
+        return float("inf") if self.share is None else self.share * self.training - self.spent
 
     def measured(self, seconds: float) -> None:
-        """Adds the time of a measurement."""
+        """Add the time of a measurement."""
         cut = seconds >= self.max_seconds()
         self.spent += seconds
         self.since_last = 0.0

@@ -24,6 +24,8 @@ from lightning_hessian.cli.loading import (
     named,
     validation_metrics,
 )
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import PooledSLQ
 from lightning_hessian.measure.spectrum import hessian_spectrum
 from lightning_hessian.results import (
     ArgumentError,
@@ -188,9 +190,9 @@ def _measure(
             batches,
             num_eigenvalues=options.num_eigenvalues,
             parameters=options.parameters,
-            protocol=options.protocol,
+            protocol="converged" if options.protocol == "converged" else PooledSLQ(),
             tol=options.tol,
-            max_hvps=options.max_hvps,
+            budget=Budget(products=options.max_hvps),
             hvp=options.hvp,
             trace_probes=options.trace_probes,
             checkpoint=state if options.protocol == "converged" else None,

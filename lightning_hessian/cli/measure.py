@@ -10,7 +10,7 @@ from typing import Any
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.cli.arguments import a_device, a_path, package_name, read_as
 from lightning_hessian.measure.arguments import RULES
-from lightning_hessian.results.arguments import glob
+from lightning_hessian.results.arguments import glob, one_of
 
 SUMMARY = "measure the spectra of checkpoints already on disk"
 DESCRIPTION = """\
@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="loss(module, batch) -> mean loss (hessian_loss, else training_step)")  # fmt: skip
     add(
         "--protocol",
-        type=read_as(str, RULES["protocol"]),
+        type=read_as(str, one_of("converged", "pooled_slq")),
         default="converged",
         help="converged or pooled_slq (%(default)s)",
     )

@@ -36,8 +36,13 @@ class Instrument(Protocol):
         prefix: Section of the logged names: ``<prefix>/<statistic>``.
     """
 
-    name: str
-    prefix: str
+    @property
+    def name(self) -> str:
+        """What the instrument is called."""
+
+    @property
+    def prefix(self) -> str:
+        """Section of its logged names."""
 
     def check(self, model: nn.Module) -> None:
         """Raise ArgumentError where the arguments do not fit the model."""

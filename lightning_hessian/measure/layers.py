@@ -153,6 +153,7 @@ class LayersRecord:
             f"{statistic}_{name}": value
             for name, record in self.records.items()
             for statistic, value in record.scalars().items()
+            if statistic not in ("loss", "seconds", "num_eigenvalues")  # alike in all layers
         }
 
     def absent(self) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from lightning_hessian.probe.objective import LossFunction, Objective
 from lightning_hessian.probe.objectives import objective_over
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
+from lightning_hessian.probe.sharding.objective import ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,8 +67,6 @@ class Session:
     Attributes:
         model: The module, plain.
         space: The parameters.
-        objective: The loss over the probe batches.
-        loss: Its value, the mean loss over all probe samples.
         ranks: Who measures together.
 
     Example:
@@ -81,8 +81,6 @@ class Session:
 
     model: nn.Module
     space: ParameterSpace
-    objective: Objective
-    loss: float
     ranks: Ranks
 
     def __init__(
@@ -116,27 +114,37 @@ class Session:
         self._built = 0.0
 
     def __enter__(self) -> Session:
-        """Isolate the module, and evaluate the loss."""
-        begun = time.monotonic()
+        """Make the module plain, and learn who measures; what costs time is made when asked for."""
         with ExitStack() as stack:
             self.model = stack.enter_context(whole(self.model))
             self.space = ParameterSpace.select(self.model, self.parameters)
-            self.objective = objective_over(
-                self.process_group,
-                self.model,
-                self.loss_fn,
-                self.batches,
-                self.space,
-                batch_weight=self.loss_options.batch_weight,
-                mode=self.loss_options.mode,
-                seed=self.seed,
-            )
-            self.ranks = self.objective.ranks
-            stack.enter_context(self.objective.isolated())
-            self.loss = self.objective.value()
+            device = self.space.device
+            self.ranks = ranks_of(self.model, device) or Ranks.of(self.process_group, device)
             self._stack = stack.pop_all()
-        self.known.seconds_to_build = time.monotonic() - begun
         return self
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The loss over the probe batches; from its making on the module is isolated."""
+        begun = time.monotonic()
+        objective = objective_over(
+            self.process_group,
+            self.model,
+            self.loss_fn,
+            self.batches,
+            self.space,
+            batch_weight=self.loss_options.batch_weight,
+            mode=self.loss_options.mode,
+            seed=self.seed,
+        )
+        self._stack.enter_context(objective.isolated())
+        self.known.seconds_to_build = time.monotonic() - begun
+        return objective
+
+    @cached_property
+    def loss(self) -> float:
+        """The mean loss over all probe samples."""
+        return self.objective.value()
 
     def __exit__(self, *failure: object) -> bool | None:
         """Put everything back as it was, and remember what a product took."""
@@ -161,6 +169,7 @@ class Session:
         """
         if self._operator is None:
             begun = time.monotonic()
+            _ = self.loss  # a loss that is NaN is told as that, before anything is differentiated
             self._operator = hessian_operator(
                 self.objective, self.hvp, expected_products=self.expected_products
             )

@@ -44,7 +44,7 @@ _MOST_POINTS = 400
 """A chart of a thousand pixels shows no more."""
 
 _KIND = re.compile(r"^(pearson|differences|spearman|num_points)_")
-_OURS = re.compile(r"(hessian\w*|gradient|correlation)/")
+_OURS = re.compile(r"(hessian|layers|gradient|correlation)/")
 
 
 @checked(
@@ -279,10 +279,8 @@ def _panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]
     }
     for key in sorted({key for row in rows for key in row if _OURS.match(key)} - known):
         heading = key.partition("/")[0]
-        if heading.startswith("hessian_"):
-            plans.setdefault(f"Layer {heading.removeprefix('hessian_')}", []).append(
-                Lines(key.partition("/")[2], (key,))
-            )
+        if heading == "layers":
+            plans.setdefault("Layers", []).append(Lines(key.partition("/")[2], (key,)))
     for heading, panels in plans.items():
         charts = [_chart(rows, panel, monitors) for panel in panels if isinstance(panel, Lines)]
         charts = [chart for chart in charts if chart["series"]]

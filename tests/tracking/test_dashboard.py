@@ -154,7 +154,10 @@ def save(home: Path, url: str, key: str | None, *arguments: str) -> Any:
     if key is not None:
         environment["WANDB_API_KEY"] = key
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lightning_hessian.cli.main", "workspace", *arguments],
+        [
+            sys.executable, "-W", "ignore", "-m", "lightning_hessian.cli.main", "workspace",
+            *arguments,
+        ],
         env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
         stdin=subprocess.DEVNULL, timeout=120, check=False,
     )  # fmt: skip
