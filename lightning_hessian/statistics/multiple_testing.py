@@ -9,7 +9,7 @@ from lightning_hessian.results import FloatArray
 
 
 def holm(p_values: ArrayLike) -> FloatArray:
-    """Returns p-values adjusted by Holm: below 0.05, at most 5 % to err even once.
+    """Return p-values adjusted by Holm: below 0.05, at most 5 % to err even once.
 
     Args:
         p_values: The p-values [m]; a NaN stays NaN and is no test.
@@ -20,11 +20,18 @@ def holm(p_values: ArrayLike) -> FloatArray:
         >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
         [0.03, 0.06, 0.06]
     """
-    return _adjusted(p_values, lambda p: np.maximum.accumulate(p * np.arange(len(p), 0, -1)))
+    p = np.asarray(p_values, dtype=np.float64)
+    tested = np.flatnonzero(np.isfinite(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    found = np.full(len(p), np.nan)
+    found[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1.0)
+    return found
 
 
 def benjamini_hochberg(p_values: ArrayLike) -> FloatArray:
-    """Returns q-values: of the tests with q below 0.05, at most 5 % are expected to be wrong.
+    """Return q-values: of the tests with q below 0.05, at most 5 % are expected to be wrong.
+
+    `scipy.stats.false_discovery_control`, which takes no NaN.
 
     Args:
         p_values: The p-values [m]; a NaN stays NaN and is no test.
@@ -35,18 +42,11 @@ def benjamini_hochberg(p_values: ArrayLike) -> FloatArray:
         >>> benjamini_hochberg([0.01, 0.04, 0.03]).round(3).tolist()
         [0.03, 0.04, 0.04]
     """
+    from scipy.stats import false_discovery_control
 
-    def adjust(p: FloatArray) -> FloatArray:
-        scaled = p * len(p) / np.arange(1, len(p) + 1)
-        return np.minimum.accumulate(scaled[::-1])[::-1]
-
-    return _adjusted(p_values, adjust)
-
-
-def _adjusted(p_values: ArrayLike, adjust) -> FloatArray:  # type: ignore[no-untyped-def]
     p = np.asarray(p_values, dtype=np.float64)
+    tested = np.isfinite(p)
     found = np.full(len(p), np.nan)
-    tested = np.flatnonzero(np.isfinite(p))
-    order = tested[np.argsort(p[tested], kind="stable")]
-    found[order] = np.minimum(adjust(p[order]), 1.0)
+    if tested.any():
+        found[tested] = false_discovery_control(p[tested])
     return found
