@@ -46,9 +46,9 @@ from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.reports.live import follow
 from lightning_hessian.results import arguments as rules
-from lightning_hessian.statistics import power_law, subspace, theory
+from lightning_hessian.statistics import power_law, significance, subspace, theory
 from lightning_hessian.statistics.eigengaps import davis_kahan_bound
-from lightning_hessian.tracking.power_law_metric import PowerLawFit
+from lightning_hessian.tracking.power_law_metric import PowerLawMetric
 
 
 class Net(nn.Module):
@@ -126,8 +126,8 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 """What ``lightning_hessian`` exports, with arguments that work."""
 
 DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "power_law.critical_value": (power_law.critical_value, {"k": 9}),
-    "power_law.lilliefors_p_value": (power_law.lilliefors_p_value, {"ks_distance": 0.1, "k": 9}),
+    "significance.critical_value": (significance.critical_value, {"k": 9}),
+    "significance.lilliefors_p_value": (significance.lilliefors_p_value, {"ks_distance": 0.1, "k": 9}),
     "power_law.optimal_cutoff": (
         power_law.optimal_cutoff, {"values": np.arange(1.0, 30.0), "k_min": 5},
     ),
@@ -154,7 +154,7 @@ DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "theory.marchenko_pastur": (theory.marchenko_pastur, {"x": [1.0], "ratio": 0.5}),
     "theory.marchenko_pastur_edges": (theory.marchenko_pastur_edges, {"ratio": 0.5}),
     "theory.semicircle": (theory.semicircle, {"x": [1.0]}),
-    "PowerLawFit": (PowerLawFit, {}),
+    "PowerLawMetric": (PowerLawMetric, {}),
     "follow": (follow, {"folder": RUN, "out": "page", "monitor": "val_loss", "once": True}),
     "read_spectra": (read_spectra, {"path": RUN}),
     "read_offline_run": (read_offline_run, {"path": RUN}),

@@ -26,11 +26,8 @@ from torch import Tensor, nn
 
 from lightning_hessian import PowerLawFit, fit_power_law, hessian_spectrum
 from lightning_hessian.results import FloatArray, HessianSpectrum, load_spectrum, save_spectrum
-from lightning_hessian.statistics.power_law import (
-    critical_value,
-    ks_distance_by_cutoff,
-    optimal_cutoff,
-)
+from lightning_hessian.statistics.power_law import ks_distance_by_cutoff, optimal_cutoff
+from lightning_hessian.statistics.significance import critical_value
 from lightning_hessian.tracking.style import COLOURS, new_figure, quiet_grid
 
 CUTOFFS = (50, 100, 200, 333, 500, 600, 700, 800, 900, 1000)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hessian.results import ArgumentError
-from lightning_hessian.results.arguments import Rule, nonempty_text, path_name
+from lightning_hessian.results.arguments import Rule, nonempty_text
+from lightning_hessian.results.path_arguments import path_name
 
 
 def read_as(convert: Callable[[str], Any], rule: Rule) -> Callable[[str], Any]:

@@ -27,11 +27,10 @@ from lightning_hessian.results.arguments import (
     flag,
     num_workers,
     optional,
-    path_name,
-    paths,
     texts,
 )
 from lightning_hessian.results.outside import printable, unreadable
+from lightning_hessian.results.path_arguments import path_name, paths
 
 Source = str | PathLike[str]
 LONG_RUN_KEYS = ("hessian*/*", "gradient*/*", "*loss*", "*error*", "*acc*", "epoch", "identity/*")

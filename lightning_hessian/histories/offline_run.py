@@ -27,6 +27,7 @@ from lightning_hessian.results.outside import (
     printable,
     unreadable,
 )
+from lightning_hessian.results.path_arguments import path_name
 
 __all__ = ["EmptyRunError", "OfflineRun", "finite_or_float", "read_offline_run"]
 
@@ -91,7 +92,7 @@ class OfflineRun:
         return [row for row in self.rows if all(row.get(key) is not None for key in wanted)]
 
 
-@arguments.checked({"path": arguments.path_name, "summary": arguments.flag})
+@arguments.checked({"path": path_name, "summary": arguments.flag})
 def read_offline_run(path: str | PathLike[str], *, summary: bool = True) -> OfflineRun:
     """The offline run at ``path``, as far as its file is whole.
 

@@ -19,6 +19,7 @@ from lightning_hessian.results.outside import (
     reason,
     unreadable,
 )
+from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.tracking.loggers import STEP
 from lightning_hessian.tracking.spectra import StoredSpectrum, decode_spectrum
 
@@ -26,7 +27,7 @@ Spectra = dict[str, list[tuple[int, StoredSpectrum]]]
 """By what was measured (``"hessian"``, ``"gradient"``): step and spectrum, in order of steps."""
 
 
-@arguments.checked({"path": arguments.path_name})
+@arguments.checked({"path": path_name})
 def read_spectra(path: str | PathLike[str]) -> Spectra:
     """Return the spectra of all measurements of a run.
 

@@ -17,8 +17,6 @@ from lightning_hessian.probe.partition import partition_choice
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     Rule,
-    existing_folder,
-    file_to_write,
     flag,
     function_of,
     memory,
@@ -31,6 +29,7 @@ from lightning_hessian.results.arguments import (
     tolerance,
     whole_number,
 )
+from lightning_hessian.results.path_arguments import existing_folder, file_to_write
 from lightning_hessian.solvers.storage import BasisStorage
 
 MOST_PROBES = 10_000

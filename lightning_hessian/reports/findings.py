@@ -15,10 +15,8 @@ from lightning_hessian.reports.across import (
     Scaling,
 )
 from lightning_hessian.reports.within import OverRuns, WithinRun
-from lightning_hessian.results.arguments import (
-    checked,
-    path_name,
-)
+from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.path_arguments import path_name
 
 
 @dataclass(frozen=True, eq=False)

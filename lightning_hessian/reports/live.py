@@ -32,9 +32,9 @@ from lightning_hessian.results.arguments import (
     flag,
     live_interval,
     monitor_names,
-    path_name,
 )
 from lightning_hessian.results.escaping import visible
+from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.tracking.dashboard import Lines, sections
 from lightning_hessian.tracking.history import Row, key_part
 from lightning_hessian.tracking.loggers import STEP

@@ -11,6 +11,7 @@ from lightning_hessian.results.files import load_spectrum, save_spectrum
 from lightning_hessian.results.gradients import GradientStructure, RowTests
 from lightning_hessian.results.outside import UnreadableFileError
 from lightning_hessian.results.spectrum import (
+    Alternative,
     Eigengaps,
     HessianSpectrum,
     PowerLawFit,
@@ -18,6 +19,7 @@ from lightning_hessian.results.spectrum import (
 )
 
 __all__ = [
+    "Alternative",
     "ArgumentError",
     "BlockStructure",
     "Eigengaps",

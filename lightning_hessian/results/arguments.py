@@ -12,9 +12,7 @@ import inspect
 import math
 import numbers
 import operator
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -191,7 +189,7 @@ def real_number(
     """
 
     def check(name: str, value: Any) -> float:
-        number = _as_float(value)
+        number = as_float(value)
         if number is not None and above < number < below and least <= number <= most:
             return value if type(value) in (int, float) else number
         raise ArgumentError(name, value, remedy)
@@ -199,7 +197,7 @@ def real_number(
     return check
 
 
-def _as_float(value: Any) -> float | None:
+def as_float(value: Any) -> float | None:
     """Return a real number as a float, None for what is none or is not finite."""
     if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool_)):
         return None
@@ -245,40 +243,6 @@ def row_choice(name: str, value: Any) -> Any:
     return real_number("Give 'last', 'best', or a step from 0 on.", least=0.0)(name, value)
 
 
-def real_values(name: str, value: Any) -> Any:
-    """The rule of an array: real numbers, of any shape; returns them as a NumPy array.
-
-    Raises:
-        ArgumentError: Words, complex numbers, None, booleans, or a tensor that has no NumPy form.
-    """
-    remedy = "Give real numbers: a list, an array or a tensor on the CPU."
-    if getattr(value, "requires_grad", False) is True:
-        remedy = "Give a tensor without gradient: values.detach().cpu()."
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(name, value, remedy) from error
-    if array.dtype == object and all(_as_float(each) is not None for each in array.flat):
-        return array.astype(np.float64)  # fractions and decimals
-    if array.dtype.kind not in "iuf" and array.size:
-        raise ArgumentError(name, value, remedy)
-    return array
-
-
-def finite_values(name: str, value: Any) -> Any:
-    """The rule of an array of finite real numbers, of any shape."""
-    array = real_values(name, value)
-    num_bad = int(np.count_nonzero(~np.isfinite(array)))
-    if num_bad:
-        raise ArgumentError(
-            name,
-            value,
-            f"{num_bad} of the {array.size} values are NaN or infinite, so their rank is unknown; "
-            "leave them out, or mend what made them.",
-        )
-    return array
-
-
 def whole_numbers(*, least: int) -> Rule:
     """Return the rule of several whole numbers; returns a list.
 
@@ -293,14 +257,6 @@ def whole_numbers(*, least: int) -> Rule:
         return [one(name, number) for number in value]
 
     return check
-
-
-def real_matrix(name: str, value: Any) -> Any:
-    """The rule of a matrix: finite real numbers in two dimensions, neither empty."""
-    matrix = finite_values(name, value)
-    if matrix.ndim != 2 or not matrix.size:
-        raise ArgumentError(name, value, f"Its shape is {matrix.shape}; give a matrix, row by row.")
-    return matrix
 
 
 # Words and functions -----------------------------------------------------------------------------
@@ -412,65 +368,3 @@ def glob(name: str, value: Any) -> Any:
         except re.error as error:
             raise ArgumentError(name, value, f"It is no regular expression: {error}.") from None
     return value
-
-
-# Places on the disk ------------------------------------------------------------------------------
-
-
-def path_name(name: str, value: Any) -> Any:
-    """The rule of a path, of a file or folder that may or may not exist."""
-    if isinstance(value, (str, os.PathLike)):
-        place = os.fspath(value)
-        # Path("") is ".", which a forgotten variable should not stand for.
-        if isinstance(place, str) and place.strip() and "\0" not in place:
-            if max(map(len, map(os.fsencode, place.split(os.sep)))) > 255:
-                raise ArgumentError(name, value, "A part of this path is longer than 255 bytes.")
-            return value
-    raise ArgumentError(name, value, "Give the path of a file or folder.")
-
-
-def file_to_write(name: str, value: Any) -> Any:
-    """The rule of a file that will be written: no folder, and in a folder that exists."""
-    path_name(name, value)
-    folder = os.path.dirname(os.path.abspath(value))
-    if os.path.isdir(value):
-        raise ArgumentError(name, value, "It is a folder; give the path of a file.")
-    if not os.path.isdir(folder):
-        raise ArgumentError(name, value, f"There is no folder {folder!r}; make it first.")
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # more than os.access knows: a full disk, root
-            pass
-    except OSError as error:
-        remedy = f"Nothing can be written to {folder!r} ({error.strerror}); give another path."
-        raise ArgumentError(name, value, remedy) from error
-    return value
-
-
-def existing_folder(name: str, value: Any) -> Any:
-    """The rule of a folder that must be there and can be written to."""
-    path_name(name, value)
-    if not os.path.isdir(value):
-        raise ArgumentError(name, value, f"There is no folder {os.fspath(value)!r}; make it first.")
-    if not os.access(value, os.W_OK):
-        raise ArgumentError(name, value, "Nothing can be written to this folder; give another.")
-    return value
-
-
-def paths(remedy: str) -> Rule:
-    """Return the rule of a path or a sequence of paths; returns a list.
-
-    Args:
-        remedy: What to give.
-    """
-
-    def check(name: str, value: Any) -> list[Any]:
-        single = isinstance(value, (str, bytes, os.PathLike, Mapping))
-        found = list(value) if isinstance(value, Iterable) and not single else [value]
-        try:
-            if found:
-                return [path_name(name, one) for one in found]
-        except ArgumentError:
-            pass
-        raise ArgumentError(name, value, remedy)
-
-    return check

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,6 +94,40 @@ class HessianSpectrum:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """Another distribution above the same cutoff, and how much less likely it makes the values.
+
+    Attributes:
+        name: ``"lognormal"``, ``"truncated_power_law"`` (p(x) ~ x^-alpha exp(-Lambda x)) or
+            ``"exponential"`` (p(x) ~ exp(-Lambda x)).
+        log_likelihood_ratio: Vuong's statistic R / (sigma sqrt(K)): R is the sum over the values
+            of ln p_power_law(x) - ln p_alternative(x), sigma the standard deviation of these
+            terms. Positive: the power law is likelier; negative: the alternative is. None where
+            the comparison failed.
+        p_value: How often chance alone gives a ratio so far from 0, if both are equally good: a
+            small one says that the sign can be relied on, a large one that the values do not
+            decide. The truncated power law contains the power law, so its ratio is never
+            positive, but for rounding, and p is that of 2 abs(R) under chi-squared with one
+            degree of freedom; up to twice too large, for Lambda = 0 is the end of its range.
+            None where the comparison failed.
+        parameters: The maximum-likelihood parameters, by powerlaw's names: ``mu`` and ``sigma``
+            of the logarithms, ``alpha``, ``Lambda``. Where the optimizer did not converge, those
+            where it stopped.
+        reason: Why there is no ratio, one sentence; None where there is one. With thousands of
+            values from a true power law the lognormal often has none: the larger -mu and sigma,
+            the closer it comes, and the optimizer finds no end.
+
+    Sources: Clauset et al. 2009, section 5 and appendix C; Vuong 1989.
+    """
+
+    name: str
+    log_likelihood_ratio: float | None
+    p_value: float | None
+    parameters: dict[str, float] = field(hash=False)
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class PowerLawFit:
     """A power law p(x) ~ x^-beta fitted to the K largest values, with its goodness of fit.
 
@@ -112,6 +146,8 @@ class PowerLawFit:
         num_values: K.
         significance: Level of ``critical_value``.
         reason: Why there is no verdict, one sentence; None where there is one.
+        alternatives: Other distributions held against the power law; empty where
+            `fit_power_law` was not asked for them.
     """
 
     exponent: float
@@ -125,6 +161,7 @@ class PowerLawFit:
     num_values: int
     significance: float
     reason: str | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator
-from lightning_hessian.results.arguments import file_to_write
+from lightning_hessian.results.path_arguments import file_to_write
 from lightning_hessian.solvers import checkpoint as checkpoints
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage, placed
 from lightning_hessian.solvers.termination import keeps_state_on_sigterm

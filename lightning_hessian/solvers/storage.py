@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.results import ArgumentError, MeasurementError
-from lightning_hessian.results.arguments import existing_folder, memory, one_of, optional
+from lightning_hessian.results.arguments import memory, one_of, optional
+from lightning_hessian.results.path_arguments import existing_folder
 
 _TIERS = ("auto", "device", "cpu", "disk")
 _PROJECTED_NUMBERS = 4

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from lightning_hessian.results import ArgumentError, Eigengaps, FloatArray, arguments
+from lightning_hessian.results import ArgumentError, Eigengaps, FloatArray, array_arguments
 from lightning_hessian.results.arguments import (
     checked,
     flag,
@@ -25,8 +25,8 @@ _MIN_POSITIVE_GAPS = 3
 
 
 _RULES = {
-    "eigenvalues": arguments.finite_values,
-    "residuals": optional(arguments.real_values),
+    "eigenvalues": array_arguments.finite_values,
+    "residuals": optional(array_arguments.real_values),
     "significance": significance_level,
     "perturbation_norm": real_number("It is not a norm; give eps * norm(M) >= 0.", least=0.0),
     "complete": flag,

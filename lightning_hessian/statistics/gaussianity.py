@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lightning_hessian.results import FloatArray, RowTests
-from lightning_hessian.statistics.power_law import _ks_distances, critical_value
+from lightning_hessian.statistics.significance import critical_value, exponential_distances
 
 # Elements worked on at a time; 2 MiB in float64 stay in the cache.
 _CHUNK = 2**18
@@ -123,7 +123,7 @@ def ks_distances(rows: NDArray[Any], num_values: int) -> FloatArray:
     distances = np.full(len(rows), np.nan)
     if usable.any():
         ascending, cutoff = ascending[usable], cutoff[usable]
-        distances[usable] = _ks_distances(np.log1p((ascending - cutoff) / cutoff))
+        distances[usable] = exponential_distances(np.log1p((ascending - cutoff) / cutoff))
     return distances
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import linalg
 
-from lightning_hessian.results import FloatArray, arguments
-from lightning_hessian.results.arguments import checked, real_values, significance_level
+from lightning_hessian.results import FloatArray, array_arguments
+from lightning_hessian.results.arguments import checked, significance_level
+from lightning_hessian.results.array_arguments import real_values
 from lightning_hessian.statistics.power_law import finite_values
 
 
@@ -37,7 +38,7 @@ class Proportionality:
 _RULES = {
     "first": real_values,
     "second": real_values,
-    "eigenvalues": arguments.finite_values,
+    "eigenvalues": array_arguments.finite_values,
     "significance": significance_level,
 }
 

@@ -18,14 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_hessian.results import ArgumentError, FloatArray
-from lightning_hessian.results.arguments import (
-    checked,
-    real_matrix,
-    real_number,
-    real_values,
-    seed_number,
-    whole_number,
-)
+from lightning_hessian.results.arguments import checked, real_number, seed_number, whole_number
+from lightning_hessian.results.array_arguments import real_matrix, real_values
 
 THEOREM_2_SLOPES = {"ww_cross_entropy": -1, "ww_squared_error": -1, "vv_cross_entropy": -2}
 """Powers of C at which the ratios of expected squared norms vanish (HBS theorem 2, eq. 28)."""

@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_hessian.results import FloatArray, HessianSpectrum, PowerLawFit
 from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.statistics.power_law import (
-    critical_value,
     fit_power_law,
     ks_distance_by_cutoff,
     optimal_cutoff,
 )
+from lightning_hessian.statistics.significance import critical_value
 from lightning_hessian.statistics.subspace import num_outliers
 from lightning_hessian.tracking.style import (
     COLOURS,

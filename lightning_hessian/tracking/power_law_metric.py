@@ -31,10 +31,10 @@ STATISTICS = {
     "beta_sigma": "exponent_std_error",
     "s_hat": "slope",
 }
-"""What `PowerLawFit` can compute: as it is logged, and as it is called in the record."""
+"""What `PowerLawMetric` can compute: as it is logged, and as it is called in the record."""
 
 
-class PowerLawFit(Metric):
+class PowerLawMetric(Metric):
     """A statistic of the power law fitted to values, as a metric.
 
     Values of several updates are pooled. Under DDP the values of all ranks are pooled too, except
@@ -52,7 +52,7 @@ class PowerLawFit(Metric):
         ValueError: An unknown statistic, ``k`` below 2, or no level.
 
     Example:
-        >>> metric = PowerLawFit("s_hat")
+        >>> metric = PowerLawMetric("s_hat")
         >>> metric.update(torch.tensor([16.0, 8.0, 4.0, 2.0, 1.0, -0.5]))
         >>> round(metric.compute().item(), 4)  # twice the logarithm of 2
         1.3863

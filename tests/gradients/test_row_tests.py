@@ -12,7 +12,8 @@ from scipy import stats
 
 from lightning_hessian.statistics import gaussianity
 from lightning_hessian.statistics.gaussianity import ks_distances, normal_p_values, row_tests
-from lightning_hessian.statistics.power_law import critical_value, fit_power_law
+from lightning_hessian.statistics.power_law import fit_power_law
+from lightning_hessian.statistics.significance import critical_value
 
 
 def _rng(seed: int) -> np.random.Generator:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hessian.statistics.power_law import critical_value, exponent_std_error, slope
+from lightning_hessian.statistics.power_law import exponent_std_error, slope
+from lightning_hessian.statistics.significance import critical_value
 
 with Path(__file__).with_name("hpl_tables.csv").open(newline="") as file:
     ROWS = list(csv.DictReader(file))

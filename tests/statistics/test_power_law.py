@@ -12,16 +12,18 @@ import powerlaw
 import pytest
 from scipy import stats
 
-from lightning_hessian.statistics import power_law
 from lightning_hessian.statistics.power_law import (
-    LEAST_FOR_VERDICT,
-    critical_value,
     exponent_std_error,
     fit_power_law,
     ks_distance_by_cutoff,
-    lilliefors_p_value,
     optimal_cutoff,
     slope,
+)
+from lightning_hessian.statistics.significance import (
+    LEAST_FOR_VERDICT,
+    _null_distances,
+    critical_value,
+    lilliefors_p_value,
 )
 
 
@@ -233,7 +235,7 @@ class TestPValue:
         assert abs(fit.p_value - p) < 4 * error + 1e-3
         # Not at one point alone: the whole null distribution is the same.
         # Rounded, since for small K the distance is often 1/K, but for the last bit.
-        ours = power_law._null_distances(size).round(9)
+        ours = _null_distances(size).round(9)
         assert stats.ks_2samp(ours, theirs.null_distribution.round(9)).pvalue > 0.01
 
     @pytest.mark.parametrize("size", [50, 200, 1000])
@@ -292,7 +294,7 @@ class TestPValue:
 
     def test_is_the_same_each_time(self):
         first = lilliefors_p_value(0.1, 60)
-        power_law._null_distances.cache_clear()
+        _null_distances.cache_clear()
         assert lilliefors_p_value(0.1, 60) == first
 
     def test_scaling_beyond_the_largest_simulated_size(self):
@@ -311,7 +313,7 @@ class TestPValue:
             assert abs(p - level) < 3 * error
 
     def test_null_is_quick_and_its_memory_bounded(self):
-        power_law._null_distances.cache_clear()
+        _null_distances.cache_clear()
         start = time.perf_counter()
         fit_power_law(pareto(2.0, 1000, seed=0))
         assert time.perf_counter() - start < 3.0  # 0.2 s on two idle cores

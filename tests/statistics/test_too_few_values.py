@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 
 from lightning_hessian import hessian_spectrum
-from lightning_hessian.statistics.power_law import LEAST_FOR_VERDICT, fit_power_law
-from lightning_hessian.tracking.power_law_metric import PowerLawFit
+from lightning_hessian.statistics.power_law import fit_power_law
+from lightning_hessian.statistics.significance import LEAST_FOR_VERDICT
+from lightning_hessian.tracking.power_law_metric import PowerLawMetric
 from lightning_hessian.tracking.scalars import power_law_scalars, spectrum_scalars
 from lightning_hessian.tracking.style import verdict
 
@@ -48,7 +49,7 @@ def test_too_few_values_have_no_verdict(k):
     assert str(LEAST_FOR_VERDICT) in fit.reason
     assert "power_law" not in power_law_scalars(fit)
     assert "too few" in verdict(fit)
-    metric = PowerLawFit("power_law")
+    metric = PowerLawMetric("power_law")
     with pytest.warns(UserWarning, match="too few"):
         assert torch.isnan(metric(torch.from_numpy(values)))
 

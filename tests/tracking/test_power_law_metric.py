@@ -18,7 +18,7 @@ from scipy import stats
 from torchmetrics import MetricCollection
 
 from lightning_hessian.statistics.power_law import fit_power_law
-from lightning_hessian.tracking.power_law_metric import STATISTICS, PowerLawFit
+from lightning_hessian.tracking.power_law_metric import STATISTICS, PowerLawMetric
 
 VALUES = torch.tensor(stats.pareto(1.1).rvs(90, random_state=np.random.default_rng(1)))
 
@@ -32,7 +32,7 @@ def clauset(values: np.ndarray) -> float:
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_it_is_the_pure_function(statistic: str) -> None:
-    metric = PowerLawFit(statistic, k=40, significance=0.1)
+    metric = PowerLawMetric(statistic, k=40, significance=0.1)
     metric.update(VALUES[:50].reshape(5, 10))
     metric.update(VALUES[50:].float())
     pooled = torch.cat([VALUES[:50], VALUES[50:].float().double()])
@@ -43,13 +43,13 @@ def test_it_is_the_pure_function(statistic: str) -> None:
 
 
 def test_the_slope_is_that_of_another_library() -> None:
-    metric = PowerLawFit("s_hat")
+    metric = PowerLawMetric("s_hat")
     metric.update(VALUES)
     assert metric.compute().item() == pytest.approx(clauset(VALUES.numpy()), rel=1e-6)
 
 
 def test_reset_clone_pickle_forward_and_collection() -> None:
-    metric = PowerLawFit("beta_hat")
+    metric = PowerLawMetric("beta_hat")
     metric.update(VALUES)
     expected = metric.compute()
     for other in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
@@ -59,15 +59,17 @@ def test_reset_clone_pickle_forward_and_collection() -> None:
         assert other.compute() != expected
     assert metric.compute() == expected, "a clone shares no state"
     metric.reset()
-    assert metric(VALUES[:30]) == PowerLawFit("beta_hat")(VALUES[:30])
+    assert metric(VALUES[:30]) == PowerLawMetric("beta_hat")(VALUES[:30])
     metric(VALUES[30:])
     assert metric.compute() == pytest.approx(expected)
-    found = MetricCollection([PowerLawFit("d_ks")])(VALUES)
-    assert found["PowerLawFit"].item() == pytest.approx(fit_power_law(VALUES.numpy()).ks_distance)
+    found = MetricCollection([PowerLawMetric("d_ks")])(VALUES)
+    assert found["PowerLawMetric"].item() == pytest.approx(
+        fit_power_law(VALUES.numpy()).ks_distance
+    )
 
 
 def test_half_precision_values_and_gradients() -> None:
-    metric = PowerLawFit().half()
+    metric = PowerLawMetric().half()
     metric.update(VALUES.bfloat16().requires_grad_())
     assert metric.compute().item() == pytest.approx(clauset(VALUES.numpy()), rel=0.02)
     assert not metric.compute().requires_grad
@@ -75,7 +77,7 @@ def test_half_precision_values_and_gradients() -> None:
 
 @pytest.mark.parametrize("values", [[], [-1.0, -2.0], [3.0], [2.0, 2.0], [1.0, float("nan")]])
 def test_what_cannot_be_fitted_is_nan_with_a_reason(values: list[float]) -> None:
-    metric = PowerLawFit("s_hat")
+    metric = PowerLawMetric("s_hat")
     metric.update(torch.tensor(values))
     with pytest.warns(UserWarning, match="s_hat is NaN: "):
         assert metric.compute().isnan()
@@ -84,7 +86,7 @@ def test_what_cannot_be_fitted_is_nan_with_a_reason(values: list[float]) -> None
 @pytest.mark.parametrize("wrong", [{"statistic": "alpha"}, {"k": 1}, {"significance": 0}])
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="|".join(["Choose from", "at least 2", "significance"])):
-        PowerLawFit(**wrong)
+        PowerLawMetric(**wrong)
 
 
 def _rank(rank: int, file: str, results: Any) -> None:
@@ -95,7 +97,7 @@ def _rank(rank: int, file: str, results: Any) -> None:
     found = []
     parts = VALUES.split([20, 30, 40])
     for mine in (VALUES, parts[rank], parts[rank] if rank != 1 else None):
-        metric = PowerLawFit("d_ks")
+        metric = PowerLawMetric("d_ks")
         if mine is not None:
             half = len(mine) // 2
             metric.update(mine[:half])
@@ -129,7 +131,7 @@ def test_in_self_log(tmp_path: Path) -> None:
     class Logs(Regression):
         def __init__(self) -> None:
             super().__init__()
-            self.slope = PowerLawFit("s_hat")
+            self.slope = PowerLawMetric("s_hat")
             self.seen: list[torch.Tensor] = []
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
