@@ -127,7 +127,9 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "significance.critical_value": (significance.critical_value, {"k": 9}),
-    "significance.lilliefors_p_value": (significance.lilliefors_p_value, {"ks_distance": 0.1, "k": 9}),
+    "significance.lilliefors_p_value": (
+        significance.lilliefors_p_value, {"ks_distance": 0.1, "k": 9},
+    ),
     "power_law.optimal_cutoff": (
         power_law.optimal_cutoff, {"values": np.arange(1.0, 30.0), "k_min": 5},
     ),

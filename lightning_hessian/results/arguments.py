@@ -83,7 +83,7 @@ def checked(rules: Rules) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 
 def anything(name: str, value: Any) -> Any:
-    """The rule of what cannot be wrong."""
+    """Take anything: the rule of what cannot be wrong."""
     return value
 
 
@@ -209,7 +209,7 @@ def as_float(value: Any) -> float | None:
 
 
 def seed_number(name: str, value: Any) -> int:
-    """The rule of a seed: a whole number from 0 to 2^32 - 1."""
+    """Check a seed: a whole number from 0 to 2^32 - 1."""
     return int(whole_number(least=0, most=MOST_SEED)(name, value))
 
 
@@ -237,7 +237,7 @@ num_workers = whole_number(least=1, most=4096)
 
 
 def row_choice(name: str, value: Any) -> Any:
-    """The rule of ``at``, the row that stands for a run: a word, or a step."""
+    """Check ``at``, the row that stands for a run: a word, or a step."""
     if isinstance(value, str) and value in ("last", "best"):
         return value
     return real_number("Give 'last', 'best', or a step from 0 on.", least=0.0)(name, value)
@@ -263,7 +263,7 @@ def whole_numbers(*, least: int) -> Rule:
 
 
 def flag(name: str, value: Any) -> bool:
-    """The rule of a switch: True or False, and nothing that is only as good as one."""
+    """Check a switch: True or False, and nothing that is only as good as one."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise ArgumentError(name, value, "Give True or False.")
@@ -285,7 +285,7 @@ def _choice(choices: Iterable[Any]) -> str:
 
 
 def nonempty_text(name: str, value: Any) -> str:
-    """The rule of a word or name that is not empty."""
+    """Check a word or name that is not empty."""
     if isinstance(value, str) and value.strip():
         return value
     raise ArgumentError(name, value, "Give a text that is not empty.")
@@ -355,7 +355,7 @@ progress_function = function_of("num_products", "num_converged")
 
 
 def glob(name: str, value: Any) -> Any:
-    """The rule of a pattern: a glob, ``"re:<expression>"`` or a compiled expression."""
+    """Check a pattern: a glob, ``"re:<expression>"`` or a compiled expression."""
     if isinstance(value, re.Pattern) and isinstance(value.pattern, str):
         return value
     if not isinstance(value, str) or not value:

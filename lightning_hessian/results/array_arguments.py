@@ -11,7 +11,7 @@ from lightning_hessian.results.base import ArgumentError
 
 
 def real_values(name: str, value: Any) -> Any:
-    """The rule of an array: real numbers, of any shape; returns them as a NumPy array.
+    """Check an array: real numbers, of any shape; return them as a NumPy array.
 
     Raises:
         ArgumentError: Words, complex numbers, None, booleans, or a tensor that has no NumPy form.
@@ -31,7 +31,7 @@ def real_values(name: str, value: Any) -> Any:
 
 
 def finite_values(name: str, value: Any) -> Any:
-    """The rule of an array of finite real numbers, of any shape."""
+    """Check an array of finite real numbers, of any shape."""
     array = real_values(name, value)
     num_bad = int(np.count_nonzero(~np.isfinite(array)))
     if num_bad:
@@ -45,7 +45,7 @@ def finite_values(name: str, value: Any) -> Any:
 
 
 def real_matrix(name: str, value: Any) -> Any:
-    """The rule of a matrix: finite real numbers in two dimensions, neither empty."""
+    """Check a matrix: finite real numbers in two dimensions, neither empty."""
     matrix = finite_values(name, value)
     if matrix.ndim != 2 or not matrix.size:
         raise ArgumentError(name, value, f"Its shape is {matrix.shape}; give a matrix, row by row.")

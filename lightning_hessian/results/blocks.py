@@ -95,7 +95,7 @@ class BlockStructure:
         return found
 
     def group_ratio(self, group: str) -> float | None:
-        """Returns the off-diagonal ratio among the blocks of one group alone (HBS, theorem 2).
+        """Return the off-diagonal ratio among the blocks of one group alone (HBS, theorem 2).
 
         Raises:
             ValueError: There is no such group.

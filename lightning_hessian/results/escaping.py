@@ -24,7 +24,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", *"\uff1d\uff0b\uff0d\uff20")  
 
 
 def visible(text: str) -> str:
-    r"""Returns text with a replacement character for whatever cannot be seen, or misleads.
+    r"""Return text with a replacement character for whatever cannot be seen, or misleads.
 
     Example:
         >>> visible("run\x1b[2J")
@@ -34,7 +34,7 @@ def visible(text: str) -> str:
 
 
 def html_text(text: str) -> str:
-    """Returns text as it stands in an HTML page, between tags or in a quoted attribute.
+    """Return text as it stands in an HTML page, between tags or in a quoted attribute.
 
     Example:
         >>> html_text('<img src="x">')
@@ -44,7 +44,7 @@ def html_text(text: str) -> str:
 
 
 def markdown_text(text: str) -> str:
-    r"""Returns text that no Markdown renderer takes for markup: no tags, links, images, tables.
+    r"""Return text that no Markdown renderer takes for markup: no tags, links, images, tables.
 
     What begins an address or a mention (``https:``, ``www.``, ``@``), and a formula (``$``) on
     GitHub, is broken by an entity, which every renderer shows as the character itself.
@@ -59,7 +59,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_line(text: str) -> str:
-    """Returns Markdown whose first characters begin no list, rule or heading.
+    """Return Markdown whose first characters begin no list, rule or heading.
 
     Args:
         text: What `markdown_text` returned.
@@ -78,7 +78,7 @@ def markdown_line(text: str) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """Returns what a cell of a CSV file holds: text that a spreadsheet would run is quoted.
+    """Return what a cell of a CSV file holds: text that a spreadsheet would run is quoted.
 
     Numbers stay numbers, also those that were logged as text.
 

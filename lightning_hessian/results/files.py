@@ -27,7 +27,7 @@ def save_spectrum(
     path: str | os.PathLike[str],
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a spectrum, as a whole or not at all.
+    """Write a spectrum, as a whole or not at all.
 
     Args:
         spectrum: What to write; eigenvectors and density are written where it has them.

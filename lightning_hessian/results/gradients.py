@@ -68,7 +68,7 @@ class RowTests:
 
 
 def _mean(values: NDArray[np.generic], known: FloatArray) -> float:
-    """Returns the mean of the values whose entry in ``known`` is finite, NaN if none is."""
+    """Return the mean of the values whose entry in ``known`` is finite, NaN if none is."""
     chosen = values[np.isfinite(known)].astype(np.float64)
     return float(chosen.mean()) if len(chosen) else float("nan")
 

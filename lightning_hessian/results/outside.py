@@ -28,7 +28,7 @@ class UnreadableFileError(ValueError):
 
 @contextmanager
 def unreadable(what: object, remedy: str = "") -> Iterator[None]:
-    """A block in which every exception of a parser becomes `UnreadableFileError`.
+    """Turn every exception that a parser raises in the block into `UnreadableFileError`.
 
     Parsers promise little about what they raise on damaged input: a zip file alone can end in
     eight kinds of errors. What names its file or its cause itself passes: an `OSError` on a file, a

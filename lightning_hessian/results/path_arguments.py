@@ -12,7 +12,7 @@ from lightning_hessian.results.base import ArgumentError
 
 
 def path_name(name: str, value: Any) -> Any:
-    """The rule of a path, of a file or folder that may or may not exist."""
+    """Check a path, of a file or folder that may or may not exist."""
     if isinstance(value, (str, os.PathLike)):
         place = os.fspath(value)
         # Path("") is ".", which a forgotten variable should not stand for.
@@ -24,7 +24,7 @@ def path_name(name: str, value: Any) -> Any:
 
 
 def file_to_write(name: str, value: Any) -> Any:
-    """The rule of a file that will be written: no folder, and in a folder that exists."""
+    """Check a file that will be written: no folder, and in a folder that exists."""
     path_name(name, value)
     folder = os.path.dirname(os.path.abspath(value))
     if os.path.isdir(value):
@@ -41,7 +41,7 @@ def file_to_write(name: str, value: Any) -> Any:
 
 
 def existing_folder(name: str, value: Any) -> Any:
-    """The rule of a folder that must be there and can be written to."""
+    """Check a folder that must be there and can be written to."""
     path_name(name, value)
     if not os.path.isdir(value):
         raise ArgumentError(name, value, f"There is no folder {os.fspath(value)!r}; make it first.")

@@ -211,11 +211,11 @@ class SpectralDensity:
     exact: bool
 
     def moment(self, power: int) -> float:
-        """Returns the mean of lambda^power; trace / n for 1, squared Frobenius norm / n for 2."""
+        """Return the mean of lambda^power; trace / n for 1, squared Frobenius norm / n for 2."""
         return float(self.weights @ self.nodes**power)
 
     def on_grid(self, grid: FloatArray, width: float) -> FloatArray:
-        """Returns the density on a grid [G], each node broadened to a Gaussian.
+        """Return the density on a grid [G], each node broadened to a Gaussian.
 
         Args:
             grid: Where to evaluate, [G].

@@ -111,7 +111,7 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Correlation:
 def fisher_interval(
     r: float, num_points: int, confidence: float = 0.95, num_controlled: int = 0
 ) -> tuple[float, float]:
-    """Returns Fisher's interval of a correlation coefficient: tanh(artanh r -+ z / sqrt(n - 3)).
+    """Return Fisher's interval of a correlation coefficient: tanh(artanh r -+ z / sqrt(n - 3)).
 
     Args:
         r: Pearson's coefficient, or a partial one.

@@ -57,7 +57,7 @@ def block_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> BlockInterval:
-    """Returns an interval of Pearson's r that allows for autocorrelation.
+    """Return an interval of Pearson's r that allows for autocorrelation.
 
     Moving blocks are drawn from the pairs; the spread of artanh(r) over the resamples is its
     standard error. Three things keep short and persistent series honest, where the percentiles of
@@ -119,7 +119,7 @@ def block_interval(
 
 
 def shift_p_value(x: ArrayLike, y: ArrayLike) -> float:
-    """Returns the share of all circular shifts of one series whose abs(r) is at least that seen.
+    """Return the share of all circular shifts of one series whose abs(r) is at least that seen.
 
     A shift takes neighbours along, so each series keeps its autocorrelation, which a permutation
     of single points would destroy: those reject two independent AR(1) series of 0.9 in half of
@@ -150,7 +150,7 @@ def shift_p_value(x: ArrayLike, y: ArrayLike) -> float:
 def permutation_p_value(
     x: ArrayLike, y: ArrayLike, *, resamples: int = 9999, seed: int = 0
 ) -> float:
-    """Returns the two-sided p-value of Pearson's r when independent points are permuted.
+    """Return the two-sided p-value of Pearson's r when independent points are permuted.
 
     All permutations are tried where there are no more than ``resamples``; of random ones the
     observed order counts as one. Twice the smaller tail, as SciPy has it.
@@ -190,7 +190,7 @@ def permutation_p_value(
 
 
 def partial_correlation(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> float:
-    """Returns Pearson's r of what is left of two series once a third is regressed out.
+    """Return Pearson's r of what is left of two series once a third is regressed out.
 
     Args:
         x: Series [n], finite.
@@ -245,7 +245,7 @@ class LeadLag:
 
 
 def lead_lag(x: ArrayLike, y: ArrayLike, *, max_lag: int | None = None) -> LeadLag | None:
-    """Returns the lag at which two series agree best, None where the series are too short.
+    """Return the lag at which two series agree best, None where the series are too short.
 
     Give first differences: with a trend in both series every lag agrees.
 
@@ -280,7 +280,7 @@ def lead_lag(x: ArrayLike, y: ArrayLike, *, max_lag: int | None = None) -> LeadL
 
 
 def _coefficient(x: FloatArray, y: FloatArray) -> float:
-    """Returns Pearson's r, which SciPy's own function takes half a millisecond for."""
+    """Return Pearson's r, which SciPy's own function takes half a millisecond for."""
     first, second = unit_scale(x), unit_scale(y)
     if why_undefined(first, second):
         return math.nan
@@ -293,7 +293,7 @@ def _moved(x: FloatArray, y: FloatArray, lag: int) -> tuple[FloatArray, FloatArr
 
 
 def _standardised(series: FloatArray) -> FloatArray:
-    """Returns the series at mean 0 and standard deviation 1."""
+    """Return the series at mean 0 and standard deviation 1."""
     centred = unit_scale(series)
     centred = centred - centred.mean()
     return centred / centred.std()
@@ -306,7 +306,7 @@ def _columns_at_scale_one(columns: FloatArray) -> FloatArray:
 
 
 def _persistence(series: FloatArray) -> float:
-    """Returns the first autocorrelation, its bias (1 + 3 rho) / n added back, within [0, 0.97].
+    """Return the first autocorrelation, its bias (1 + 3 rho) / n added back, within [0, 0.97].
 
     Source: Kendall, Biometrika 41, 1954.
     """
@@ -328,7 +328,7 @@ def _block_length(num_points: int, persistence: float) -> int:
 
 
 def _forgotten(persistence: float, length: int) -> float:
-    """Returns the standard error of an AR(1) mean over what blocks of a length see of it."""
+    """Return the standard error of an AR(1) mean over what blocks of a length see of it."""
     lags = np.arange(1, length)
     seen = 1 + 2 * float(np.sum((1 - lags / length) * persistence**lags))
     return math.sqrt((1 + persistence) / (1 - persistence) / seen)
@@ -336,7 +336,7 @@ def _forgotten(persistence: float, length: int) -> float:
 
 @functools.lru_cache(maxsize=32)
 def _block_weights(num_points: int, length: int, resamples: int, seed: int) -> FloatArray:
-    """Returns [resamples, n]: the share of each point in each sample of moving blocks."""
+    """Return [resamples, n]: the share of each point in each sample of moving blocks."""
     num_blocks = -(-num_points // length)
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, num_points - length + 1, size=(resamples, num_blocks))
@@ -351,7 +351,7 @@ def _block_weights(num_points: int, length: int, resamples: int, seed: int) -> F
 
 
 def _coefficients(moments: FloatArray) -> FloatArray:
-    """Returns r of each row of weighted means of x, y, x^2, y^2 and xy."""
+    """Return r of each row of weighted means of x, y, x^2, y^2 and xy."""
     x, y, xx, yy, xy = moments.T
     variance = (xx - x**2) * (yy - y**2)
     usable = variance > 1e-20  # a sample may draw one point n times
@@ -359,6 +359,6 @@ def _coefficients(moments: FloatArray) -> FloatArray:
 
 
 def _circular_products(first: FloatArray, second: FloatArray) -> FloatArray:
-    """Returns sum_t first[t] second[t + s] for every circular shift s."""
+    """Return sum_t first[t] second[t + s] for every circular shift s."""
     spectrum = np.conj(np.fft.rfft(first)) * np.fft.rfft(second)
     return np.fft.irfft(spectrum, len(first))

@@ -42,7 +42,7 @@ class ScalingFit:
     reason: str = ""
 
     def predict(self, x: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Returns the line at ``x`` [m], and both edges of its pointwise 95 % band."""
+        """Return the line at ``x`` [m], and both edges of its pointwise 95 % band."""
         log_x = np.log10(np.asarray(x, dtype=np.float64))
         centre = self.intercept + self.exponent * log_x
         quantile = float(stats.t.ppf(0.975, self.num_points - 2))
@@ -52,7 +52,7 @@ class ScalingFit:
 
 
 def fit_scaling(x: ArrayLike, y: ArrayLike) -> ScalingFit:
-    """Returns how ``y`` scales with ``x``, for example a loss with the number of parameters.
+    """Return how ``y`` scales with ``x``, for example a loss with the number of parameters.
 
     Points that are not positive have no logarithm and are left out. The interval takes the points
     to be independent with equal scatter in the log-log plot; that the law is one at all it does

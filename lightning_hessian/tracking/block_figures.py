@@ -27,7 +27,7 @@ _MOST_PIXELS = 800
 def block_heatmap(
     blocks: BlockStructure, *, ratios: bool = False, title: str | None = None
 ) -> Figure:
-    """Returns the norms of all blocks as a heatmap with logarithmic colours.
+    """Return the norms of all blocks as a heatmap with logarithmic colours.
 
     Each block is a cell of the same size, whatever its number of parameters. Colours span at most
     six decades; what is smaller, or zero, has the darkest.
@@ -56,7 +56,7 @@ def block_heatmap(
 
 
 def heterogeneity_heatmap(blocks: BlockStructure, *, title: str | None = None) -> Figure:
-    """Returns the Jensen-Shannon distances between the spectra of the diagonal blocks.
+    """Return the Jensen-Shannon distances between the spectra of the diagonal blocks.
 
     The colours reach from 0 to 1 always, so that two networks can be held side by side.
 
@@ -83,7 +83,7 @@ def heterogeneity_heatmap(blocks: BlockStructure, *, title: str | None = None) -
 
 
 def entries_image(blocks: BlockStructure, *, title: str | None = None) -> Figure:
-    """Returns the entries of H in absolute value, with lines between the groups of blocks.
+    """Return the entries of H in absolute value, with lines between the groups of blocks.
 
     Above 800 parameters, a pixel shows the largest of its entries, so that thin lines stay.
 
@@ -110,7 +110,7 @@ def entries_image(blocks: BlockStructure, *, title: str | None = None) -> Figure
 
 
 def density_plot(blocks: BlockStructure, *, width: float = 1.0, title: str | None = None) -> Figure:
-    """Returns the spectral densities of the diagonal blocks, over asinh(lambda / unit).
+    """Return the spectral densities of the diagonal blocks, over asinh(lambda / unit).
 
     They are drawn as they are compared: see `statistics.heterogeneity.heterogeneity`.
 
@@ -154,7 +154,7 @@ def _log_image(
 
 
 def _name_blocks(axes: Axes, blocks: BlockStructure) -> None:
-    """Puts the names of the blocks at both axes; of their groups, where there are too many."""
+    """Put the names of the blocks at both axes; of their groups, where there are too many."""
     count = len(blocks.names)
     if count <= _MOST_NAMES:
         places, names = list(range(count)), list(blocks.names)
@@ -170,13 +170,13 @@ def _name_blocks(axes: Axes, blocks: BlockStructure) -> None:
 
 
 def _group_starts(blocks: BlockStructure) -> list[int]:
-    """Returns where in the order of blocks a group follows another."""
+    """Return where in the order of blocks a group follows another."""
     groups = blocks.groups
     return [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
 
 
 def _largest_of_tiles(values: FloatArray, side: int) -> NDArray[np.float64]:
-    """Returns the largest value of each square tile."""
+    """Return the largest value of each square tile."""
     if side <= 1:
         return values
     padding = -len(values) % side

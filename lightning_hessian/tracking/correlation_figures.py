@@ -30,7 +30,7 @@ def scatter_plot(
     title: str | None = None,
     monitors: Sequence[str] = (),
 ) -> Figure:
-    """Returns each statistic against a monitored metric, one panel each, dark to light in time.
+    """Return each statistic against a monitored metric, one panel each, dark to light in time.
 
     Of more than 500 measurements, as many are drawn, evenly chosen.
 
@@ -82,7 +82,7 @@ def scatter_plot(
 def _labels(
     history: History, statistics: Sequence[str], monitor: str, monitors: Sequence[str]
 ) -> dict[str, str]:
-    """Returns the verdict on each statistic in a few words, corrected for all pairs."""
+    """Return the verdict on each statistic in a few words, corrected for all pairs."""
     watched = dict.fromkeys([monitor, *monitors])
     pairs = [(name, metric) for metric in watched for name in statistics]
     moved = corrected([movement(history.series(n), history.series(m)) for n, m in pairs])
@@ -94,7 +94,7 @@ def _labels(
 
 
 def correlation_text(correlation: Correlation) -> str:
-    """Returns r, its interval, n and the r of differences, or why there is none, in two lines.
+    """Return r, its interval, n and the r of differences, or why there is none, in two lines.
 
     Example:
         >>> print(correlation_text(pearson([1, 2, 3, 4, 6], [2, 1, 4, 3, 9])))

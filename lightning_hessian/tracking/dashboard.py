@@ -67,7 +67,7 @@ Panel = Lines | Runs | Figures
 
 
 def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[Panel, ...]]:
-    """Returns the panels of each section, in order.
+    """Return the panels of each section, in order.
 
     Args:
         monitors: The monitored metrics, as they are logged.
@@ -125,7 +125,7 @@ def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[P
 
 
 def _generalization(monitor: str) -> tuple[Panel, ...]:
-    """Returns the panels of one monitored metric."""
+    """Return the panels of one monitored metric."""
     part = key_part(monitor)
     metric = GAP_KEY if monitor == "gap" else monitor
     pairs = [f"{name}_{part}" for name in CORRELATED]
@@ -161,7 +161,7 @@ def _generalization(monitor: str) -> tuple[Panel, ...]:
 
 
 def _part_of_path(name: str, value: Any) -> str:
-    """The rule of an entity or a project: a text without a slash."""
+    """Check an entity or a project: a text without a slash."""
     found = nonempty_text(name, value)
     if "/" in found:
         raise ArgumentError(name, value, "Give a name of W&B, without a slash.")
@@ -183,7 +183,7 @@ def build_workspace(
     monitor: str | Sequence[str] = ("val_loss", "gap"),
     name: str = NAME,
 ) -> Any:
-    """Returns the dashboard as a `wandb_workspaces.workspaces.Workspace`, not yet saved.
+    """Return the dashboard as a `wandb_workspaces.workspaces.Workspace`, not yet saved.
 
     ``build_workspace("me", "digits").save()`` needs a W&B account; building does not.
 
@@ -229,7 +229,7 @@ def build_workspace(
 
 
 def workspace_json(workspace: Any) -> dict[str, Any]:
-    """Returns a workspace as the JSON that would be sent to W&B.
+    """Return a workspace as the JSON that would be sent to W&B.
 
     Args:
         workspace: That of `build_workspace`.

@@ -27,7 +27,7 @@ def spectral_density_plot(
     significance: float = 0.05,
     title: str | None = None,
 ) -> Figure:
-    """Returns the density of the largest eigenvalues with its power law, and whole densities.
+    """Return the density of the largest eigenvalues with its power law, and whole densities.
 
     Left, a histogram of the K largest eigenvalues in bins of equal width in the logarithm, over
     p(lambda) = (beta - 1) / lambda_K (lambda / lambda_K)^-beta. Right, where there are any, the
@@ -125,7 +125,7 @@ def _draw_leading(axes: Axes, leading: FloatArray, significance: float) -> None:
 
 
 def _power(value: float) -> str:
-    """Returns a power of ten as the axis writes it."""
+    """Return a power of ten as the axis writes it."""
     if value == 0:
         return "0"
     sign = "-" if value < 0 else ""  # typeset as a minus

@@ -44,7 +44,7 @@ def hessian_drawings(
     densities: Mapping[str, SpectralDensity] | None = None,
     significance: float = 0.05,
 ) -> dict[str, Drawing]:
-    """Returns the figures that a measurement has enough for.
+    """Return the figures that a measurement has enough for.
 
     Args:
         spectrum: The last one.
@@ -87,7 +87,7 @@ def hessian_drawings(
 def gradient_drawings(
     structure: GradientStructure, *, significance: float = 0.05
 ) -> dict[str, Drawing]:
-    """Returns the figures of a gradient structure.
+    """Return the figures of a gradient structure.
 
     Args:
         structure: The last one.
@@ -101,7 +101,7 @@ def gradient_drawings(
 def correlation_drawings(
     rows: Sequence[Row], statistics: Sequence[str], monitors: Sequence[str]
 ) -> dict[str, Drawing]:
-    """Returns a scatter plot for each monitored metric, once there are points for a correlation.
+    """Return a scatter plot for each monitored metric, once there are points for a correlation.
 
     Args:
         rows: The measurements so far.

@@ -41,7 +41,7 @@ _FEWEST_OF_CUTOFF = 10
 def rank_plot(
     spectra: Mapping[str, HessianSpectrum], *, significance: float = 0.05, title: str | None = None
 ) -> Figure:
-    """Returns eigenvalue against rank, log-log, with the fitted line of each spectrum (HPL fig. 1).
+    """Return eigenvalue against rank, log-log, with the fitted line of each spectrum (HPL fig. 1).
 
     Filled markers have converged, hollow ones have not; ringed ones are outliers, which stand off
     the power law of those below (`num_outliers`). The line is lambda_k = lambda_K (K / k)^s over
@@ -125,7 +125,7 @@ def eigengap_plot(
     significance: float = 0.05,
     title: str | None = None,
 ) -> Figure:
-    """Returns the gaps between neighbours, by original rank and re-sorted, log-log (HPL fig. 2).
+    """Return the gaps between neighbours, by original rank and re-sorted, log-log (HPL fig. 2).
 
     Left, the line is that of least squares, whose slope is about s + 1 (HPL eq. 13); right, that
     of the maximum-likelihood power law of the re-sorted gaps.
@@ -172,7 +172,7 @@ def eigengap_plot(
 def cutoff_plot(
     eigenvalues: ArrayLike, *, significance: float = 0.05, title: str | None = None
 ) -> Figure:
-    """Returns the KS distance as a function of K, beside d_c: does the verdict hang on K?
+    """Return the KS distance as a function of K, beside d_c: does the verdict hang on K?
 
     The triangle marks all K values, the circle the K of the smallest distance among those of at
     least ten values (Clauset et al. 2009); that one's verdict is too kind, since it was chosen.
@@ -223,7 +223,7 @@ def cutoff_plot(
 def evenly_chosen(
     spectra: Sequence[tuple[int, FloatArray]],
 ) -> Sequence[tuple[int, FloatArray]]:
-    """Returns at most 60 of the spectra, evenly spread, the first and the last among them."""
+    """Return at most 60 of the spectra, evenly spread, the first and the last among them."""
     places = np.unique(np.linspace(0, len(spectra) - 1, _MOST_CURVES).round().astype(int))
     return [spectra[int(i)] for i in places] if len(spectra) else []
 
@@ -234,7 +234,7 @@ def emergence_plot(
     count: int | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Returns the spectra of all measurements over one another, dark to light (HPL fig. 9 and 10).
+    """Return the spectra of all measurements over one another, dark to light (HPL fig. 9 and 10).
 
     Of more than 60, as many are drawn, evenly chosen, the first and the last among them.
 
@@ -279,5 +279,5 @@ def _fit(leading: FloatArray, significance: float) -> PowerLawFit | None:
 
 
 def _line(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:
-    """Returns the fitted lambda_k = lambda_K (K / k)^s at the ranks."""
+    """Return the fitted lambda_k = lambda_K (K / k)^s at the ranks."""
     return fit.cutoff * (fit.num_values / ranks) ** fit.slope

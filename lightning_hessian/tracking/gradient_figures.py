@@ -32,7 +32,7 @@ def spectra_plot(
     *,
     significance: float = 0.05,
 ) -> Figure:
-    """Returns the spectra of covariance, second moment and Hessian by rank, log-log (SG fig. 5).
+    """Return the spectra of covariance, second moment and Hessian by rank, log-log (SG fig. 5).
 
     The lines are the fitted power laws lambda_k = lambda_K (K / k)^s; of the Hessian only
     converged eigenvalues are drawn.
@@ -57,7 +57,7 @@ def spectra_plot(
 
 
 def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure:
-    """Returns lambda_k(C) / lambda_k(H) by rank, with its geometric mean and spread.
+    """Return lambda_k(C) / lambda_k(H) by rank, with its geometric mean and spread.
 
     A flat line is what proportional matrices would give (SG eq. 3); the dotted one is 1 / B.
 

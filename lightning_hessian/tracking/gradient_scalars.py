@@ -25,7 +25,7 @@ CORRELATED = (
 def gradient_scalars(
     structure: GradientStructure, significance: float = 0.05
 ) -> tuple[dict[str, float], list[str]]:
-    """Returns the statistics of a gradient structure, and a sentence for each that is absent.
+    """Return the statistics of a gradient structure, and a sentence for each that is absent.
 
     ``lambda_1``, ``trace``, the power law and the outliers are those of the covariance;
     ``power_law_rate`` is that of the gradients over their dimensions and ``gaussian_rate`` that of
@@ -72,7 +72,7 @@ def gradient_scalars(
 
 
 def _rates(structure: GradientStructure) -> tuple[dict[str, float], list[str]]:
-    """Returns the rates of the tests, and why one is absent."""
+    """Return the rates of the tests, and why one is absent."""
     dimensions, iterations = structure.dimension_tests, structure.iteration_tests
     if dimensions is None or iterations is None:
         return {}, []

@@ -71,7 +71,7 @@ class History:
     def correlations(
         self, statistics: Sequence[str], monitors: Sequence[str]
     ) -> dict[tuple[str, str], Correlation]:
-        """Returns the correlation of each statistic with each monitored metric, where defined."""
+        """Return the correlation of each statistic with each monitored metric, where defined."""
         found = {}
         for statistic in statistics:
             for monitor in monitors:
@@ -84,7 +84,7 @@ class History:
 def correlation_scalars(
     correlations: Mapping[tuple[str, str], Correlation], prefix: str = ""
 ) -> dict[str, float]:
-    """Returns the logged keys of correlations; empty where there are none.
+    """Return the logged keys of correlations; empty where there are none.
 
     For each pair ``pearson_<pair>`` with its 95 % interval ``pearson_low_<pair>`` and
     ``pearson_high_<pair>``, ``spearman_<pair>``, ``differences_<pair>`` (Pearson's r of first
@@ -117,7 +117,7 @@ def correlation_scalars(
 
 
 def key_part(name: str) -> str:
-    """Returns a name with letters, digits and underscores only.
+    """Return a name with letters, digits and underscores only.
 
     Example:
         >>> key_part("val/loss")

@@ -64,7 +64,7 @@ class Adapter:
 
 
 def adapter(logger: Any) -> Adapter:
-    """Returns the row of the table for a logger, that of its nearest ancestor; else that of files.
+    """Return the row of the table for a logger, that of its nearest ancestor; else that of files.
 
     Example:
         >>> from lightning.pytorch.loggers import CSVLogger
@@ -76,7 +76,7 @@ def adapter(logger: Any) -> Adapter:
 
 
 def write_picture(folder: Path, picture: Picture) -> None:
-    """Writes a picture into ``<folder>/figures``: a PNG for each step, an SVG of the latest."""
+    """Write a picture into ``<folder>/figures``: a PNG for each step, an SVG of the latest."""
     name = picture.key.partition("/")[2]
     target = folder / "figures" / f"{name}_step_{picture.step:08}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def write_picture(folder: Path, picture: Picture) -> None:
 
 
 def write_text(folder: Path, key: str, value: str, step: int) -> None:
-    """Appends a line of JSON to ``<folder>/<key>.jsonl``, the slash of the key an underscore."""
+    """Append a line of JSON to ``<folder>/<key>.jsonl``, the slash of the key an underscore."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{key.replace('/', '_')}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, key: value}) + "\n")
@@ -96,7 +96,7 @@ _OWN_FOLDERS: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
 
 
 def own_folder(trainer: Any) -> Path:
-    """Returns where the files of a run go that no logger has a folder for.
+    """Return where the files of a run go that no logger has a folder for.
 
     It is ``hessian_logs/version_<n>`` in the Trainer's ``default_root_dir``, with the first free
     number; the same one for all callbacks of a Trainer. Nothing is made here.
@@ -116,7 +116,7 @@ def own_folder(trainer: Any) -> Path:
 
 
 def _prefixed(logger: Any, key: str) -> str:
-    """Returns a key as Lightning's loggers write it where the user gave them a prefix."""
+    """Return a key as Lightning's loggers write it where the user gave them a prefix."""
     prefix = getattr(logger, "_prefix", "") or ""
     return f"{prefix}{logger.LOGGER_JOIN_CHAR}{key}" if prefix else key
 

@@ -68,7 +68,7 @@ class Panels:
         return [(step, decode_spectrum(code).leading) for step, code in self._codes.items()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the spectra so far, as texts."""
+        """Return the spectra so far, as texts."""
         return {"spectra": {str(step): code for step, code in self._codes.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -131,7 +131,7 @@ class Panels:
     def add_spectrum(
         self, code: str, step: int, log_step: int, loggers: Sequence[Any], folder: Path | None
     ) -> None:
-        """Keeps a spectrum, and hands it over.
+        """Keep a spectrum, and hand it over.
 
         Args:
             code: Text of `encode_spectrum`.
@@ -206,7 +206,7 @@ class Panels:
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """Counts the time, and leaves the random numbers of training alone, whoever draws some."""
+        """Count the time, and leave the random numbers of training alone, whoever draws some."""
         started = time.monotonic()
         try:
             with preserved_rng():
@@ -231,7 +231,7 @@ class Panels:
         return (logger for logger in loggers if getattr(adapter(logger), what) is not None)
 
     def _folders(self, loggers: Sequence[Any], what: str, default: Path | None) -> list[Path]:
-        """Returns the folders, each once, of the loggers for whom files stand in."""
+        """Return the folders, each once, of the loggers for whom files stand in."""
         rows: list[tuple[Any, Adapter]] = [(logger, adapter(logger)) for logger in loggers]
         left = [(x, row) for x, row in rows if getattr(row, what) is None and row.takes_files]
         places = [default] if not loggers else []
@@ -241,7 +241,7 @@ class Panels:
         return [place for place in dict.fromkeys(places) if place is not None]
 
     def _try(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Returns the result, or None after a warning: no figure is worth a lost run."""
+        """Return the result, or None after a warning: no figure is worth a lost run."""
         try:
             return action(*arguments)
         except Exception as error:  # noqa: BLE001 - told, once for each thing that failed

@@ -91,7 +91,7 @@ class PowerLawMetric(Metric):
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def update(self, values: Tensor) -> None:
-        """Adds eigenvalues or other sizes, of any shape.
+        """Add eigenvalues or other sizes, of any shape.
 
         Args:
             values: Real; those that are not positive are never fitted.
@@ -102,7 +102,7 @@ class PowerLawMetric(Metric):
         self.values.append(values.detach().to(wide).flatten())
 
     def compute(self) -> Tensor:
-        """Returns the statistic, a scalar; NaN after a warning where no power law can be fitted."""
+        """Return the statistic, a scalar; NaN after a warning where no power law can be fitted."""
         try:
             fit = fit_power_law(
                 self._pooled().cpu().numpy(), self.k, significance=self.significance
@@ -117,7 +117,7 @@ class PowerLawMetric(Metric):
         return torch.tensor(float(value), device=self.device)
 
     def _pooled(self) -> Tensor:
-        """Returns the values of all ranks, or of one where all have the same."""
+        """Return the values of all ranks, or of one where all have the same."""
         values = dim_zero_cat(self.values) if len(self.values) else torch.empty(0)
         if not self._is_synced:
             return values

@@ -23,10 +23,10 @@ class Bar(Protocol):
     """Something that shows how far a measurement is."""
 
     def show(self, done: int, total: int, text: str) -> None:
-        """Shows ``done`` of about ``total`` products, and a text before it."""
+        """Show ``done`` of about ``total`` products, and a text before it."""
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Take the bar away."""
 
 
 class TqdmBar:
@@ -46,13 +46,13 @@ class TqdmBar:
         )
 
     def show(self, done: int, total: int, text: str) -> None:
-        """Shows ``done`` of about ``total`` products, and a text before it."""
+        """Show ``done`` of about ``total`` products, and a text before it."""
         self._bar.total = total
         self._bar.n = done
         self._bar.set_description_str(text)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Take the bar away."""
         self._bar.close()
 
 
@@ -69,7 +69,7 @@ class RichBar:
         self._task = self._progress.add_task("", total=1, visible=False)
 
     def show(self, done: int, total: int, text: str) -> None:
-        """Shows ``done`` of about ``total`` products, and a text before it."""
+        """Show ``done`` of about ``total`` products, and a text before it."""
         self._progress.update(
             self._task,
             completed=done,
@@ -80,7 +80,7 @@ class RichBar:
         self._lightning_bar.refresh()
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Take the bar away."""
         self._progress.update(self._task, visible=False)
         self._lightning_bar.refresh()
 
@@ -141,7 +141,7 @@ class Progress:
         return time.monotonic() - self._started
 
     def __call__(self, num_products: int, num_converged: int | None = None) -> None:
-        """Takes in how far the present part of the measurement is.
+        """Take in how far the present part of the measurement is.
 
         Args:
             num_products: Products of this part so far.
@@ -168,7 +168,7 @@ class Progress:
         self._before, self._name, self._wanted = self._done, name, None
 
     def close(self, line: str | None = None) -> None:
-        """Takes the bar away, and prints a line if it was there to see.
+        """Take the bar away, and print a line if it was there to see.
 
         Args:
             line: What came out.
@@ -209,7 +209,7 @@ _LINE = (
 
 
 def summary_line(prefix: str, step: int, scalars: Mapping[str, float]) -> str:
-    """Returns what came out of a measurement, in one line.
+    """Return what came out of a measurement, in one line.
 
     Args:
         prefix: Of the measurement.

@@ -26,7 +26,7 @@ CORRELATED = (
 def spectrum_scalars(
     spectrum: HessianSpectrum, significance: float = 0.05
 ) -> tuple[dict[str, float], list[str]]:
-    """Returns the statistics of a spectrum, and a sentence for each that could not be computed.
+    """Return the statistics of a spectrum, and a sentence for each that could not be computed.
 
     The power laws are fitted to the leading converged eigenvalues: those before the first that
     has not converged or is not positive.
@@ -81,7 +81,7 @@ def spectrum_scalars(
 
 
 def power_law_scalars(fit: PowerLawFit) -> dict[str, float]:
-    """Returns the statistics of a power law; without a verdict where values are too few for one.
+    """Return the statistics of a power law; without a verdict where values are too few for one.
 
     Two values have the same distance whatever they are, so that it is no statistic of theirs.
     """
@@ -102,7 +102,7 @@ def power_law_scalars(fit: PowerLawFit) -> dict[str, float]:
 
 
 def eigengap_scalars(gaps: Eigengaps) -> dict[str, float]:
-    """Returns the statistics of eigengaps, and how many gaps were left out as rounding, if any."""
+    """Return the statistics of eigengaps, and how many gaps were left out as rounding, if any."""
     scalars = {"eigengap_d_ks": gaps.fit.ks_distance, "eigengap_s_hat": gaps.fit.slope}
     if gaps.num_below_bounds:
         scalars["eigengap_num_below_bounds"] = float(gaps.num_below_bounds)

@@ -47,7 +47,7 @@ def encode_spectrum(
     residuals: ArrayLike | None = None,
     converged: ArrayLike | None = None,
 ) -> str:
-    """Returns a spectrum as text: base64 of a header of 8 bytes, float32 values and flags.
+    """Return a spectrum as text: base64 of a header of 8 bytes, float32 values and flags.
 
     Little-endian: the mark ``LH``, version 1, a byte that is 1 if residuals follow, K as uint32;
     K eigenvalues as float32; K residuals as float32, if any; K flags, bit by bit.
@@ -78,7 +78,7 @@ def encode_spectrum(
 
 
 def decode_spectrum(text: str) -> StoredSpectrum:
-    """Returns the spectrum that `encode_spectrum` made the text of.
+    """Return the spectrum that `encode_spectrum` made the text of.
 
     Raises:
         ValueError: It is not such a text, or one of a later version.

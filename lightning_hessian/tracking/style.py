@@ -39,7 +39,7 @@ _PALETTE = 255  # colours of a PNG: one byte a pixel, a third of the size
 
 
 def new_figure(width: float = 6.4, height: float = 4.4, **subplots: Any) -> tuple[Figure, Any]:
-    """Returns a figure that no global state knows, and its axes (one, or an array of them).
+    """Return a figure that no global state knows, and its axes (one, or an array of them).
 
     Args:
         width: In inches.
@@ -74,7 +74,7 @@ def few_ticks(axes: Axes) -> None:
 
 
 def legend_below(figure: Figure, columns: int = 1) -> None:
-    """Puts one legend for all axes below them, where it hides nothing.
+    """Put one legend for all axes below them, where it hides nothing.
 
     Args:
         figure: Whose.
@@ -84,7 +84,7 @@ def legend_below(figure: Figure, columns: int = 1) -> None:
 
 
 def symbol(statistic: str) -> str:
-    """Returns how a statistic is written at an axis.
+    """Return how a statistic is written at an axis.
 
     Example:
         >>> symbol("d_ks"), symbol("block_share_wv")
@@ -94,7 +94,7 @@ def symbol(statistic: str) -> str:
 
 
 def shades(count: int) -> list[tuple[float, float, float, float]]:
-    """Returns colours from dark to light, told apart by their lightness alone, [count]."""
+    """Return colours from dark to light, told apart by their lightness alone, [count]."""
     from matplotlib import colormaps
 
     last = max(count - 1, 1)
@@ -102,7 +102,7 @@ def shades(count: int) -> list[tuple[float, float, float, float]]:
 
 
 def verdict(fit: PowerLawFit) -> str:
-    """Returns d_ks beside d_c and what follows, in words; nothing follows from too few values.
+    """Return d_ks beside d_c and what follows, in words; nothing follows from too few values.
 
     Example:
         >>> from lightning_hessian.statistics.power_law import fit_power_law
@@ -118,7 +118,7 @@ def verdict(fit: PowerLawFit) -> str:
 
 
 def render(figure: Figure, kind: Literal["png", "svg", "pdf"] = "png", dpi: int = DPI) -> bytes:
-    """Returns a figure as a file's bytes; equal figures give equal PNGs.
+    """Return a figure as a file's bytes; equal figures give equal PNGs.
 
     Args:
         figure: Drawn without pyplot.
