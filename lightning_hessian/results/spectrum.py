@@ -106,16 +106,18 @@ class Alternative:
             the comparison failed.
         p_value: How often chance alone gives a ratio so far from 0, if both are equally good: a
             small one says that the sign can be relied on, a large one that the values do not
-            decide. The truncated power law contains the power law, so its ratio is never
-            positive, but for rounding, and p is that of 2 abs(R) under chi-squared with one
-            degree of freedom; up to twice too large, for Lambda = 0 is the end of its range.
-            None where the comparison failed.
+            decide. None where the comparison failed.
         parameters: The maximum-likelihood parameters, by powerlaw's names: ``mu`` and ``sigma``
             of the logarithms, ``alpha``, ``Lambda``. Where the optimizer did not converge, those
             where it stopped.
-        reason: Why there is no ratio, one sentence; None where there is one. With thousands of
-            values from a true power law the lognormal often has none: the larger -mu and sigma,
-            the closer it comes, and the optimizer finds no end.
+        reason: Why there is no ratio, one sentence; None where there is one.
+
+    The power law is a case of two of them: the truncated one at Lambda = 0, and the limit of
+    lognormals as -mu and sigma grow. Against these two the ratio is never positive, but for what
+    the optimizer leaves, and a power law does as well as it can where the ratio is about 0 and p
+    is large. For the truncated one p is that of 2 abs(R) under chi-squared with one degree of
+    freedom, up to twice too large, since Lambda = 0 is the end of its range. Of a true power law
+    a quarter of the lognormal fits find no end on their way to that limit; ``reason`` says so.
 
     Sources: Clauset et al. 2009, section 5 and appendix C; Vuong 1989.
     """

@@ -31,6 +31,12 @@ NAMES = ("lognormal", "truncated_power_law", "exponential")
 # one. A truncated power law may have an exponent below 1.
 _RANGES = {"alpha": (0.0, None)}
 
+# The power law is the truncated one at Lambda = 0, and the limit of lognormals with
+# mu = -(alpha - 1) sigma^2 as sigma grows. At the best fit neither can be less likely than it, by
+# more than the optimizer leaves at the end of Lambda's range. Close to the limit Vuong's sigma is
+# as small as his R, so that any positive R against a lognormal could seem significant.
+_MOST_POSITIVE = {"lognormal": 0.0, "truncated_power_law": 0.1}
+
 
 def likelihood_ratios(tail: FloatArray) -> tuple[Alternative, ...]:
     """Return the alternatives to a power law, each with its likelihood ratio.
@@ -70,6 +76,7 @@ def _alternative(
     """Return one comparison; where powerlaw fails, what became of it."""
     try:
         ratio, p_value = fit.distribution_compare("power_law", name, normalized_ratio=True)
+        total, _ = fit.distribution_compare("power_law", name)  # the same, not over its deviation
         parameters = _in_units(getattr(fit, name).parameters, cutoff)
     except Exception as error:  # noqa: BLE001 - whatever SciPy or mpmath meet at such values
         reason = f"powerlaw could not compare the {_words(name)}: {text_of(error)}"
@@ -87,6 +94,12 @@ def _alternative(
             return Alternative(name, None, None, parameters, reason)
     if not (math.isfinite(ratio) and math.isfinite(p_value)):
         reason = f"The likelihood of the {_words(name)} left the range of floating point."
+        return Alternative(name, None, None, parameters, reason)
+    if total > _MOST_POSITIVE.get(name, math.inf):
+        reason = (
+            f"powerlaw's optimizer stopped short on the {_words(name)}: it was left less likely "
+            "than the power law, which is a case of it, so the ratio is unknown."
+        )
         return Alternative(name, None, None, parameters, reason)
     return Alternative(name, float(ratio), float(p_value), parameters)
 
