@@ -117,7 +117,8 @@ class Alternative:
     the optimizer leaves, and a power law does as well as it can where the ratio is about 0 and p
     is large. For the truncated one p is that of 2 abs(R) under chi-squared with one degree of
     freedom, up to twice too large, since Lambda = 0 is the end of its range. Of a true power law
-    a quarter of the lognormal fits find no end on their way to that limit; ``reason`` says so.
+    many lognormal fits find no end on the way to that limit (18 % at 50 values, 63 % at 1000);
+    ``reason`` says so.
 
     Sources: Clauset et al. 2009, section 5 and appendix C; Vuong 1989.
     """

@@ -41,8 +41,8 @@ _MOST_POSITIVE = {"lognormal": 0.0, "truncated_power_law": 0.1}
 def likelihood_ratios(tail: FloatArray) -> tuple[Alternative, ...]:
     """Return the alternatives to a power law, each with its likelihood ratio.
 
-    powerlaw is imported here, since it brings pyplot along (0.9 s, once). The rest takes 0.3 s
-    for 1000 values and 3 s for 6000, nearly all of it for the truncated power law.
+    powerlaw is imported here, since it brings pyplot along (0.9 s, once). The rest takes 0.3 to
+    0.6 s for 1000 values and 3 s for 6000, nearly all of it for the truncated power law.
 
     Args:
         tail: The values that the power law was fitted to, positive and descending, [K]; the last

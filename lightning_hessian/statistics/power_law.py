@@ -95,8 +95,8 @@ def fit_power_law(
         significance: Level of the critical value, strictly between 0 and 1.
         alternatives: Whether to hold the power law against a lognormal, a truncated power law and
             an exponential as well; the ratios stand in ``alternatives`` of the record, or why one
-            is missing. It takes 0.3 s for 1000 values and 3 s for 6000, and once 0.9 s to import
-            powerlaw, where the fit itself takes less than 1 ms.
+            is missing. It takes 0.3 to 0.6 s for 1000 values and 3 s for 6000, and once 0.9 s to
+            import powerlaw, where the fit itself takes less than 1 ms.
 
     Raises:
         ValueError: A value is NaN or infinite; fewer than ``k`` (or than 2) are positive;

@@ -61,7 +61,7 @@ def spectral_density_plot(
 def draw_densities(
     axes: Axes, densities: Mapping[str, SpectralDensity], *, width: float = 1.0
 ) -> None:
-    """Draws densities over asinh(lambda / unit), as `heterogeneity` compares them.
+    """Draw densities over asinh(lambda / unit), as `heterogeneity` compares them.
 
     Args:
         axes: Where.

@@ -86,7 +86,7 @@ def rank_plot(
 
 
 def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float) -> str:
-    """Draws line, cutoff and outliers, and returns what the legend says of them."""
+    """Draw line, cutoff and outliers, and return what the legend says of them."""
     fit = _fit(leading, significance)
     if fit is None:
         return ""

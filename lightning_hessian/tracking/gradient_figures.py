@@ -107,7 +107,7 @@ def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure
 def _draw(
     axes: Axes, name: str, values: FloatArray, colour: str, marker: str, significance: float
 ) -> None:
-    """Draws one spectrum and its line."""
+    """Draw one spectrum and its line."""
     if not len(values):
         return
     ranks = np.arange(1, len(values) + 1)

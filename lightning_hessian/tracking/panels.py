@@ -85,7 +85,7 @@ class Panels:
     # Hand-over -------------------------------------------------------------------------------
 
     def define(self, loggers: Iterable[Any], keys: Iterable[str]) -> None:
-        """Tells the loggers that want to know of keys that are about to be logged first."""
+        """Tell the loggers that want to know of keys that are about to be logged first."""
         for logger in loggers:
             define = adapter(logger).define
             new = [key for key in keys if (id(logger), key) not in self._defined]
@@ -97,7 +97,7 @@ class Panels:
     def add_identity(
         self, identity: str, log_step: int, loggers: Sequence[Any], folder: Path
     ) -> None:
-        """Tells the loggers, once, which fit this is, so that its records are known for one run.
+        """Tell the loggers, once, which fit this is, so that its records are known for one run.
 
         Args:
             identity: Of the fit.

@@ -164,7 +164,7 @@ class Progress:
             self._give_up(error)
 
     def next_part(self, name: str) -> None:
-        """Begins a part whose products are counted from 0 again."""
+        """Begin a part whose products are counted from 0 again."""
         self._before, self._name, self._wanted = self._done, name, None
 
     def close(self, line: str | None = None) -> None:

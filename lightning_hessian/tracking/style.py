@@ -53,13 +53,13 @@ def new_figure(width: float = 6.4, height: float = 4.4, **subplots: Any) -> tupl
 
 
 def quiet_grid(axes: Axes) -> None:
-    """Draws a light grid, and no frame above and on the right."""
+    """Draw a light grid, and no frame above and on the right."""
     axes.grid(True, which="major", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def few_ticks(axes: Axes) -> None:
-    """Names 1, 2 and 5 of each decade where a logarithmic axis spans few, and else the decades."""
+    """Name 1, 2 and 5 of each decade where a logarithmic axis spans few, and else the decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     for axis in (axes.xaxis, axes.yaxis):
