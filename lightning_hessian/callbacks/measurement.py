@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.compat import Callback
 from lightning_hessian.callbacks.guard import Guard, sentence
-from lightning_hessian.callbacks.pairing import GAP, Pairs, checked_monitors, incomparable
+from lightning_hessian.callbacks.handover import HandOver
+from lightning_hessian.callbacks.instruments import records_of, statistics_of
+from lightning_hessian.callbacks.pairing import Pairs, checked_monitors, incomparable
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches, probe_batches
-from lightning_hessian.callbacks.schedule import Schedule, TimeBudget
-from lightning_hessian.callbacks.surroundings import log_step, refuse_surroundings, trainer_ranks
-from lightning_hessian.linear.allowance import Allowance
+from lightning_hessian.callbacks.schedule import Schedule, TimeBudget, within
+from lightning_hessian.callbacks.surroundings import (
+    averages_weights,
+    refuse_surroundings,
+    trainer_ranks,
+)
 from lightning_hessian.linear.ranks import ALONE, RankError
 from lightning_hessian.measure.budget import Budget
-from lightning_hessian.measure.instrument import Absent, Instrument, Record
+from lightning_hessian.measure.instrument import Instrument, Record
 from lightning_hessian.measure.session import Knowledge, Session
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results.arguments import checked
-from lightning_hessian.results.base import text_of
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings
-from lightning_hessian.tracking.history import History, correlation_scalars
-from lightning_hessian.tracking.loggers import own_folder
+from lightning_hessian.tracking.history import History
 from lightning_hessian.tracking.panels import Drawings, Panels
 from lightning_hessian.tracking.progress import Progress, summary_line
 
@@ -95,6 +98,7 @@ class MeasurementCallback(Callback):
         self._clock: float | None = None
         self._pairs = Pairs(self.monitors, isinstance(data, str) and data == "train")
         self._guard = Guard(on_error)
+        self._handover = HandOver(self._panels, self._guard, self.correlation_prefix)
         self._enabled = True
         self._warned: set[str] = set()
 
@@ -190,8 +194,7 @@ class MeasurementCallback(Callback):
                 stacklevel=2,
             )
         refuse_surroundings(self, trainer)
-        names = [type(other).__name__ for other in trainer.callbacks]
-        if "WeightAveraging" in names or "EMAWeightAveraging" in names:
+        if averages_weights(trainer):
             self._warn_once(
                 "averaging",
                 "Averaged weights are swapped in for validation: put this callback before the "
@@ -240,7 +243,7 @@ class MeasurementCallback(Callback):
         self._clock = time.monotonic()
         if self._pending is not None:
             self._guard.attempt(
-                "logging the statistics", self._log, trainer, pl_module, self._pending
+                "logging the statistics", self._handover.log, trainer, pl_module, self._pending
             )
             self._guard.settle(self._ranks)
 
@@ -279,92 +282,34 @@ class MeasurementCallback(Callback):
         """Returns the statistics by logged name, and a sentence for each that is absent.
 
         All ranks call it together; those of ``self._ranks.group`` share the work. The record of
-        each instrument is kept in ``records``. One that fails after another has succeeded costs
-        its own statistics only.
+        each instrument is kept in ``records``.
         """
         begun = time.monotonic()
         self.records = {}
-        scalars: dict[str, float] = {}
-        absent: list[str] = []
         with self.session(pl_module, batches) as session:
             allowance = budget.open(session, self._progress)
-            for instrument in self.instruments:
-                if self._progress is not None:
-                    self._progress.next_part(instrument.name)
-                record = self._record(instrument, session, allowance)
-                self.records[instrument.name] = record
-                own = instrument.prefix == self.prefix
-                for name, value in record.scalars().items():
-                    scalars[name if own else f"{instrument.prefix}/{name}"] = value
-                absent += record.absent()
+            self.records = records_of(
+                self.instruments, session, allowance, self._progress, self.on_error == "raise"
+            )
+            scalars, absent = statistics_of(self.instruments, self.records, self.prefix)
         if self.work[1] == "num_hvps":  # of all instruments together
             scalars["num_hvps"] = allowance.spent
         scalars["seconds"] = time.monotonic() - begun
         return scalars, absent
 
-    def _record(self, instrument: Instrument, session: Session, allowance: Allowance) -> Record:
-        """Returns what an instrument finds; where it fails after others, the failure's sentence."""
-        try:
-            return instrument.measure(session, allowance)
-        except RuntimeError as error:  # a MeasurementError, or out of memory
-            if not self.records or (self.on_error == "raise" and not allowance.is_over()):
-                raise
-            return Absent((f"No statistics of {instrument.name}: {text_of(error)}",))
-
-    def _log(self, trainer: Any, pl_module: Any, scalars: dict[str, float]) -> None:
-        """Logs the statistics in the row of the validation metrics."""
-        logged = {
-            name if "/" in name else f"{self.prefix}/{name}": value
-            for name, value in scalars.items()
-        }
-        if trainer.is_global_zero:
-            self._panels.define(trainer.loggers, logged)
-        pl_module.log_dict(
-            logged,
-            on_step=False,
-            on_epoch=True,
-            # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
-            sync_dist=trainer.world_size > 1,
-        )
-
     def _hand_over(self, trainer: Any) -> None:
-        """Gives the loggers what is known only now: correlations, the spectrum, figures."""
-        attempt = self._guard.attempt
+        """Give the loggers what is known only now: correlations, the spectrum, figures."""
         row = self._history.rows[-1]
-        found = attempt("correlating", self.correlations) or {}
-        scalars = correlation_scalars(found, self.correlation_prefix)
-        if GAP in row and self.prefix:
-            scalars[f"{self.prefix}/{GAP}"] = row[GAP]
-        if scalars:
-            self._panels.define(trainer.loggers, scalars)
-        for logger in trainer.loggers if scalars else ():
-            what = f"logging correlations to {type(logger).__name__}"
-            attempt(what, logger.log_metrics, scalars, log_step(trainer))
-        folder = attempt("finding a folder", own_folder, trainer)
-        self._panels.add_identity(self._identity, log_step(trainer), trainer.loggers, folder)
-        code = attempt("encoding the spectrum", self.spectrum_code)
-        if code is not None:
-            self._panels.add_spectrum(
-                code, int(row["step"]), log_step(trainer), trainer.loggers, folder
-            )
+        self._handover.pair(trainer, row, self.correlations)
+        self._handover.add_spectrum(trainer, int(row["step"]), self._identity, self.spectrum_code)
         self._draw(trainer)
 
     def _draw(self, trainer: Any, last: bool = False) -> None:
         rows = self._history.rows
-        before = self._panels.seconds
-        if self._panels.is_due(len(rows), last):
-            attempt = self._guard.attempt
-            correlations = attempt(
-                "correlating", correlation_drawings, rows, self.correlated, self.monitors
-            )
-            self._panels.draw(
-                {**(attempt("drawing figures", self.drawings) or {}), **(correlations or {})},
-                log_step(trainer),
-                trainer.loggers,
-                attempt("finding a folder", own_folder, trainer),
-            )
+        paired = partial(correlation_drawings, rows, self.correlated, self.monitors)
+        seconds = self._handover.draw(trainer, len(rows), self.drawings, paired, last)
         if self._clock is not None:  # drawing is no training that would earn measurements
-            self._clock += self._panels.seconds - before
+            self._clock += seconds
 
     def _draw_probe(self, trainer: Any, pl_module: Any) -> None:
         self._ranks = trainer_ranks(trainer, pl_module)
@@ -389,11 +334,7 @@ class MeasurementCallback(Callback):
         failure: Exception | None = None
         scalars: dict[str, float] = {}
         seconds = trainer.strategy.broadcast(self._budget.max_seconds())
-        limits = [self.time_budget.seconds, seconds if math.isfinite(seconds) else None]
-        limit = min((given for given in limits if given is not None), default=None)
-        if limit is not None and limit <= 0:
-            limit = 1e-9  # nothing is left: whoever asks hears so at once
-        budget = Budget(products=self.time_budget.products, seconds=limit)
+        budget = within(self.time_budget, seconds)
         self._ranks = trainer_ranks(trainer, pl_module)
         try:
             with self._ranks.together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -149,3 +150,21 @@ class TimeBudget:
         self.spent += seconds
         self.since_last = 0.0
         self.expected = 2 * seconds if cut else seconds
+
+
+def within(budget: Budget, seconds: float) -> Budget:
+    """Return a budget for one measurement, within the seconds that its share of the run leaves.
+
+    Args:
+        budget: What the user gave.
+        seconds: What the share leaves; infinite without one, not above 0 where it is used up.
+
+    Example:
+        >>> within(Budget(products=500, seconds=60.0), 12.5)
+        Budget(products=500, seconds=12.5, share=None)
+    """
+    limits = [budget.seconds, seconds if math.isfinite(seconds) else None]
+    limit = min((given for given in limits if given is not None), default=None)
+    if limit is not None and limit <= 0:
+        limit = 1e-9  # nothing is left: whoever asks hears so at once
+    return Budget(products=budget.products, seconds=limit)

@@ -31,6 +31,12 @@ def refuse_surroundings(callback: Any, trainer: Any) -> None:
         )
 
 
+def averages_weights(trainer: Any) -> bool:
+    """Return whether a callback of the Trainer swaps averaged weights in for validation."""
+    names = {type(other).__name__ for other in trainer.callbacks}
+    return not names.isdisjoint({"WeightAveraging", "EMAWeightAveraging"})
+
+
 def trainer_ranks(trainer: Any, pl_module: Any) -> Ranks:
     """Returns the processes of the Trainer, as they measure together."""
     if trainer.world_size == 1:

@@ -1,0 +1,119 @@
+"""What loggers get of a measurement: statistics at once, the rest when all metrics are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_hessian.callbacks.guard import Guard
+from lightning_hessian.callbacks.pairing import GAP
+from lightning_hessian.callbacks.surroundings import log_step
+from lightning_hessian.statistics.correlation import Correlation
+from lightning_hessian.tracking.history import correlation_scalars
+from lightning_hessian.tracking.loggers import own_folder
+from lightning_hessian.tracking.panels import Drawings, Panels
+
+
+class HandOver:
+    """Gives statistics, correlations, spectra and figures to the loggers of a Trainer.
+
+    What it is given as a function is called under the guard: it is the callback's or the user's,
+    and may raise.
+
+    Args:
+        panels: Where figures and spectra go.
+        guard: Takes in what fails.
+        correlation_prefix: Tells the correlations of siblings apart.
+    """
+
+    def __init__(self, panels: Panels, guard: Guard, correlation_prefix: str) -> None:
+        self._panels = panels
+        self._attempt = guard.attempt
+        self._correlation_prefix = correlation_prefix
+
+    def log(self, trainer: Any, pl_module: Any, scalars: Mapping[str, float]) -> None:
+        """Log the statistics in the row of the validation metrics; all ranks call it.
+
+        Args:
+            trainer: At the end of the validation epoch, before its metrics are logged.
+            pl_module: Its ``log_dict`` is open then.
+            scalars: By name; a name without a slash gets the prefix of the measurement.
+        """
+        logged = {
+            name if "/" in name else f"{self._panels.prefix}/{name}": value
+            for name, value in scalars.items()
+        }
+        if trainer.is_global_zero:
+            self._panels.define(trainer.loggers, logged)
+        pl_module.log_dict(
+            logged,
+            on_step=False,
+            on_epoch=True,
+            # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
+            sync_dist=trainer.world_size > 1,
+        )
+
+    def pair(
+        self,
+        trainer: Any,
+        row: Mapping[str, float],
+        correlations: Callable[[], Mapping[tuple[str, str], Correlation]],
+    ) -> None:
+        """Log what rests on the metrics of the same validation: correlations, and the gap.
+
+        Args:
+            trainer: After its metrics were logged, on rank zero.
+            row: The measurement with the monitored metrics.
+            correlations: Returns those of all measurements.
+        """
+        found = self._attempt("correlating", correlations) or {}
+        scalars = correlation_scalars(found, self._correlation_prefix)
+        if GAP in row and self._panels.prefix:
+            scalars[f"{self._panels.prefix}/{GAP}"] = row[GAP]
+        if scalars:
+            self._panels.define(trainer.loggers, scalars)
+        for logger in trainer.loggers if scalars else ():
+            what = f"logging correlations to {type(logger).__name__}"
+            self._attempt(what, logger.log_metrics, scalars, log_step(trainer))
+
+    def add_spectrum(
+        self, trainer: Any, step: int, identity: str, code: Callable[[], str | None]
+    ) -> None:
+        """Give the spectrum of a measurement to the loggers, and tell them of which fit it is.
+
+        Args:
+            trainer: On rank zero.
+            step: Optimizer steps at the measurement.
+            identity: Of the fit.
+            code: Returns the spectrum as a text, None where there is none.
+        """
+        folder = self._attempt("finding a folder", own_folder, trainer)
+        self._panels.add_identity(identity, log_step(trainer), trainer.loggers, folder)
+        text = self._attempt("encoding the spectrum", code)
+        if text is not None:
+            self._panels.add_spectrum(text, step, log_step(trainer), trainer.loggers, folder)
+
+    def draw(
+        self,
+        trainer: Any,
+        num_measurements: int,
+        drawings: Callable[[], Drawings],
+        correlations: Callable[[], Drawings],
+        last: bool,
+    ) -> float:
+        """Draw the figures where they are due, and return the seconds that it took.
+
+        Args:
+            trainer: On rank zero.
+            num_measurements: So far.
+            drawings: Returns those of the last measurement.
+            correlations: Returns those of all measurements.
+            last: Whether training has ended, and what was not drawn is due.
+        """
+        before = self._panels.seconds
+        if self._panels.is_due(num_measurements, last):
+            paired: Drawings = self._attempt("correlating", correlations) or {}
+            measured: Drawings = self._attempt("drawing figures", drawings) or {}
+            folder = self._attempt("finding a folder", own_folder, trainer)
+            self._panels.draw({**measured, **paired}, log_step(trainer), trainer.loggers, folder)
+        return self._panels.seconds - before
