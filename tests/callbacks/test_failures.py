@@ -26,6 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hessian import HessianSpectrumCallback, MeasurementError
+from lightning_hessian.callbacks.schedule import EveryNValidations
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import LossOptions
 
 MakeTrainer = Callable[..., Any]
 
@@ -341,7 +344,11 @@ class HasNoTrainingLoss(Regression):
 def test_a_module_without_a_loss_is_refused(
     make_trainer: MakeTrainer, module: type[Regression], message: str, loop: str
 ) -> None:
-    trainer = make_trainer(small_callback(on_error="warn", during_validate=True))
+    trainer = make_trainer(
+        small_callback(
+            on_error="warn", every_n_validations=EveryNValidations(1, during_validate=True)
+        )
+    )
     loaders = [train_loader(), val_loader()] if loop == "fit" else [val_loader()]
     with pytest.raises(ValueError, match=message):
         getattr(trainer, loop)(module(), *loaders)
@@ -349,7 +356,7 @@ def test_a_module_without_a_loss_is_refused(
 
 
 def test_unconverged_eigenvalues_are_said_to_be(make_trainer: MakeTrainer) -> None:
-    callback = small_callback(num_eigenvalues=8, max_hvps=13)
+    callback = small_callback(num_eigenvalues=8, time_budget=Budget(products=13))
     found = _own_warnings(make_trainer(callback), make_trainer(), Regression)
     (warning,) = [message for message in found if "eigenvalues converged" in message]
     assert re.search(r"\d of 8 .*raise max_hvps or lower num_eigenvalues", warning)
@@ -368,6 +375,8 @@ def test_data_of_another_size_of_batch_are_refused_with_a_remedy(
     trainer = make_trainer(small_callback(data=ragged, on_error="warn"))
     (warning,) = _own_warnings(trainer, make_trainer(), Regression)
     assert re.search(r"number of samples.*Give batch_weight", warning)
-    callback = small_callback(data=ragged, batch_weight=lambda batch: len(batch[0]))
+    callback = small_callback(
+        data=ragged, loss_options=LossOptions(batch_weight=lambda batch: len(batch[0]))
+    )
     make_trainer(callback).fit(Regression(), train_loader(), val_loader())
     assert len(callback.history) == 1

@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_modules import NUM_PARAMETERS, Regression, small_callback, train_loader, val_loader
 
 from lightning_hessian import hessian_spectrum
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import PooledSLQ
 
 MakeTrainer = Callable[..., Any]
 
@@ -55,7 +57,9 @@ def test_layers_that_do_not_fit_are_refused_before_training(make_trainer: MakeTr
 
 
 def test_the_whole_comes_first_and_what_is_left_out_is_said(make_trainer: MakeTrainer) -> None:
-    callback = small_callback(layers="layer", max_hvps=7 + 16, blocks=None, tol=1e-9)
+    callback = small_callback(
+        layers="layer", blocks=None, tol=1e-9, time_budget=Budget(products=7 + 16)
+    )
     with pytest.warns(UserWarning, match="No spectrum of the layers"):
         make_trainer(callback).fit(Regression(), train_loader(), val_loader())
     assert callback.last_spectrum is not None
@@ -65,7 +69,7 @@ def test_the_whole_comes_first_and_what_is_left_out_is_said(make_trainer: MakeTr
 
 def test_the_papers_protocol_in_training(make_trainer: MakeTrainer) -> None:
     callback = small_callback(
-        num_eigenvalues=None, protocol="pooled_slq", density=True, blocks=None, trace_probes=0
+        num_eigenvalues=None, protocol=PooledSLQ(), density=True, blocks=None, trace_probes=0
     )
     assert callback.num_eigenvalues == 1000
     make_trainer(callback).fit(Regression(), train_loader(), val_loader())

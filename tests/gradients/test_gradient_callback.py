@@ -17,6 +17,7 @@ import torch
 from gradient_oracles import explicit, in_batches, loop_gradients
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from support.callbacks import with_spectrum
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,6 +28,8 @@ from lightning_hessian import (
     gradient_structure,
 )
 from lightning_hessian.callbacks import measurement
+from lightning_hessian.callbacks.schedule import EveryNValidations
+from lightning_hessian.measure.budget import Budget
 
 MakeTrainer = Callable[..., L.Trainer]
 
@@ -85,15 +88,15 @@ class Classifier(L.LightningModule):
 
 def _callback(**arguments: Any) -> GradientStructureCallback:
     defaults: dict[str, Any] = {
-        "num_gradients": 40, "num_eigenvalues": 12, "time_budget": 600, "on_error": "raise",
-        "figures": None,
+        "num_gradients": 40, "num_eigenvalues": 12, "time_budget": Budget(seconds=600),
+        "on_error": "raise", "figures": None,
     }  # fmt: skip
     return GradientStructureCallback(**{**defaults, **arguments})
 
 
 def _hessian(**arguments: Any) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(
-        num_eigenvalues=5, num_batches=2, trace_probes=2, time_budget=600, on_error="raise",
+    return with_spectrum(
+        num_eigenvalues=5, num_batches=2, time_budget=Budget(seconds=600), on_error="raise",
         figures=None, **arguments,
     )  # fmt: skip
 
@@ -210,7 +213,11 @@ def test_it_agrees_with_the_front_door(quiet_trainer: MakeTrainer) -> None:
 
 def test_validate_measures_where_that_is_asked(quiet_trainer: MakeTrainer) -> None:
     for asked in (False, True):
-        callback = _callback(data="val", batch_size=4, during_validate=asked)
+        callback = _callback(
+            data="val",
+            batch_size=4,
+            every_n_validations=EveryNValidations(1, during_validate=asked),
+        )
         trainer = quiet_trainer(callback)
         trainer.validate(_model(), _loaders()[1], verbose=False)
         assert ("gradient/lambda_1" in trainer.callback_metrics) == asked
