@@ -23,7 +23,6 @@ from lightning_hessian.measure.instrument import Absent, Instrument, Record
 from lightning_hessian.measure.session import Knowledge, Session
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results.arguments import checked
-from lightning_hessian.results.base import text_of
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings
 from lightning_hessian.tracking.history import History, correlation_scalars
@@ -291,25 +290,36 @@ class MeasurementCallback(Callback):
             for instrument in self.instruments:
                 if self._progress is not None:
                     self._progress.next_part(instrument.name)
-                record = self._record(instrument, session, allowance)
-                self.records[instrument.name] = record
+                found, missing = self._statistics(instrument, session, allowance)
                 own = instrument.prefix == self.prefix
-                for name, value in record.scalars().items():
+                for name, value in found.items():
                     scalars[name if own else f"{instrument.prefix}/{name}"] = value
-                absent += record.absent()
+                absent += missing
         if self.work[1] == "num_hvps":  # of all instruments together
             scalars["num_hvps"] = allowance.spent
         scalars["seconds"] = time.monotonic() - begun
         return scalars, absent
 
-    def _record(self, instrument: Instrument, session: Session, allowance: Allowance) -> Record:
-        """Returns what an instrument finds; where it fails after others, the failure's sentence."""
+    def _statistics(
+        self, instrument: Instrument, session: Session, allowance: Allowance
+    ) -> tuple[dict[str, float], list[str]]:
+        """Return what an instrument finds; where it fails after others, the failure's sentence.
+
+        An instrument may be a user's, so that any exception is taken in, those of its record too.
+        """
+        record: Record
         try:
-            return instrument.measure(session, allowance)
-        except RuntimeError as error:  # a MeasurementError, or out of memory
+            with session.ranks.together():
+                record = instrument.measure(session, allowance)
+                found = {name: _number(value) for name, value in record.scalars().items()}
+                missing = list(record.absent())
+        except Exception as error:
             if not self.records or (self.on_error == "raise" and not allowance.is_over()):
                 raise
-            return Absent((f"No statistics of {instrument.name}: {text_of(error)}",))
+            record = Absent((f"No statistics of {instrument.name}: {sentence(error)}",))
+            found, missing = record.scalars(), list(record.absent())
+        self.records[instrument.name] = record
+        return found, missing
 
     def _log(self, trainer: Any, pl_module: Any, scalars: dict[str, float]) -> None:
         """Logs the statistics in the row of the validation metrics."""
@@ -465,3 +475,8 @@ class MeasurementCallback(Callback):
         if topic not in self._warned and self._ranks.rank == 0:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
+
+
+def _number(value: Any) -> float:
+    """Return a statistic as a Python number, also where it came as a tensor or of NumPy."""
+    return value if isinstance(value, (int, float)) else float(value)

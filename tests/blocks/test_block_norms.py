@@ -209,7 +209,7 @@ def test_the_bound_on_products_holds():
         found = block_norms(MatrixOperator(matrix), labels, rel_error=0, max_products=bound)
         assert found.num_products == bound
         assert found.stopped == "bound"
-    with pytest.raises(ValueError, match=r"30 products are the least for 6 blocks.*29.*max_hvps"):
+    with pytest.raises(ValueError, match=r"30 products are the least for 6 blocks.*29.*budget"):
         block_norms(MatrixOperator(matrix), labels, max_products=least - 1)
     with pytest.raises(ValueError, match=r"products are the least.*Raise it"):
         block_norms(MatrixOperator(matrix), labels, exact=True, max_products=200)

@@ -295,7 +295,7 @@ def test_a_hundred_blocks_of_lenet_in_300_products():
             net,
             cross_entropy,
             batches,
-            rel_error=0,
+            rel_error=1e-9,
             seed=99,
             budget=Budget(products=3000),
             **options,

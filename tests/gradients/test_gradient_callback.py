@@ -36,7 +36,7 @@ MakeTrainer = Callable[..., L.Trainer]
 SPECTRAL = {
     "d_ks", "d_c", "p_value", "beta_hat", "beta_sigma", "s_hat", "lambda_1", "trace",
     "num_outliers", "eigengap_d_ks", "eigengap_s_hat", "num_eigenvalues", "num_fitted",
-    "mean_gradient_norm", "num_gradients", "seconds",
+    "mean_gradient_norm", "num_gradients", "loss", "seconds",
 }  # fmt: skip
 RATES = {
     "power_law_rate", "gaussian_rate", "dimension_gaussian_rate", "iteration_power_law_rate",
@@ -180,6 +180,8 @@ def test_the_numbers_are_those_of_a_loop(quiet_trainer: MakeTrainer) -> None:
     np.testing.assert_allclose(callback.last_structure.covariance, eigenvalues[:12], rtol=1e-4)
     assert row["lambda_1"] == pytest.approx(eigenvalues[0], rel=1e-5)
     assert row["trace"] == pytest.approx(eigenvalues.sum(), rel=1e-5)
+    losses = [model.loss(batch).item() for batch in _in_order()]
+    assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert row["mean_gradient_norm"] == pytest.approx(
         np.linalg.norm(gradients.mean(axis=0)), rel=1e-4
     )
