@@ -33,11 +33,11 @@ NAME = "a name or path like any other; what is not there is said later"
 REAL = "a real number like any other"
 ALLOWED: dict[str, dict[str, str]] = {
     "monitor": {"'x'": "a metric that is not logged warns, or is refused with the nearest"},
-    "max_hvps": {"10**12": BOUND},
+    "products": {"10**12": BOUND},
+    "seconds": {"10**12": BOUND, "0": "time is up at once"},
+    "instruments": {"[]": "nothing besides"},
     "max_tested": {"10**12": BOUND},
-    "max_seconds": {"10**12": BOUND, "0": "time is up at once"},
-    "time_budget": {"10**12": BOUND},
-    "basis_memory": {"10**12": BOUND},
+    "memory": {"10**12": BOUND},
     "memory_budget": {"10**12": BOUND},
     "clip_norm": {"10**12": BOUND},
     "num_steps": {"10**12": "no more than there are parameters are taken"},
@@ -48,6 +48,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "unit": {"10**12": "the last block may be smaller"},
     "dim": {"-1": "the last dimension", "0": "the first dimension"},
     "parts": {"[]": "no parts", "'x'": "one part"},
+    "sizes": {"[]": "equal parts"},
     "parameter": {"'x'": NAME},
     "block": {"'x'": NAME},
     "trace_probes": {"0": "no trace"},
@@ -84,6 +85,9 @@ ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
     ("gradient_structure", "num_eigenvalues"): {"10**12": "fewer where T - 1 or n is smaller"},
     ("GradientStructureCallback", "num_eigenvalues"): {"10**12": "as in the function"},
     ("layer_spectra", "num_eigenvalues"): {"10**12": "as many as a layer has parameters"},
+    ("SpectrumInstrument", "num_eigenvalues"): {"10**12": "the model is not known yet"},
+    ("SpectrumInstrument", "parameters"): {"'x'": "a name; the model is not known yet"},
+    ("BlocksInstrument", "parameters"): {"'x'": "a name; the model is not known yet"},
     ("davis_kahan_bound", "eigenvalues"): {
         "-1": "one eigenvalue", "0": "one eigenvalue", "10**12": "one eigenvalue", "[]": "none",
     },

@@ -44,8 +44,13 @@ from lightning_hessian import (
 from lightning_hessian.cli.main import COMMANDS, main
 from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.histories.spectra import read_spectra
+from lightning_hessian.measure.blocks import BlocksInstrument
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import LossOptions, PooledSLQ
+from lightning_hessian.measure.spectrum import SpectrumInstrument
 from lightning_hessian.reports.live import follow
 from lightning_hessian.results import arguments as rules
+from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.statistics import power_law, significance, subspace, theory
 from lightning_hessian.statistics.eigengaps import davis_kahan_bound
 from lightning_hessian.tracking.power_law_metric import PowerLawMetric
@@ -157,6 +162,11 @@ DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "theory.marchenko_pastur_edges": (theory.marchenko_pastur_edges, {"ratio": 0.5}),
     "theory.semicircle": (theory.semicircle, {"x": [1.0]}),
     "PowerLawMetric": (PowerLawMetric, {}),
+    "Budget": (Budget, {}),
+    "LossOptions": (LossOptions, {}),
+    "PooledSLQ": (PooledSLQ, {}),
+    "SpectrumInstrument": (SpectrumInstrument, {}),
+    "BlocksInstrument": (BlocksInstrument, {}),
     "follow": (follow, {"folder": RUN, "out": "page", "monitor": "val_loss", "once": True}),
     "read_spectra": (read_spectra, {"path": RUN}),
     "read_offline_run": (read_offline_run, {"path": RUN}),
@@ -259,6 +269,9 @@ GROUPS = {
     },
     "callbacks": {"HessianSpectrumCallback", "GradientStructureCallback"},
     "schedules and partitions": {"AtSteps", "EveryNValidations", "BlockRule", "partition_rules"},
+    "options and instruments": {
+        "Budget", "LossOptions", "PooledSLQ", "SpectrumInstrument", "BlocksInstrument",
+    },
     "runs and reports": {
         "load_runs", "correlation_report", "follow", "read_spectra", "read_offline_run",
     },
@@ -357,11 +370,10 @@ def test_a_message_is_one_short_line_whatever_the_value(value: Any) -> None:
     assert text.startswith("count=")
 
 
-def test_an_unknown_option_of_a_layer_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"num_eigenvalue=3.*no such argument.*'tol'"):
-        layer_spectra(**MEASURED, num_eigenvalue=3)
-    with pytest.raises(ArgumentError, match="parameters="):
-        layer_spectra(**MEASURED, parameters="*")
+@pytest.mark.parametrize("unknown", ["num_eigenvalue", "parameters"])
+def test_an_unknown_option_of_a_layer_is_refused(unknown: str) -> None:
+    with pytest.raises(TypeError, match=unknown):
+        layer_spectra(**MEASURED, **{unknown: "*"})
 
 
 @pytest.mark.parametrize(
@@ -379,7 +391,10 @@ def test_an_unknown_option_of_a_layer_is_refused() -> None:
         ({"parameters": [5]}, "Give a glob"),
         ({"parameters": lambda name: True}, r"parameters\(name, parameter\) -> bool"),
         ({"parameters": NET}, "Give a glob"),
-        ({"basis_storage": "disk:/no/such/folder"}, "no folder '/no/such/folder'"),
+        ({"budget": 500}, "Give Budget"),
+        ({"loss_options": "eval"}, "Give LossOptions"),
+        ({"protocol": "pooled_slq"}, "Give 'converged', or PooledSLQ"),
+        ({"basis": 1e9}, "Give BasisStorage"),
         ({"checkpoint": "/no/such/folder/file"}, "no folder '/no/such/folder'"),
         ({"checkpoint": "."}, "It is a folder"),
     ],
@@ -388,6 +403,11 @@ def test_more_nonsense_for_a_measurement(arguments: dict[str, Any], words: str) 
     (name,) = arguments
     with pytest.raises(ArgumentError, match=f"^{name}.*{words}"):
         hessian_spectrum(**{**MEASURED, "num_eigenvalues": 2, **arguments})
+
+
+def test_the_folder_of_a_basis() -> None:
+    with pytest.raises(ArgumentError, match="no folder '/no/such/folder'"):
+        BasisStorage(tier="disk:/no/such/folder")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,6 +50,13 @@ def instruments(name: str, value: Any) -> tuple[Instrument, ...]:
                 value,
                 f"{type(one).__name__} is no instrument: it needs name, prefix, check(model), "
                 "cost(session) and measure(session, allowance).",
+            )
+        if not re.fullmatch(r"\w+", str(one.prefix), re.ASCII):
+            raise ArgumentError(
+                name,
+                value,
+                f"The prefix {one.prefix!r} of {type(one).__name__} cannot be part of a key; use "
+                "letters, digits and underscores only.",
             )
     if len({one.name for one in found}) < len(found):
         raise ArgumentError(name, value, "Two instruments have one name; give each its own.")

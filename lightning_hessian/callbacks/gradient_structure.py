@@ -31,8 +31,8 @@ class GradientStructureCallback(MeasurementCallback):
     ``s_hat``, ``lambda_1``, ``trace``, ``num_outliers``, ``eigengap_d_ks``, ``eigengap_s_hat``,
     ``num_eigenvalues``, ``num_fitted``. Of the gradients' entries: ``power_law_rate`` and
     ``dimension_gaussian_rate`` over dimensions, ``gaussian_rate`` and
-    ``iteration_power_law_rate`` over iterations. Besides: ``mean_gradient_norm``,
-    ``num_gradients``, ``seconds``. From four measurements on also
+    ``iteration_power_law_rate`` over iterations. Besides: ``mean_gradient_norm``, ``loss`` (the
+    mean loss on the probe), ``num_gradients``, ``seconds``. From four measurements on also
     ``correlation/pearson_gradient_<statistic>_<monitor>`` with its interval, Spearman's r, the r of
     first differences and the number of points, and ``correlation/gradient_num_points``. Figures are
     ``figures/gradient_<name>``, spectra ``spectra/gradient``.

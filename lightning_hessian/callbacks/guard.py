@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.linear.ranks import RankError, Ranks
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.results.base import text_of
 
@@ -66,6 +66,14 @@ class Guard:
                 ranks.fail(failure)
             assert failure is not None
             raise failure
+
+
+def named(failure: Exception | None, ranks: Ranks) -> RankError:
+    """Return a failure that came unagreed as one that names the rank, the same on all ranks."""
+    try:
+        ranks.fail(failure)
+    except RankError as agreed:
+        return agreed
 
 
 def sentence(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
@@ -89,7 +90,9 @@ class HessianSpectrumCallback(MeasurementCallback):
         seed: Of everything random here.
         instruments: More to measure in the same session; one with the name of a built-in
             (``"spectrum"``, ``"layers"``, ``"blocks"``) takes its place, so that
-            ``SpectrumInstrument(density=True, trace_probes=64)`` sets what has no argument here.
+            ``SpectrumInstrument(density=True, trace_probes=64)`` sets what has no argument here;
+            ``num_eigenvalues`` and ``parameters`` are those above where it names none. Layers
+            are measured like it, without a density.
 
     Raises:
         ValueError: Arguments that are wrong by themselves; in ``fit``, before training, those
@@ -143,16 +146,19 @@ class HessianSpectrumCallback(MeasurementCallback):
             basis=basis,
             significance=significance,
         )
+        given = {one.name: _completed(one, num_eigenvalues, parameters) for one in instruments}
+        if isinstance(given.get("spectrum"), SpectrumInstrument):
+            spectrum = given["spectrum"]
         built_in: list[Instrument] = [spectrum]
         if layers is not None:
-            built_in.append(LayersInstrument(layers, spectrum))
+            each = replace(spectrum, density=False, checkpoint=None, return_eigenvectors=False)
+            built_in.append(LayersInstrument(layers, each))
         if blocks is not None:
             built_in.append(
                 BlocksInstrument(
                     blocks, parameters, densities=True, density_steps=20, density_probes=1
                 )
             )
-        given = {instrument.name: instrument for instrument in instruments}
         super().__init__(
             monitor=monitor,
             every_n_validations=every_n_validations,
@@ -165,9 +171,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             progress=progress,
             instruments=list({**{one.name: one for one in built_in}, **given}.values()),
         )
-        found = next(one for one in self.instruments if one.name == "spectrum")
-        if isinstance(found, SpectrumInstrument):
-            spectrum = found
+        if isinstance(self.instruments[0], SpectrumInstrument):
             spectrum.check_budget(self.time_budget)
         self.num_eigenvalues = spectrum.count
         self.loss_fn = loss_fn
@@ -213,12 +217,16 @@ class HessianSpectrumCallback(MeasurementCallback):
 
     def _selected(self, pl_module: Any) -> ParameterSelection:
         """Returns what selects the parameters of all instruments; views share one operator."""
-        layers = next((one for one in self.instruments if isinstance(one, LayersInstrument)), None)
-        if layers is None or self.parameters is None:
-            return self.parameters
+        if self.parameters is None:
+            return None
+        selections = [self.parameters]
+        for one in self.instruments:
+            if isinstance(one, LayersInstrument):
+                selections.append(one.selected(pl_module))
+            elif getattr(one, "parameters", None) is not None:
+                selections.append(one.parameters)
         names = {
-            *ParameterSpace.select(pl_module, self.parameters).names,
-            *ParameterSpace.select(pl_module, layers.selected(pl_module)).names,
+            name for each in selections for name in ParameterSpace.select(pl_module, each).names
         }
         return lambda name, parameter: name in names
 
@@ -246,3 +254,12 @@ class HessianSpectrumCallback(MeasurementCallback):
             densities=None if density is None else {"Hessian": density},
             significance=self.significance,
         )
+
+
+def _completed(given: Any, num_eigenvalues: int | None, parameters: ParameterSelection) -> Any:
+    """Return a user's instrument with K and the parameters of the callback where it names none."""
+    if isinstance(given, SpectrumInstrument) and given.num_eigenvalues is None:
+        given = replace(given, num_eigenvalues=num_eigenvalues)
+    if isinstance(given, (SpectrumInstrument, BlocksInstrument)) and given.parameters is None:
+        given = replace(given, parameters=parameters)
+    return given

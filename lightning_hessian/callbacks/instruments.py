@@ -2,66 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from lightning_hessian.callbacks.guard import sentence
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.measure.instrument import Absent, Instrument, Record
 from lightning_hessian.measure.session import Session
-from lightning_hessian.results.base import text_of
 from lightning_hessian.tracking.progress import Progress
 
 
-def records_of(
+@dataclass(frozen=True)
+class Findings:
+    """What the instruments of one measurement have found.
+
+    Attributes:
+        records: By the name of the instrument.
+        scalars: The statistics by logged name; one under another prefix than that of the callback
+            carries it.
+        absent: A sentence for each statistic that is absent.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+
+
+def measured(
     instruments: Sequence[Instrument],
     session: Session,
     allowance: Allowance,
-    progress: Progress | None,
+    *,
+    prefix: str,
     strict: bool,
-) -> dict[str, Record]:
-    """Return what each instrument finds, by its name; all ranks call it together.
+    progress: Progress | None = None,
+) -> Findings:
+    """Return what the instruments find; all ranks call it together.
 
-    One that fails after another has succeeded costs its own statistics only.
+    An instrument may be a user's, so that any exception is taken in, those of its record too. One
+    that fails after another has succeeded costs its own statistics only.
 
     Args:
         instruments: In the order in which they measure.
         session: What they share.
         allowance: Of all of them together.
-        progress: Told when the next one begins.
-        strict: Whether every failure is raised, but for one for lack of time.
+        prefix: Of the callback.
+        strict: Whether every failure is raised, but one for lack of time.
+        progress: Told when the next instrument begins.
 
     Raises:
-        RuntimeError: The first instrument failed, or any of them under ``strict``.
+        Exception: The first instrument failed, or any of them under ``strict``.
     """
-    records: dict[str, Record] = {}
+    all_found = Findings()
     for instrument in instruments:
         if progress is not None:
             progress.next_part(instrument.name)
+        record: Record
         try:
-            records[instrument.name] = instrument.measure(session, allowance)
-        except RuntimeError as error:  # a MeasurementError, or out of memory
-            if not records or (strict and not allowance.is_over()):
+            with session.ranks.together():
+                record = instrument.measure(session, allowance)
+                scalars = {name: _number(value) for name, value in record.scalars().items()}
+                absent = list(record.absent())
+        except Exception as error:
+            if not all_found.records or (strict and not allowance.is_over()):
                 raise
-            sentence = f"No statistics of {instrument.name}: {text_of(error)}"
-            records[instrument.name] = Absent((sentence,))
-    return records
-
-
-def statistics_of(
-    instruments: Sequence[Instrument], records: Mapping[str, Record], prefix: str
-) -> tuple[dict[str, float], list[str]]:
-    """Return the statistics by logged name, and a sentence for each that is absent.
-
-    Args:
-        instruments: Those that have measured.
-        records: What they found, by their names.
-        prefix: Of the callback; names under another prefix carry that.
-    """
-    scalars: dict[str, float] = {}
-    absent: list[str] = []
-    for instrument in instruments:
-        record = records[instrument.name]
+            record = Absent((f"No statistics of {instrument.name}: {sentence(error)}",))
+            scalars, absent = record.scalars(), list(record.absent())
+        all_found.records[instrument.name] = record
         own = instrument.prefix == prefix
-        for name, value in record.scalars().items():
-            scalars[name if own else f"{instrument.prefix}/{name}"] = value
-        absent += record.absent()
-    return scalars, absent
+        for name, value in scalars.items():
+            all_found.scalars[name if own else f"{instrument.prefix}/{name}"] = value
+        all_found.absent.extend(absent)
+    return all_found
+
+
+def _number(value: Any) -> float:
+    """Return a statistic as a Python number, also where it came as a tensor or of NumPy."""
+    return value if isinstance(value, (int, float)) else float(value)

@@ -11,13 +11,14 @@ from typing import Any
 
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.compat import Callback
-from lightning_hessian.callbacks.guard import Guard, sentence
+from lightning_hessian.callbacks.guard import Guard, named, sentence
 from lightning_hessian.callbacks.handover import HandOver
-from lightning_hessian.callbacks.instruments import records_of, statistics_of
+from lightning_hessian.callbacks.instruments import measured
 from lightning_hessian.callbacks.pairing import Pairs, checked_monitors, incomparable
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches, probe_batches
 from lightning_hessian.callbacks.schedule import Schedule, TimeBudget, within
 from lightning_hessian.callbacks.surroundings import (
+    AVERAGED,
     averages_weights,
     refuse_surroundings,
     trainer_ranks,
@@ -195,11 +196,7 @@ class MeasurementCallback(Callback):
             )
         refuse_surroundings(self, trainer)
         if averages_weights(trainer):
-            self._warn_once(
-                "averaging",
-                "Averaged weights are swapped in for validation: put this callback before the "
-                "averaging one to measure them, after it to measure the trained weights.",
-            )
+            self._warn_once("averaging", AVERAGED)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks the arguments against the module, which is complete now."""
@@ -288,14 +285,15 @@ class MeasurementCallback(Callback):
         self.records = {}
         with self.session(pl_module, batches) as session:
             allowance = budget.open(session, self._progress)
-            self.records = records_of(
-                self.instruments, session, allowance, self._progress, self.on_error == "raise"
-            )
-            scalars, absent = statistics_of(self.instruments, self.records, self.prefix)
+            found = measured(
+                self.instruments, session, allowance, prefix=self.prefix,
+                strict=self.on_error == "raise", progress=self._progress,
+            )  # fmt: skip
+        self.records, scalars = found.records, found.scalars
         if self.work[1] == "num_hvps":  # of all instruments together
             scalars["num_hvps"] = allowance.spent
         scalars["seconds"] = time.monotonic() - begun
-        return scalars, absent
+        return scalars, found.absent
 
     def _hand_over(self, trainer: Any) -> None:
         """Give the loggers what is known only now: correlations, the spectrum, figures."""
@@ -359,7 +357,7 @@ class MeasurementCallback(Callback):
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
             return trainer.strategy.broadcast(scalars)
         if self._ranks.world > 1 and not isinstance(failure, RankError):
-            failure = self._named(failure)
+            failure = named(failure, self._ranks)
         assert failure is not None
         if self.on_error == "raise":
             raise failure
@@ -370,13 +368,6 @@ class MeasurementCallback(Callback):
                 stacklevel=2,
             )
         return None
-
-    def _named(self, failure: Exception | None) -> Exception:
-        """Returns a failure that came unagreed as one that names the rank, the same on all."""
-        try:
-            self._ranks.fail(failure)
-        except RankError as agreed:
-            return agreed
 
     def _new_progress(self, trainer: Any) -> Progress:
         shown = self.progress and trainer.is_global_zero

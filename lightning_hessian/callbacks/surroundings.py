@@ -9,6 +9,12 @@ import torch
 
 from lightning_hessian.linear.ranks import ALONE, Ranks
 
+AVERAGED = (
+    "Averaged weights are swapped in for validation: put this callback before the averaging one to "
+    "measure them, after it to measure the trained weights."
+)
+"""What to tell where `averages_weights`."""
+
 
 def refuse_surroundings(callback: Any, trainer: Any) -> None:
     """Checks that a callback can work in a Trainer, before anything is trained.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, Partition, partition
 from lightning_hessian.results import BlockStructure, MeasurementError, SpectralDensity
-from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.arguments import check_fields, checked
 from lightning_hessian.solvers.block_norms import (
     DENSE_ORDER,
     BlockNorms,
@@ -85,7 +85,7 @@ def block_structure(
         exact: Compute all columns (True), none that can be probed (False), or choose (None).
         densities: Whether to estimate the spectral density of every diagonal block too, and from
             them the heterogeneity.
-        density_steps: Lanczos steps for each, at most; fewer where ``max_hvps`` asks for it.
+        density_steps: Lanczos steps for each, at most; fewer where ``budget`` asks for it.
         density_probes: Probes for each, at most.
         budget: Bounds on Hessian-vector products and seconds. The least probes come first, then 10
             steps for each density, then more probes, then more steps. Densities that do not fit
@@ -151,16 +151,18 @@ class BlocksRecord:
     Attributes:
         structure: What was measured.
         missing: Sentences on what was left out.
+        cut_by: The partition, which says what the groups of blocks are.
     """
 
     structure: BlockStructure
     missing: tuple[str, ...] = ()
+    cut_by: Blocks = "layer"
 
     def scalars(self) -> dict[str, float]:
         """Return the statistics by logged name."""
         from lightning_hessian.tracking.scalars import block_scalars
 
-        return block_scalars(self.structure)
+        return block_scalars(self.structure, self.cut_by)
 
     def absent(self) -> tuple[str, ...]:
         """Return a sentence for each statistic that is missing."""
@@ -184,6 +186,9 @@ class BlocksInstrument:
     return_matrix: bool = False
     name: str = field(default="blocks", init=False)
     prefix: str = field(default="hessian", init=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self, {one.name: RULES[one.name] for one in fields(self) if one.init})
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where the partition does not fit the model."""
@@ -234,7 +239,7 @@ class BlocksInstrument:
                 f"at least {10 * len(cut.sizes)} products more than the budget allows. Raise it, "
                 "or cut fewer blocks.",
             )
-        return BlocksRecord(found, missing)
+        return BlocksRecord(found, missing, self.blocks)
 
     def structure(self, session: Session, allowance: Allowance) -> BlockStructure:
         """Return the block structure of the session's Hessian.

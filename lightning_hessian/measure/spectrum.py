@@ -6,7 +6,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.objective import ranks_of
 from lightning_hessian.results import ArgumentError, HessianSpectrum
-from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.arguments import check_fields, checked
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage
 from lightning_hessian.solvers.trace import TraceEstimate, trace
@@ -172,7 +173,7 @@ class SpectrumRecord:
         """Return a sentence for each statistic that is missing."""
         return [*self.warnings, *self._found[1]]
 
-    @property
+    @cached_property
     def _found(self) -> tuple[dict[str, float], list[str]]:
         from lightning_hessian.tracking.scalars import spectrum_scalars
 
@@ -201,6 +202,9 @@ class SpectrumInstrument:
     significance: float = 0.05
     name: str = field(default="spectrum", init=False)
     prefix: str = field(default="hessian", init=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self, {one.name: SPECTRUM_RULES[one.name] for one in fields(self) if one.init})
 
     @property
     def count(self) -> int:

@@ -94,7 +94,8 @@ def probe_data(name: str, value: Any) -> Any:
         if value and all(isinstance(loader, DataLoader) for loader in value.values()):
             return value
         raise ArgumentError(name, value, "Give 'train', 'val', a DataLoader or a list of batches.")
-    if isinstance(value, Iterator):
+    # Lightning's CombinedLoader has a __next__ of its own, and starts anew at every iter().
+    if isinstance(value, Iterator) and not hasattr(value, "iterables"):
         raise ArgumentError(
             name,
             type(value).__name__,

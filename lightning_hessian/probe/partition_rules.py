@@ -53,6 +53,14 @@ def _unit(name: str, value: Any) -> Any:
     return size(name, value)
 
 
+def _sizes(name: str, value: Any) -> tuple[int, ...]:
+    """The rule of ``sizes``: a tuple of sizes from 1 on."""
+    if not is_collection(value):
+        raise ArgumentError(name, value, "Give a tuple of sizes, one for each part.")
+    size = whole_number(least=1, because="A part has at least one index.")
+    return tuple(size(name, one) for one in value)
+
+
 @dataclass(frozen=True)
 class BlockRule:
     """Cuts the parameters that match into blocks.
@@ -96,6 +104,7 @@ class BlockRule:
                 "unit": _unit,
                 "dim": whole_number(least=-64, most=63),
                 "parts": names,
+                "sizes": _sizes,
             },
         )
         if len(self.units) != max(1, len(self.parts)):
@@ -105,7 +114,7 @@ class BlockRule:
                 f"It has {len(self.units)} units for {len(self.parts)} parts; give one for each.",
             )
 
-        if self.sizes and (len(self.sizes) != len(self.parts) or min(self.sizes) < 1):
+        if self.sizes and len(self.sizes) != len(self.parts):
             raise ValueError(f"{self}: give each of the {len(self.parts)} parts a size from 1 on.")
 
     def __repr__(self) -> str:

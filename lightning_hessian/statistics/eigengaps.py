@@ -26,7 +26,7 @@ _MIN_POSITIVE_GAPS = 3
 
 _RULES = {
     "eigenvalues": array_arguments.finite_values,
-    "residuals": optional(array_arguments.real_values),
+    "residuals": optional(array_arguments.finite_values),
     "significance": significance_level,
     "perturbation_norm": real_number("It is not a norm; give eps * norm(M) >= 0.", least=0.0),
     "complete": flag,
@@ -110,7 +110,7 @@ def _bounds(values: FloatArray, residuals: ArrayLike | None) -> FloatArray:
     """
     if residuals is None:
         return np.zeros(len(values))
-    errors = finite_values(residuals)
+    errors = np.asarray(residuals, dtype=np.float64).ravel()
     if len(errors) != len(values) or bool((errors < 0).any()):
         raise ArgumentError(
             "residuals", residuals, f"Give {len(values)} bounds >= 0, one for each eigenvalue."

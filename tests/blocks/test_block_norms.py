@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.allowances import stop_after
 from torch import Tensor
 
 from lightning_hessian.linear.operator import MatrixOperator
@@ -208,7 +209,7 @@ def test_the_bound_on_products_holds():
         found = block_norms(MatrixOperator(matrix), labels, rel_error=0, max_products=bound)
         assert found.num_products == bound
         assert found.stopped == "bound"
-    with pytest.raises(ValueError, match=r"30 products are the least for 6 blocks.*29.*max_hvps"):
+    with pytest.raises(ValueError, match=r"30 products are the least for 6 blocks.*29.*budget"):
         block_norms(MatrixOperator(matrix), labels, max_products=least - 1)
     with pytest.raises(ValueError, match=r"products are the least.*Raise it"):
         block_norms(MatrixOperator(matrix), labels, exact=True, max_products=200)
@@ -216,23 +217,12 @@ def test_the_bound_on_products_holds():
 
 def test_time_up():
     matrix, labels = symmetric(), torch.arange(300) // 5  # 60 blocks: more than one chunk
-    calls = []
-
-    def late(after: int):
-        calls.clear()
-
-        def should_stop() -> bool:
-            calls.append(None)
-            return len(calls) > after
-
-        return should_stop
-
     operator = MatrixOperator(matrix)
     with pytest.raises(MeasurementError, match=r"time was up after 32 products.*least 120"):
-        block_norms(operator, labels, exact=False, should_stop=late(0))
+        block_norms(operator, labels, exact=False, allowance=stop_after(0))
     with pytest.raises(MeasurementError, match=r"time was up after 32 of 300 columns"):
-        block_norms(operator, labels, exact=True, should_stop=late(0))
-    found = block_norms(operator, labels, exact=False, rel_error=0, should_stop=late(6))
+        block_norms(operator, labels, exact=True, allowance=stop_after(0))
+    found = block_norms(operator, labels, exact=False, rel_error=0, allowance=stop_after(6))
     assert found.stopped == "interrupted"
     assert found.num_probes.min() >= 2
 

@@ -13,6 +13,8 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
 from lightning_hessian import BlockRule, MeasurementError, block_structure
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import LossOptions
 from lightning_hessian.probe.partition import Blocks, Partition, partition
 from lightning_hessian.results import BlockStructure
 from lightning_hessian.solvers.block_norms import least_products
@@ -57,7 +59,12 @@ def test_every_norm_is_that_of_the_dense_hessian(name, blocks, dtype):
         module, batches = in_double(module), in_double(batches)
     cut = partition(module, blocks)
     found = block_structure(
-        module, given.loss_fn, batches, blocks=blocks, exact=True, mode=given.mode
+        module,
+        given.loss_fn,
+        batches,
+        blocks=blocks,
+        exact=True,
+        loss_options=LossOptions(mode=given.mode),
     )
     assert found.names == cut.names
     assert found.num_hvps == cut.space.size == len(hessian)
@@ -144,20 +151,20 @@ def test_bounds_hold_and_the_norms_come_first():
     least = least_products(sizes)
     for bound in (least, least + 29, least + 30, 400):
         found = block_structure(
-            net, cross_entropy, batches, exact=False, densities=True, max_hvps=bound
+            net, cross_entropy, batches, exact=False, densities=True, budget=Budget(products=bound)
         )
         assert found.num_hvps <= bound
         enough = bound - least >= 10 * len(sizes)
         assert (found.densities is not None) == enough
         assert (found.mean_heterogeneity is not None) == enough
     with pytest.raises(ValueError, match="products are the least for 3 blocks"):
-        block_structure(net, cross_entropy, batches, max_hvps=5)
+        block_structure(net, cross_entropy, batches, budget=Budget(products=5))
 
 
 def test_time_up():
     net, batches = wide()
     with pytest.raises(MeasurementError, match="time was up"):
-        block_structure(net, cross_entropy, batches, exact=False, max_seconds=0)
+        block_structure(net, cross_entropy, batches, exact=False, budget=Budget(seconds=0))
 
 
 def test_families_of_two_layers():
@@ -216,9 +223,14 @@ def test_the_module_is_left_as_it_was(name):
     gradients = [p.grad.clone() for p in module.parameters() if p.grad is not None]
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     block_structure(
-        module, given.loss_fn, given.batches[:1] if given.mode == "train" else given.batches,
-        exact=False, densities=True, density_steps=4, mode=given.mode,
-    )  # fmt: skip
+        module,
+        given.loss_fn,
+        given.batches[:1] if given.mode == "train" else given.batches,
+        exact=False,
+        densities=True,
+        density_steps=4,
+        loss_options=LossOptions(mode=given.mode),
+    )
     assert module.training
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
@@ -280,7 +292,13 @@ def test_a_hundred_blocks_of_lenet_in_300_products():
     for _ in range(2):
         options = {"blocks": rules, "exact": False, "hvp": "linearize"}
         truth = block_structure(
-            net, cross_entropy, batches, rel_error=0, max_hvps=3000, seed=99, **options
+            net,
+            cross_entropy,
+            batches,
+            rel_error=1e-9,
+            seed=99,
+            budget=Budget(products=3000),
+            **options,
         )
         assert len(truth.names) == 100
         for seed in range(5):

@@ -10,7 +10,10 @@ import pytest
 import yaml
 from tiny_modules import in_a_fresh_process
 
-from lightning_hessian import AtSteps, HessianSpectrumCallback
+from lightning_hessian import AtSteps, EveryNValidations, HessianSpectrumCallback
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import LossOptions
+from lightning_hessian.measure.spectrum import SpectrumInstrument
 
 PACKAGES = {
     "lightning": ("lightning.pytorch", "Regression", "RegressionData"),
@@ -44,6 +47,11 @@ def _run(package: str, folder: Path, callbacks: Any) -> Any:
     )
 
 
+def budget(**arguments: Any) -> dict[str, Any]:
+    """What a YAML file has for a budget."""
+    return {"class_path": "lightning_hessian.measure.budget.Budget", "init_args": arguments}
+
+
 def _callback(cli: Any) -> HessianSpectrumCallback:
     (found,) = [c for c in cli.trainer.callbacks if isinstance(c, HessianSpectrumCallback)]
     return found
@@ -54,19 +62,32 @@ def test_arguments_arrive(package: str, tmp_path: Path) -> None:
     arguments = {
         "num_eigenvalues": 4,
         "monitor": ["val_loss", "train_loss"],
-        "every_n_validations": 2,
+        "every_n_validations": {
+            "class_path": "lightning_hessian.EveryNValidations",
+            "init_args": {"n": 2, "during_validate": True},
+        },
         "data": "val",
         "num_batches": 1,
         "parameters": ["net.0.*", "net.2.weight"],
         "tol": 0.01,
-        "max_hvps": 300,
-        "time_budget": 30.0,
+        "time_budget": budget(products=300, seconds=30.0),
         "figures": None,
         "hvp": "autograd",
-        "mode": "train",
-        "trace_probes": 3,
+        "loss_options": {
+            "class_path": "lightning_hessian.measure.options.LossOptions",
+            "init_args": {"mode": "train"},
+        },
+        "basis": {
+            "class_path": "lightning_hessian.solvers.storage.BasisStorage",
+            "init_args": {"memory": 1e8, "tier": "cpu"},
+        },
         "significance": 0.1,
-        "during_validate": True,
+        "instruments": [
+            {
+                "class_path": "lightning_hessian.measure.spectrum.SpectrumInstrument",
+                "init_args": {"trace_probes": 3, "significance": 0.1},
+            }
+        ],
         "on_error": "raise",
         "seed": 5,
     }
@@ -76,10 +97,15 @@ def test_arguments_arrive(package: str, tmp_path: Path) -> None:
     (row,) = callback.history
     assert (row["epoch"], row["num_eigenvalues"], row["d_c"]) == (1, 4, 1.22 / 2)
     assert callback.monitors == ("val_loss", "train_loss")
-    plain = arguments.keys() - {"monitor", "every_n_validations", "time_budget"}
-    assert {name: getattr(callback, name) for name in plain} == {
-        name: arguments[name] for name in plain
-    }
+    plain = ("data", "num_batches", "parameters", "figures", "hvp", "significance", "on_error")
+    for name in (*plain, "num_eigenvalues", "seed"):
+        assert getattr(callback, name) == arguments[name]
+    assert callback.schedule == EveryNValidations(2, during_validate=True)
+    assert callback.time_budget == Budget(products=300, seconds=30.0)
+    assert callback.loss_options == LossOptions(mode="train")
+    spectrum = callback.instruments[0]
+    assert isinstance(spectrum, SpectrumInstrument)
+    assert (spectrum.trace_probes, spectrum.count) == (3, 4)
     assert callback.last_spectrum is not None
     assert callback.last_spectrum.engine == "autograd"
     assert callback.last_spectrum.num_parameters == 30
@@ -93,7 +119,12 @@ def test_arguments_arrive(package: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_defaults_and_a_single_callback(package: str, tmp_path: Path) -> None:
-    arguments = {"num_eigenvalues": 4, "num_batches": 1, "time_budget": 30.0, "figures": None}
+    arguments = {
+        "num_eigenvalues": 4,
+        "num_batches": 1,
+        "time_budget": budget(seconds=30.0),
+        "figures": None,
+    }
     entry = {"class_path": "lightning_hessian.HessianSpectrumCallback", "init_args": arguments}
     assert len(_callback(_run(package, tmp_path, entry)).history) == 2
 
@@ -103,7 +134,7 @@ def test_a_schedule_object(package: str, tmp_path: Path) -> None:
     steps = {"class_path": "lightning_hessian.AtSteps", "init_args": {"steps": [5]}}
     arguments = {
         "num_eigenvalues": 4,
-        "time_budget": 30.0,
+        "time_budget": budget(seconds=30.0),
         "figures": None,
         "every_n_validations": steps,
     }

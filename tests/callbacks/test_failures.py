@@ -26,6 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hessian import HessianSpectrumCallback, MeasurementError
+from lightning_hessian.callbacks.schedule import EveryNValidations
+from lightning_hessian.measure.blocks import BlocksInstrument
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import LossOptions, PooledSLQ
+from lightning_hessian.measure.spectrum import SpectrumInstrument
 
 MakeTrainer = Callable[..., Any]
 
@@ -280,17 +285,17 @@ def test_a_failed_measurement_is_not_logged_again(make_trainer: MakeTrainer) -> 
         ({"data": []}, "data=.* no batch"),
         ({"data": iter(train_loader())}, r"is an iterator.*Give a DataLoader or a list"),
         ({"on_error": "ignore"}, r"on_error='ignore'.*'warn'"),
-        ({"mode": "evaluation"}, r"mode='evaluation'.*'eval'"),
         ({"tol": 0.0}, "tol=0"),
         ({"tol": -1e-3}, "tol=-0.001"),
         ({"tol": float("nan")}, "tol=nan"),
-        ({"max_hvps": 3}, r"max_hvps=3.*too small.*Raise it"),
-        ({"trace_probes": 1}, r"trace_probes=1.*at least 2"),
+        ({"time_budget": Budget(products=3)}, r"budget=.*products=3.*too small.*Raise it"),
+        ({"instruments": [SpectrumInstrument(trace_probes=1)]}, r"trace_probes=1.*at least 2"),
         ({"num_batches": 0}, "num_batches=0"),
         ({"every_n_validations": 0}, "every_n_validations=0.*at least 1"),
         ({"every_n_validations": 1.5}, "every_n_validations=1.5"),
         ({"time_budget": 0.0}, "time_budget=0"),
         ({"time_budget": -5}, "time_budget=-5"),
+        ({"time_budget": 600}, r"time_budget=600.*share.*Budget\(products=..., seconds=...\)"),
         ({"significance": 1.5}, "significance=1.5"),
         ({"loss_fn": "mse"}, r"loss_fn='mse'.*loss_fn\(module, batch\)"),
         (
@@ -321,6 +326,24 @@ def test_misuse_is_refused_before_training(
     assert all(trainer.global_step == 0 for trainer in made)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LossOptions(mode="evaluation"), r"mode='evaluation'.*'eval'"),
+        (lambda: Budget(products=0), "products=0"),
+        (lambda: Budget(share=1.5), r"share=1.5.*below 1"),
+        (lambda: PooledSLQ(num_runs=0), "num_runs=0"),
+        (lambda: SpectrumInstrument(num_eigenvalues=0), "num_eigenvalues=0"),
+        (lambda: SpectrumInstrument(tol=-1.0), "tol=-1"),
+        (lambda: BlocksInstrument(rel_error=0), "rel_error=0"),
+        (lambda: BlocksInstrument("layers"), r"blocks='layers'.*one of layer"),
+    ],
+)
+def test_options_and_instruments_are_checked_where_they_are_made(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 class Manual(Regression):
     automatic_optimization = False
 
@@ -341,7 +364,11 @@ class HasNoTrainingLoss(Regression):
 def test_a_module_without_a_loss_is_refused(
     make_trainer: MakeTrainer, module: type[Regression], message: str, loop: str
 ) -> None:
-    trainer = make_trainer(small_callback(on_error="warn", during_validate=True))
+    trainer = make_trainer(
+        small_callback(
+            on_error="warn", every_n_validations=EveryNValidations(1, during_validate=True)
+        )
+    )
     loaders = [train_loader(), val_loader()] if loop == "fit" else [val_loader()]
     with pytest.raises(ValueError, match=message):
         getattr(trainer, loop)(module(), *loaders)
@@ -349,10 +376,10 @@ def test_a_module_without_a_loss_is_refused(
 
 
 def test_unconverged_eigenvalues_are_said_to_be(make_trainer: MakeTrainer) -> None:
-    callback = small_callback(num_eigenvalues=8, max_hvps=13)
+    callback = small_callback(num_eigenvalues=8, time_budget=Budget(products=13))
     found = _own_warnings(make_trainer(callback), make_trainer(), Regression)
     (warning,) = [message for message in found if "eigenvalues converged" in message]
-    assert re.search(r"\d of 8 .*raise max_hvps or lower num_eigenvalues", warning)
+    assert re.search(r"\d of 8 .*allow more or lower num_eigenvalues", warning)
     (row,) = callback.history
     assert row["num_converged"] < 8
     assert row["num_fitted"] <= row["num_converged"]
@@ -368,6 +395,8 @@ def test_data_of_another_size_of_batch_are_refused_with_a_remedy(
     trainer = make_trainer(small_callback(data=ragged, on_error="warn"))
     (warning,) = _own_warnings(trainer, make_trainer(), Regression)
     assert re.search(r"number of samples.*Give batch_weight", warning)
-    callback = small_callback(data=ragged, batch_weight=lambda batch: len(batch[0]))
+    callback = small_callback(
+        data=ragged, loss_options=LossOptions(batch_weight=lambda batch: len(batch[0]))
+    )
     make_trainer(callback).fit(Regression(), train_loader(), val_loader())
     assert len(callback.history) == 1

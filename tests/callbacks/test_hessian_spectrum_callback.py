@@ -30,6 +30,7 @@ from tiny_modules import (
 from torch import Tensor
 
 from lightning_hessian import HessianSpectrumCallback
+from lightning_hessian.callbacks.schedule import EveryNValidations
 
 MakeTrainer = Callable[..., Any]
 TRAIN, VAL = samples(NUM_TRAIN, seed=1).tensors, samples(NUM_VAL, seed=2).tensors
@@ -261,7 +262,9 @@ def test_validate_agrees_with_fit(make_trainer: MakeTrainer, data: Any) -> None:
     make_trainer(in_fit).fit(module, datamodule=RegressionData())
     assert not any(inference)
     inference.clear()
-    in_validate = small_callback(data=data, during_validate=True)
+    in_validate = small_callback(
+        data=data, every_n_validations=EveryNValidations(1, during_validate=True)
+    )
     trainer = make_trainer(in_validate)
     (metrics,) = trainer.validate(module, datamodule=RegressionData(), verbose=False)
     assert all(inference)
@@ -272,7 +275,10 @@ def test_validate_agrees_with_fit(make_trainer: MakeTrainer, data: Any) -> None:
 
 
 def test_validate_after_fit_on_the_same_trainer(make_trainer: MakeTrainer) -> None:
-    callback, module = small_callback(during_validate=True), _module()
+    callback, module = (
+        small_callback(every_n_validations=EveryNValidations(1, during_validate=True)),
+        _module(),
+    )
     trainer = make_trainer(callback, max_epochs=2)
     trainer.fit(module, train_loader(), val_loader())
     in_fit, history = _eigenvalues(callback), callback.history
@@ -284,7 +290,9 @@ def test_validate_after_fit_on_the_same_trainer(make_trainer: MakeTrainer) -> No
 
 @pytest.mark.parametrize("loop", ["validate", "test"])
 def test_measures_nothing_unasked(make_trainer: MakeTrainer, loop: str) -> None:
-    callback = small_callback(during_validate=loop == "test")
+    callback = small_callback(
+        every_n_validations=EveryNValidations(1, during_validate=loop == "test")
+    )
     trainer = make_trainer(callback)
     (metrics,) = getattr(trainer, loop)(_module(), val_loader(), verbose=False)
     assert callback.last_spectrum is None
@@ -292,13 +300,17 @@ def test_measures_nothing_unasked(make_trainer: MakeTrainer, loop: str) -> None:
 
 
 def test_validate_without_training_data_says_what_to_do(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(small_callback(during_validate=True))
+    trainer = make_trainer(
+        small_callback(every_n_validations=EveryNValidations(1, during_validate=True))
+    )
     with pytest.raises(ValueError, match=r"data='train'.*give data='val' or a DataLoader"):
         trainer.validate(_module(), val_loader(), verbose=False)
 
 
 def test_validate_measures_at_every_call_whatever_the_schedule(make_trainer: MakeTrainer) -> None:
-    callback = small_callback(data="val", during_validate=True, every_n_validations=100)
+    callback = small_callback(
+        data="val", every_n_validations=EveryNValidations(100, during_validate=True)
+    )
     make_trainer(callback).validate(_module(), val_loader(), verbose=False)
     assert callback.last_spectrum is not None
 
@@ -405,7 +417,7 @@ def test_another_run_draws_the_same_probe_samples(
     trainer.fit(module, datamodule=RegressionData())
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     L.seed_everything(2, verbose=False)
-    again = small_callback(during_validate=True)
+    again = small_callback(every_n_validations=EveryNValidations(1, during_validate=True))
     make_trainer(again).validate(
         Regression(), datamodule=RegressionData(), ckpt_path=tmp_path / "two.ckpt", verbose=False
     )

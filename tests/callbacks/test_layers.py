@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_modules import NUM_PARAMETERS, Regression, small_callback, train_loader, val_loader
 
 from lightning_hessian import hessian_spectrum
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import PooledSLQ
 
 MakeTrainer = Callable[..., Any]
 
@@ -29,10 +31,10 @@ def test_each_layer_is_logged_under_its_own_key(make_trainer: MakeTrainer, tmp_p
     layers = {name.rpartition(".")[0].replace(".", "_") for name in names}
     assert layers == set(callback.last_layers)
     for layer in layers:
-        assert {f"hessian_{layer}/lambda_1", f"hessian_{layer}/trace"} <= found
+        assert {f"layers/lambda_1_{layer}", f"layers/trace_{layer}"} <= found
         spectrum = callback.last_layers[layer]
         row = callback.history[-1]
-        assert row[f"hessian_{layer}/lambda_1"] == spectrum.eigenvalues[0]
+        assert row[f"layers/lambda_1_{layer}"] == spectrum.eigenvalues[0]
         globs = [name for name in names if name.rpartition(".")[0].replace(".", "_") == layer]
         alone = hessian_spectrum(
             module, None, callback._batches, parameters=globs, num_eigenvalues=5, trace_probes=2
@@ -55,8 +57,10 @@ def test_layers_that_do_not_fit_are_refused_before_training(make_trainer: MakeTr
 
 
 def test_the_whole_comes_first_and_what_is_left_out_is_said(make_trainer: MakeTrainer) -> None:
-    callback = small_callback(layers="layer", max_hvps=7 + 16, blocks=None, tol=1e-9)
-    with pytest.warns(UserWarning, match="No spectrum of the layers"):
+    callback = small_callback(
+        layers="layer", blocks=None, tol=1e-9, time_budget=Budget(products=7 + 16)
+    )
+    with pytest.warns(UserWarning, match="Layers without a spectrum: net_0, net_2"):
         make_trainer(callback).fit(Regression(), train_loader(), val_loader())
     assert callback.last_spectrum is not None
     assert callback.history[-1]["num_hvps"] <= 7 + 16
@@ -65,7 +69,7 @@ def test_the_whole_comes_first_and_what_is_left_out_is_said(make_trainer: MakeTr
 
 def test_the_papers_protocol_in_training(make_trainer: MakeTrainer) -> None:
     callback = small_callback(
-        num_eigenvalues=None, protocol="pooled_slq", density=True, blocks=None, trace_probes=0
+        num_eigenvalues=None, protocol=PooledSLQ(), density=True, blocks=None, trace_probes=0
     )
     assert callback.num_eigenvalues == 1000
     make_trainer(callback).fit(Regression(), train_loader(), val_loader())

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.callbacks import with_spectrum
 from tiny_modules import Regression, small_callback, train_loader, val_loader
 from torch import Tensor
 
-from lightning_hessian import AtSteps, EveryNValidations, HessianSpectrumCallback
+from lightning_hessian import AtSteps, EveryNValidations
 from lightning_hessian.callbacks import measurement
 from lightning_hessian.callbacks.schedule import TimeBudget
+from lightning_hessian.measure.budget import Budget
 
 MakeTrainer = Callable[..., Any]
 
@@ -170,7 +172,11 @@ def test_a_share_is_kept_over_the_run(make_trainer: MakeTrainer) -> None:
 
 def test_seconds_cut_a_measurement_short(make_trainer: MakeTrainer) -> None:
     callback = small_callback(
-        time_budget=1, loss_fn=slow_loss, hvp="recompute", num_batches=1, num_eigenvalues=20
+        time_budget=Budget(seconds=1),
+        loss_fn=slow_loss,
+        hvp="recompute",
+        num_batches=1,
+        num_eigenvalues=20,
     )
     messages = _warnings(make_trainer, callback)
     (row,) = callback.history
@@ -185,9 +191,9 @@ def test_a_costly_measurement_says_so_once(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measurement, "_COSTLY_SECONDS", 0.0)
-    callback = HessianSpectrumCallback(
-        num_eigenvalues=5, trace_probes=2, num_batches=1, loss_fn=slow_loss, hvp="recompute",
-        max_hvps=8, on_error="raise", figures=None,
+    callback = with_spectrum(
+        num_eigenvalues=5, num_batches=1, loss_fn=slow_loss, hvp="recompute",
+        time_budget=Budget(products=8), on_error="raise", figures=None,
     )  # fmt: skip
     messages = _warnings(make_trainer, callback, max_epochs=3)
     assert len(callback.history) == 3
@@ -197,9 +203,7 @@ def test_a_costly_measurement_says_so_once(
 
 
 def test_a_cheap_measurement_says_nothing_of_its_cost(make_trainer: MakeTrainer) -> None:
-    callback = HessianSpectrumCallback(
-        num_eigenvalues=3, trace_probes=2, num_batches=1, figures=None
-    )
+    callback = with_spectrum(num_eigenvalues=3, num_batches=1, figures=None)
     messages = _warnings(make_trainer, callback, Slower)
     assert len(callback.history) == 1
     assert not [message for message in messages if "time_budget" in message]
@@ -220,7 +224,6 @@ def test_a_budget_by_hand() -> None:
     assert not budget.allows()
     budget.trained(20.0)
     assert budget.allows()
-    assert TimeBudget(5).max_seconds() == 5
     assert TimeBudget().max_seconds() == float("inf")
 
 

@@ -34,6 +34,8 @@ from torch.utils.data import (
 from torch.utils.data.datapipes.iter import IterableWrapper, Shuffler
 
 from lightning_hessian import GradientStructureCallback
+from lightning_hessian.callbacks.schedule import EveryNValidations
+from lightning_hessian.measure.budget import Budget
 
 MakeTrainer = Callable[..., Any]
 SIZE = 32
@@ -493,8 +495,8 @@ class Doubles(Regression):
 def small_gradient_callback(**arguments: Any) -> GradientStructureCallback:
     return GradientStructureCallback(
         **{
-            "num_gradients": 6, "num_eigenvalues": 3, "num_batches": 6, "time_budget": 600,
-            "tests": False, "figures": None, "on_error": "raise", **arguments,
+            "num_gradients": 6, "num_eigenvalues": 3, "num_batches": 6, "tests": False,
+            "time_budget": Budget(seconds=600), "figures": None, "on_error": "raise", **arguments,
         }
     )  # fmt: skip
 
@@ -593,7 +595,10 @@ class OneDataSet(L.LightningDataModule):
 
 def test_a_data_module_that_counts(make_trainer: MakeTrainer) -> None:
     outcomes = []
-    for callbacks in ([], [small_callback(during_validate=True)]):
+    for callbacks in (
+        [],
+        [small_callback(every_n_validations=EveryNValidations(1, during_validate=True))],
+    ):
         L.seed_everything(5, verbose=False)
         module, data = Doubles(), OneDataSet()
         trainer = make_trainer(*callbacks, max_epochs=2)

@@ -25,6 +25,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_hessian.measure.options import LossOptions
+
 OURS = ("hessian/", "correlation/")
 
 
@@ -277,7 +279,7 @@ def test_whatever_the_trainer(make_trainer: Callable[..., Any], arguments: dict[
         {"data": "val"},
         {"data": train_loader()},
         {"data": list(val_loader())},
-        {"mode": "train", "hvp": "autograd"},
+        {"loss_options": LossOptions(mode="train"), "hvp": "autograd"},
         {"hvp": "linearize", "loss_fn": _plain_loss},
         {"hvp": "recompute"},
         {"loss_fn": _plain_loss},
@@ -340,7 +342,9 @@ def test_mode_of_dropout_and_norm(
         modes.append((module.dropout.training, module.norm.training))
         return _plain_loss(module, batch)
 
-    _check(make_trainer, {"mode": mode, "loss_fn": loss_fn, "hvp": "autograd"}, module=module)
+    options = LossOptions(mode=mode)
+    arguments = {"loss_options": options, "loss_fn": loss_fn, "hvp": "autograd"}
+    _check(make_trainer, arguments, module=module)
     assert set(modes) == {expected}
 
 

@@ -14,11 +14,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from support.callbacks import with_spectrum
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hessian import HessianSpectrumCallback
+from lightning_hessian.measure.budget import Budget
 
 FEATURES = 4
 NUM_PARAMETERS = 31
@@ -49,12 +51,11 @@ def small_callback(**arguments: Any) -> HessianSpectrumCallback:
     defaults: dict[str, Any] = {
         "num_eigenvalues": 5,
         "num_batches": 2,
-        "trace_probes": 2,
-        "time_budget": 600,
+        "time_budget": Budget(seconds=600),
         "figures": None,
         "on_error": "raise",
     }
-    return HessianSpectrumCallback(**{**defaults, **arguments})
+    return with_spectrum(**{**defaults, **arguments})
 
 
 class _Regression:
@@ -125,7 +126,8 @@ def dense_eigenvalues(module: Any, inputs: Tensor, targets: Tensor) -> NDArray[n
 def in_a_fresh_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs code that may import from here, in a process that may die."""
     here = Path(__file__).parent
-    paths = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parents[1])!r}]\n"
+    folders = [str(here), str(here.parent), str(here.parents[1])]
+    paths = f"import sys; sys.path[:0] = {folders!r}\n"
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", paths + code],
         cwd=folder,

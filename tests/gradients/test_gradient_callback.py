@@ -17,6 +17,7 @@ import torch
 from gradient_oracles import explicit, in_batches, loop_gradients
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from support.callbacks import with_spectrum
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,13 +28,15 @@ from lightning_hessian import (
     gradient_structure,
 )
 from lightning_hessian.callbacks import measurement
+from lightning_hessian.callbacks.schedule import EveryNValidations
+from lightning_hessian.measure.budget import Budget
 
 MakeTrainer = Callable[..., L.Trainer]
 
 SPECTRAL = {
     "d_ks", "d_c", "p_value", "beta_hat", "beta_sigma", "s_hat", "lambda_1", "trace",
     "num_outliers", "eigengap_d_ks", "eigengap_s_hat", "num_eigenvalues", "num_fitted",
-    "mean_gradient_norm", "num_gradients", "seconds",
+    "mean_gradient_norm", "num_gradients", "loss", "seconds",
 }  # fmt: skip
 RATES = {
     "power_law_rate", "gaussian_rate", "dimension_gaussian_rate", "iteration_power_law_rate",
@@ -85,15 +88,15 @@ class Classifier(L.LightningModule):
 
 def _callback(**arguments: Any) -> GradientStructureCallback:
     defaults: dict[str, Any] = {
-        "num_gradients": 40, "num_eigenvalues": 12, "time_budget": 600, "on_error": "raise",
-        "figures": None,
+        "num_gradients": 40, "num_eigenvalues": 12, "time_budget": Budget(seconds=600),
+        "on_error": "raise", "figures": None,
     }  # fmt: skip
     return GradientStructureCallback(**{**defaults, **arguments})
 
 
 def _hessian(**arguments: Any) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(
-        num_eigenvalues=5, num_batches=2, trace_probes=2, time_budget=600, on_error="raise",
+    return with_spectrum(
+        num_eigenvalues=5, num_batches=2, time_budget=Budget(seconds=600), on_error="raise",
         figures=None, **arguments,
     )  # fmt: skip
 
@@ -177,6 +180,8 @@ def test_the_numbers_are_those_of_a_loop(quiet_trainer: MakeTrainer) -> None:
     np.testing.assert_allclose(callback.last_structure.covariance, eigenvalues[:12], rtol=1e-4)
     assert row["lambda_1"] == pytest.approx(eigenvalues[0], rel=1e-5)
     assert row["trace"] == pytest.approx(eigenvalues.sum(), rel=1e-5)
+    losses = [model.loss(batch).item() for batch in _in_order()]
+    assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert row["mean_gradient_norm"] == pytest.approx(
         np.linalg.norm(gradients.mean(axis=0)), rel=1e-4
     )
@@ -210,7 +215,11 @@ def test_it_agrees_with_the_front_door(quiet_trainer: MakeTrainer) -> None:
 
 def test_validate_measures_where_that_is_asked(quiet_trainer: MakeTrainer) -> None:
     for asked in (False, True):
-        callback = _callback(data="val", batch_size=4, during_validate=asked)
+        callback = _callback(
+            data="val",
+            batch_size=4,
+            every_n_validations=EveryNValidations(1, during_validate=asked),
+        )
         trainer = quiet_trainer(callback)
         trainer.validate(_model(), _loaders()[1], verbose=False)
         assert ("gradient/lambda_1" in trainer.callback_metrics) == asked

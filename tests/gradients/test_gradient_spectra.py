@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_hessian import GradientStructure, MeasurementError, gradient_structure
 from lightning_hessian.isolation.context import isolated
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.operators.gradients.gram import gram_matrix
 from lightning_hessian.operators.gradients.history import GradientCovariance, GradientHistory
 from lightning_hessian.operators.gradients.rows import MiniBatchGradients, adam_preconditioner
@@ -429,7 +430,7 @@ def test_time_cuts_the_gradients_short(tests: bool) -> None:
     with pytest.raises(MeasurementError, match=r"time was up after .*Allow more"):
         _with_pieces_of(
             5 if tests else 1,
-            lambda: gradient_structure(module, slow, data, max_seconds=1e-9, **options),
+            lambda: gradient_structure(module, slow, data, budget=Budget(seconds=1e-9), **options),
         )
     assert len(calls) == (5 if tests else 1)
 
@@ -462,7 +463,9 @@ def test_the_gradients_there_are_when_time_is_up_are_used(
     with pytest.warns(UserWarning, match=r"time was up after \d+ of 100 gradients; allow more"):
         found = _with_pieces_of(
             5,
-            lambda: gradient_structure(module, cross_entropy, data, max_seconds=7.5, **options),
+            lambda: gradient_structure(
+                module, cross_entropy, data, budget=Budget(seconds=7.5), **options
+            ),
         )
     whole = draw_minibatches(data, batch_size=40, num_minibatches=100)
     kept = [whole[i] for i in range(found.num_gradients)]

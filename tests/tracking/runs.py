@@ -10,9 +10,11 @@ from typing import Any
 import lightning as L
 import torch
 from callbacks.tiny_modules import Regression, train_loader, val_loader
+from support.callbacks import with_spectrum
 
 from lightning_hessian import HessianSpectrumCallback
 from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run
+from lightning_hessian.measure.budget import Budget
 
 Row = dict[str, Any]
 
@@ -20,10 +22,10 @@ Row = dict[str, Any]
 def measuring(**arguments: Any) -> HessianSpectrumCallback:
     """A quick measurement with figures at the first, every second and the last measurement."""
     defaults: dict[str, Any] = {
-        "num_eigenvalues": 8, "num_batches": 2, "trace_probes": 2, "time_budget": 600,
+        "num_eigenvalues": 8, "num_batches": 2, "time_budget": Budget(seconds=600),
         "figures": 2, "on_error": "raise",
     }  # fmt: skip
-    return HessianSpectrumCallback(**{**defaults, **arguments})
+    return with_spectrum(**{**defaults, **arguments})
 
 
 class RankOnly(HessianSpectrumCallback):
@@ -37,10 +39,10 @@ class RankOnly(HessianSpectrumCallback):
 def measuring_rank_only(**arguments: Any) -> RankOnly:
     """The quick measurement with one figure, of fewer eigenvalues."""
     defaults: dict[str, Any] = {
-        "num_eigenvalues": 4, "num_batches": 1, "trace_probes": 2, "time_budget": 600,
+        "num_eigenvalues": 4, "num_batches": 1, "time_budget": Budget(seconds=600),
         "blocks": None, "figures": 2, "on_error": "raise", "monitor": (),
     }  # fmt: skip
-    return RankOnly(**{**defaults, **arguments})
+    return with_spectrum(RankOnly, **{**defaults, **arguments})
 
 
 def train(folder: Path, callbacks: list[Any], logger: Any, epochs: int = 3, **more: Any) -> Any:

@@ -21,6 +21,7 @@ from runs import finished, measuring, train, wandb_logger
 
 from lightning_hessian import GradientStructureCallback
 from lightning_hessian.cli.main import main
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.tracking.dashboard import (
     Figures,
     Lines,
@@ -77,7 +78,11 @@ def test_sections_and_metrics() -> None:
 @pytest.mark.usefixtures("own_wandb")
 def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
     gradients = GradientStructureCallback(
-        num_gradients=40, num_eigenvalues=10, time_budget=600, figures=2, on_error="raise"
+        num_gradients=40,
+        num_eigenvalues=10,
+        time_budget=Budget(seconds=600),
+        figures=2,
+        on_error="raise",
     )
     logger = wandb_logger(tmp_path)
     train(tmp_path, [measuring(), gradients], logger)

@@ -20,6 +20,7 @@ from scipy import stats
 
 from lightning_hessian import GradientStructureCallback
 from lightning_hessian.histories.spectra import read_spectra
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.tracking import panels as panels_module
 from lightning_hessian.tracking.loggers import ADAPTERS, adapter
 
@@ -186,7 +187,11 @@ def test_a_resume_from_earlier_forgets_what_came_later(tmp_path: Path) -> None:
 
 def test_gradients_have_figures_and_spectra_too(tmp_path: Path) -> None:
     gradients = GradientStructureCallback(
-        num_gradients=40, num_eigenvalues=10, time_budget=600, figures=4, on_error="raise"
+        num_gradients=40,
+        num_eigenvalues=10,
+        time_budget=Budget(seconds=600),
+        figures=4,
+        on_error="raise",
     )
     logger = CSVLogger(tmp_path)
     train(tmp_path, [small_callback(figures=None), gradients], logger)
