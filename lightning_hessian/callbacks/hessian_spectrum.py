@@ -223,8 +223,8 @@ class HessianSpectrumCallback(MeasurementCallback):
         for one in self.instruments:
             if isinstance(one, LayersInstrument):
                 selections.append(one.selected(pl_module))
-            elif getattr(one, "parameters", None) is not None:
-                selections.append(one.parameters)
+            else:
+                selections.append(getattr(one, "parameters", None) or self.parameters)
         names = {
             name for each in selections for name in ParameterSpace.select(pl_module, each).names
         }

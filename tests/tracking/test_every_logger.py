@@ -54,8 +54,8 @@ def assert_scalars(rows: dict[int, dict[str, float]], callback: Any) -> None:
     with_correlations = [s for s in STEPS if "correlation/num_points" in rows.get(s, {})]
     assert with_correlations == STEPS[3:]
     last = rows[STEPS[-1]]
-    for (statistic, _), found in callback.correlations().items():
-        pair = f"{statistic}_val_loss"
+    for (statistic, monitor), found in callback.correlations().items():
+        pair = f"{statistic}_{monitor}"
         expected = {
             f"pearson_{pair}": found.r,
             f"pearson_low_{pair}": found.interval[0],
