@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 
 from lightning_hessian.linear.ranks import ALONE, Ranks
+from lightning_hessian.results.base import nearest
 
 AVERAGED = (
     "Averaged weights are swapped in for validation: put this callback before the averaging one to "
@@ -57,8 +57,8 @@ def log_step(trainer: Any) -> int:
 
 def unknown_metric(name: str, known: list[str]) -> str:
     """Returns what to tell of a monitored metric that was not logged."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
+    near = ", ".join(nearest(name, known)) or "none"
     return (
-        f"monitor={name!r} is not among the logged metrics ({', '.join(near) or 'none'}), so "
-        "nothing is correlated with it. Log it in validation_step or give another monitor=."
+        f"monitor={name!r} is not among the logged metrics ({near}), so nothing is correlated "
+        "with it. Log it in validation_step or give another monitor=."
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from lightning_hessian.results import (
     UnreadableFileError,
 )
 from lightning_hessian.results.files import load_extra, load_spectrum, save_spectrum
-from lightning_hessian.results.output import check_folder
+from lightning_hessian.results.output import atomic_write, check_folder
 from lightning_hessian.results.outside import reason, unreadable
 from lightning_hessian.tracking.scalars import spectrum_scalars
 from lightning_hessian.tracking.spectra import encode_spectrum
@@ -334,29 +334,19 @@ def _write_tables(out: Path) -> dict[Path, str]:
     ordered = [found[step] for step in sorted(found)]
     rows = [extra["row"] for extra, _ in ordered]
     names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write_rows(file: Any) -> None:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-    def write_spectra(file: Any) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(out / "metrics.csv") as written:
+        written.write(table.getvalue().encode(errors="replace"))
+    with atomic_write(out / "spectra_hessian.jsonl") as written:
         for extra, spectrum in ordered:
             text = encode_spectrum(spectrum.eigenvalues, spectrum.residuals, spectrum.converged)
-            file.write(json.dumps({"step": extra["row"]["step"], "spectra/hessian": text}) + "\n")
-
-    _replaced(out / "metrics.csv", write_rows)
-    _replaced(out / "spectra_hessian.jsonl", write_spectra)
+            line = json.dumps({"step": extra["row"]["step"], "spectra/hessian": text})
+            written.write(line.encode() + b"\n")
     if hparams := ordered[-1][0]["hparams"]:
         from lightning.pytorch.core.saving import save_hparams_to_yaml
 
         save_hparams_to_yaml(str(out / "hparams.yaml"), hparams)
     return left_out
-
-
-def _replaced(path: Path, write: Callable[[Any], None]) -> None:
-    """Writes a text file as a whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
-        write(file)
-    os.replace(temporary, path)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from lightning_hessian.histories.run_table import RunRecord, flat_config
 from lightning_hessian.results import UnreadableFileError, bounds
 from lightning_hessian.results.npz import read_npz
+from lightning_hessian.results.output import atomic_write
 from lightning_hessian.results.outside import parse_json, unreadable
 
 _FORMAT = 2
@@ -24,12 +24,6 @@ _KEPT = 2000
 
 _BYTES = 8 * bounds.TABLE_VALUES + 8 * bounds.JSON_BYTES
 """Of one history: a table as large as any that is read, and its texts."""
-
-
-def default_folder() -> Path:
-    """Returns ``$XDG_CACHE_HOME/lightning_hessian``, by default in ``~/.cache``."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "lightning_hessian"
 
 
 class RunCache:
@@ -63,14 +57,8 @@ class RunCache:
         values = np.array(list(run.columns.values())).reshape(-1, len(run.steps))
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    np.savez(file, meta=json.dumps(meta), steps=run.steps, values=values)
-                os.replace(name, self._path(key))
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
+            with atomic_write(self._path(key)) as file:
+                np.savez(file, meta=json.dumps(meta), steps=run.steps, values=values)
 
     def prune(self) -> None:
         """Removes the histories beyond the 2000 used last."""

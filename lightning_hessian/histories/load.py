@@ -9,7 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_hessian.histories.cache import RunCache, default_folder
+from platformdirs import user_cache_path
+
+from lightning_hessian.histories.cache import RunCache
 from lightning_hessian.histories.local_runs import LocalRun, find_all, read_local_run
 from lightning_hessian.histories.parallel import Progress, map_runs
 from lightning_hessian.histories.run_table import RunRecord, RunTable, with_unique_names
@@ -112,7 +114,8 @@ def load_runs(
     """
     assert not isinstance(source, (str, PathLike))  # by its rule, a list
     sources = list(source)
-    folder = (default_folder() if cache else None) if isinstance(cache, bool) else Path(cache)
+    usual = user_cache_path("lightning_hessian", appauthor=False)
+    folder = (usual if cache else None) if isinstance(cache, bool) else Path(cache)
     kept, shown = RunCache(folder), Progress(progress)
     remote, local = _told_apart(sources)
     if filters and not remote:

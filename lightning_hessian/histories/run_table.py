@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from lightning_hessian.histories.offline_run import finite_or_float
 from lightning_hessian.results import ArgumentError, FloatArray, UnreadableFileError, bounds
+from lightning_hessian.results.base import nearest
 from lightning_hessian.results.escaping import csv_cell
 from lightning_hessian.results.outside import check_integer, encodable, printable
 
@@ -136,18 +136,6 @@ class RunTable:
             writer.writerow(map(csv_cell, named))
             for row in self.rows():
                 writer.writerow([csv_cell(row.get(key, "")) for key in named])
-
-
-def nearest(key: str, known: Sequence[str], count: int = 4) -> list[str]:
-    """Returns the names that look most like a key, or the first few where none does.
-
-    Example:
-        >>> nearest("val_los", ["epoch", "val_loss", "train_loss"])
-        ['val_loss', 'train_loss']
-    """
-    ends = [name for name in known if name.rpartition("/")[2] == key.rpartition("/")[2]]
-    close = difflib.get_close_matches(key, known, n=count, cutoff=0.5)
-    return list(dict.fromkeys([*ends, *close]))[:count] or list(known[:count])
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[FloatArray, dict[str, FloatArray]]:

@@ -1,8 +1,9 @@
 """Read scalars back from TensorBoard event files, record by record.
 
 A file is a row of records: length (8 bytes), its checksum (4), an `Event` in protobuf, its
-checksum (4), both checksums masked CRC32C. TensorBoard's own loader gives up at the first damaged
-record; here only that one is left out where its length is whole.
+checksum (4), both checksums masked CRC32C. `Event` and checksum are TensorBoard's; its loader is
+not used: it gives up at the first damaged record, where here only that one is left out if its
+length is whole, and it reads a record of any length that the header claims.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,34 +21,6 @@ from lightning_hessian.results.outside import Problems, open_regular, printable,
 _HEADER = struct.Struct("<QI")
 _SHORT = 4096
 """Bytes of an event that is checked first, and decoded then."""
-
-
-def _crc_table() -> tuple[int, ...]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return tuple(table)
-
-
-_TABLE = _crc_table()
-
-
-def masked_crc32c(data: bytes) -> int:
-    """Returns the checksum of a record.
-
-    Source: RFC 3720 for CRC32C; the mask is that of TensorFlow's record files.
-
-    Example:
-        >>> hex(masked_crc32c(b"123456789"))
-        '0xc78ab0e5'
-    """
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
@@ -63,6 +36,9 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """
     try:
         from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped,unused-ignore]
+        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import (  # type: ignore[import-untyped,unused-ignore]
+            masked_crc32c,
+        )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "event files are read with tensorboard: pip install tensorboard"
@@ -73,7 +49,7 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     problems = Problems()
     num_values = 0
     with open_regular(path, bounds.RUN_FILE_BYTES) as file, unreadable(path):
-        for offset, payload, checksum in _records(file, problems):
+        for offset, payload, checksum in _records(file, masked_crc32c, problems):
             # Checksums in Python take 0.1 s a megabyte. Pictures are long and hold no scalars.
             if len(payload) <= _SHORT and masked_crc32c(payload) != checksum:
                 problems.append(f"the event at byte {offset} does not match its checksum, left out")
@@ -96,7 +72,9 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     return rows, problems.told()
 
 
-def _records(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, bytes, int]]:
+def _records(
+    file: BinaryIO, checksum_of: Callable[[bytes], int], problems: Problems
+) -> Iterator[tuple[int, bytes, int]]:
     """Yield offset, payload and checksum of the records, one of them in memory at a time."""
     size = os.fstat(file.fileno()).st_size
     position = 0
@@ -107,7 +85,7 @@ def _records(file: BinaryIO, problems: Problems) -> Iterator[tuple[int, bytes, i
             problems.append(f"the file ends inside the event at byte {start} (live or cut off)")
             return
         length, checksum = _HEADER.unpack(header)
-        if masked_crc32c(header[:8]) != checksum:
+        if checksum_of(header[:8]) != checksum:
             problems.append(f"the length at byte {start} is damaged, the rest of the file left out")
             return
         position = body + length + 4

@@ -65,11 +65,6 @@ class Allowance:
         """How long this allowance has been open."""
         return self._clock() - self._begun
 
-    @property
-    def seconds_left(self) -> float | None:
-        """How much time is left on this rank; None for no bound."""
-        return None if self.seconds is None else self.seconds - self.seconds_passed
-
     def affords(self, products: int) -> bool:
         """Return whether a piece of work may begin.
 

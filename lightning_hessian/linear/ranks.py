@@ -90,6 +90,15 @@ class Ranks:
         """Which of them this is, from 0 on."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
+    def share_of(self, number: int) -> int:
+        """Return how many of so many things one rank has at most, where they are dealt out evenly.
+
+        Example:
+            >>> Ranks().share_of(7)
+            7
+        """
+        return -(-number // self.world)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum over the ranks, in place."""
         if self.world > 1:

@@ -45,7 +45,7 @@ class Shard:
     @classmethod
     def even(cls, size: int, ranks: Ranks) -> Shard:
         """Returns this rank's of slices of equal length; the last may be shorter, or empty."""
-        width = -(-size // ranks.world)
+        width = ranks.share_of(size)
         start = min(ranks.rank * width, size)
         return cls(size, slice(start, min(start + width, size)), ranks)
 

@@ -68,7 +68,7 @@ class DataParallelHessian:
         self.space = space
         self.size, self.dtype, self.device = space.size, space.dtype, space.device
         self.shard = Shard.even(self.size, ranks)
-        self._width = -(-self.size // ranks.world)
+        self._width = ranks.share_of(self.size)
 
     def restricted(self, names: Sequence[str]) -> DataParallelHessian:
         """Return the diagonal block of some parameter tensors, as a view that shares all graphs.

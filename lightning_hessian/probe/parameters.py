@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 import itertools
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
+from lightning_hessian.results.base import nearest
 
 ParameterSelection: TypeAlias = (
     str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool] | None
@@ -255,10 +255,9 @@ def _no_match(pattern: str | re.Pattern[str], aliases: dict[nn.Parameter, list[s
             f"parameters={text!r} matches only frozen parameters (requires_grad=False). "
             "Unfreeze them or select others."
         )
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.3) or names[:3]
     return (
         f"parameters={text!r} matches no parameter. Nearest of the {len(names)} names: "
-        f"{', '.join(near)}. A glob must match the whole name, as in '*.weight'."
+        f"{', '.join(nearest(text, names))}. A glob must match the whole name, as in '*.weight'."
     )
 
 

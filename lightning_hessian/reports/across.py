@@ -32,7 +32,6 @@ class AcrossRuns:
         p_value: By permuting runs.
         spearman: Spearman's coefficient.
         kendall: Kendall's tau-b.
-        r_logs: Pearson's coefficient of the logarithms; NaN where a value is not positive.
         r_within_groups: Pearson's coefficient once the means of the groups are taken out.
         within_interval: Fisher's interval of it.
         groups: Pearson's coefficient and number of runs of each group.
@@ -49,7 +48,6 @@ class AcrossRuns:
     p_value: float
     spearman: float
     kendall: float
-    r_logs: float
     r_within_groups: float
     within_interval: Interval
     groups: dict[str, tuple[float, int]]
@@ -204,7 +202,6 @@ def _across(points: Points, statistic: str, monitor: str) -> AcrossRuns:
         indicator = np.column_stack([labels == name for name in names[1:]]).astype(np.float64)
         within = partial_correlation(x, y, indicator)
     members = {name: labels == name for name in names} if len(names) > 1 else {}
-    positive = defined and bool(np.all(x > 0) and np.all(y > 0))
     return AcrossRuns(
         statistic=statistic,
         monitor=monitor,
@@ -214,7 +211,6 @@ def _across(points: Points, statistic: str, monitor: str) -> AcrossRuns:
         p_value=permutation_p_value(x, y) if defined else math.nan,
         spearman=found.spearman,
         kendall=float(stats.kendalltau(x, y)[0]) if defined else math.nan,
-        r_logs=pearson(np.log(x), np.log(y)).r if positive else math.nan,
         r_within_groups=within,
         within_interval=fisher_interval(within, len(x), num_controlled=freedom),
         groups={

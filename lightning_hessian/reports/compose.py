@@ -151,14 +151,13 @@ def _more_across(pairs: Sequence[AcrossRuns], group: str | None) -> Table:
         (
             code(p.statistic),
             number(p.kendall),
-            number(p.r_logs),
             p_text(p.bh),
             *(_in_group(p.groups.get(name)) for name in names),
         )
         for p in pairs
     )
     groups = (f"r for {group} {name} (runs)" for name in names)
-    return Table(("further numbers", "Kendall", "r of logs", "BH", *groups), rows)
+    return Table(("further numbers", "Kendall", "BH", *groups), rows)
 
 
 def _in_group(found: tuple[float, int] | None) -> str:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import escape
 
 from lightning_hessian.histories.run_table import RunRecord
 from lightning_hessian.reports.across import Points, Scaling
 from lightning_hessian.reports.within import WithinRun
-from lightning_hessian.results.escaping import html_text, visible
+from lightning_hessian.results.escaping import visible
 from lightning_hessian.tracking.style import COLOURS, MARKERS, new_figure, quiet_grid
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Drawing:
         # Names that nothing refers to would stand in the page once for each figure.
         svg = re.sub(r' id="(?!m|p[0-9a-f]{9})[^"]*"', "", svg)
         svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-        label = html_text(self.caption)
+        label = escape(visible(self.caption))
         return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).replace(
             _INK, "currentColor"
         )

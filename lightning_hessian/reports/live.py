@@ -6,10 +6,7 @@ seconds, and it reloads itself until the run has ended.
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
-import os
 import re
 import time
 import warnings
@@ -24,6 +21,7 @@ from lightning_hessian.histories.offline_run import EmptyRunError, OfflineRun, r
 from lightning_hessian.histories.run_table import RunRecord, columns_of
 from lightning_hessian.histories.spectra import spectra_of
 from lightning_hessian.reports.media import figures_of, media_folder
+from lightning_hessian.reports.pages import render
 from lightning_hessian.reports.report import logged_statistics, resolved_monitors
 from lightning_hessian.reports.verdicts import GAP, answer_within, judged, ranked, which_goes_with
 from lightning_hessian.reports.within import WithinRun, within_run
@@ -33,8 +31,10 @@ from lightning_hessian.results.arguments import (
     live_interval,
     monitor_names,
 )
+from lightning_hessian.results.base import nearest
 from lightning_hessian.results.escaping import visible
 from lightning_hessian.results.path_arguments import path_name
+from lightning_hessian.results.output import atomic_write
 from lightning_hessian.tracking.dashboard import Lines, sections
 from lightning_hessian.tracking.history import Row, key_part
 from lightning_hessian.tracking.loggers import STEP
@@ -91,9 +91,8 @@ def follow(
         text = live_page(
             run, monitor, media=media_folder(folder), refresh=None if ended or once else interval
         )
-        unfinished = page.with_name(page.name + ".part")
-        unfinished.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(unfinished, page)  # a browser never sees half a page
+        with atomic_write(page) as file:
+            file.write(text.encode(errors="replace"))
         if ended or once:
             return page
         time.sleep(interval)
@@ -148,10 +147,7 @@ def live_page(
         "latest": measured[-1] if measured else {},
         "figures": figures,
     }
-    template = Path(__file__).with_name("live_page.html").read_text(encoding="utf-8")
-    # "</script>" in a name would end the script that holds the data.
-    text = json.dumps(_finite(data), ensure_ascii=False).replace("<", "\\u003c")
-    return template.replace("/*DATA*/ null", text)
+    return render("live.html", data=_finite(data))
 
 
 def judged_pairs(run: OfflineRun, monitors: Sequence[str]) -> list[WithinRun]:
@@ -352,8 +348,7 @@ def _missing(rows: Sequence[Row], monitors: Sequence[str]) -> list[str]:
     known = sorted({key for row in rows for key in row if not _OURS.match(key)} - {"step", "epoch"})
     return [
         f"{name} is not logged; there are "
-        f"{', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]) or 'no'}"
-        " metrics. Choose one by --monitor."
+        f"{', '.join(nearest(name, known)) or 'no'} metrics. Choose one by --monitor."
         for name in monitors
         if rows and not any(name in row for row in rows)
     ]

@@ -23,8 +23,8 @@ COLUMNS = (
     "scope", "run", "statistic", "monitor", "num_points", "r", "fisher_low", "fisher_high",
     "block_low", "block_high", "block_length", "block_p", "shift_p", "permutation_p", "spearman",
     "kendall", "r_differences", "differences_low", "differences_high", "differences_p",
-    "differences_shift_p", "partial_given_step", "partial_low", "partial_high", "lead", "lead_r",
-    "lead_low", "lead_high", "r_logs", "r_within_groups", "within_groups_low",
+    "differences_shift_p", "partial_given_step", "lead", "lead_r",
+    "lead_low", "lead_high", "r_within_groups", "within_groups_low",
     "within_groups_high", "holm", "bh", "verdict", "reason",
 )  # fmt: skip
 """Of correlations.csv. ``holm`` and ``bh`` correct ``permutation_p`` across runs, and
@@ -56,7 +56,6 @@ def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
             "permutation_p": pair.p_value,
             "spearman": pair.spearman,
             "kendall": pair.kendall,
-            "r_logs": pair.r_logs,
             "r_within_groups": pair.r_within_groups,
             **_ends("within_groups", pair.within_interval),
             "holm": pair.holm,
@@ -85,7 +84,6 @@ def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
             "differences_p": within.differences.p_value,
             "differences_shift_p": within.differences_shift_p,
             "partial_given_step": within.partial,
-            **_ends("partial", within.partial_interval),
             **({} if lead is None else {"lead": lead.lag, "lead_r": lead.r}),
             **({} if lead is None else _ends("lead", lead.interval)),
             "holm": within.holm,

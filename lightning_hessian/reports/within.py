@@ -12,7 +12,7 @@ from scipy import stats
 
 from lightning_hessian.histories.parallel import Progress, map_runs
 from lightning_hessian.histories.run_table import RunRecord, RunTable
-from lightning_hessian.statistics.correlation import fisher_interval, pearson
+from lightning_hessian.statistics.correlation import pearson
 from lightning_hessian.statistics.dependence import (
     BlockInterval,
     LeadLag,
@@ -44,7 +44,6 @@ class WithinRun:
         differences: Interval and p-value of ``r_differences``, by blocks.
         differences_shift_p: p-value of ``r_differences`` by circular shifts.
         partial: Pearson's coefficient once a straight line in the step is taken out of both.
-        partial_interval: Fisher's interval of ``partial``.
         lead: Lead and lag of first differences, None where the run is too short.
         reason: Why coefficients are NaN.
         holm: p-value of ``differences``, corrected by Holm for all pairs of this run.
@@ -66,7 +65,6 @@ class WithinRun:
     differences: BlockInterval
     differences_shift_p: float
     partial: float
-    partial_interval: Interval
     lead: LeadLag | None
     reason: str
     holm: float = math.nan
@@ -164,7 +162,6 @@ def _pair(run: RunRecord, statistic: str, monitor: str) -> WithinRun:
     x, y, steps = x[both], y[both], run.steps[both]
     found, moved = pearson(x, y), movement(x, y)
     defined, differenced = not math.isnan(found.r), not math.isnan(found.r_differences)
-    partial = partial_correlation(x, y, steps) if defined else math.nan
     return WithinRun(
         run=run.name,
         statistic=statistic,
@@ -179,8 +176,7 @@ def _pair(run: RunRecord, statistic: str, monitor: str) -> WithinRun:
         r_differences=found.r_differences,
         differences=moved.differences,
         differences_shift_p=shift_p_value(np.diff(x), np.diff(y)) if differenced else math.nan,
-        partial=partial,
-        partial_interval=fisher_interval(partial, found.num_points, num_controlled=1),
+        partial=partial_correlation(x, y, steps) if defined else math.nan,
         lead=moved.lead,
         reason=found.reason,
     )

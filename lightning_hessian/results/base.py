@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +56,18 @@ def _shown(value: object) -> str:
         return " ".join(reprlib.repr(value).split())
     except Exception:  # noqa: BLE001 - a repr of the user's may raise anything, as may huge integers
         return f"<{type(value).__name__}>"
+
+
+def nearest(name: str, known: Sequence[str], most: int = 4) -> list[str]:
+    """Return the names that look most like one that is not among them, or the first few.
+
+    Example:
+        >>> nearest("val_los", ["epoch", "val_loss", "train_loss"])
+        ['val_loss', 'train_loss']
+    """
+    ends = [other for other in known if other.rpartition("/")[2] == name.rpartition("/")[2]]
+    close = difflib.get_close_matches(name, known, n=most, cutoff=0.4)
+    return list(dict.fromkeys([*ends, *close]))[:most] or list(known[:most])
 
 
 def text_of(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """What comes from outside (names, keys, paths of foreign runs), made harmless where it is shown.
 
-A run's files may come from anybody. Their texts are data: each surface that shows them (HTML,
-Markdown, CSV, the terminal) has one function here, and nothing else decides what is escaped.
+A run's files may come from anybody. Their texts are data: each surface that shows them (Markdown,
+CSV, the terminal) has one function here, and nothing else decides what is escaped. HTML is escaped
+by the templates of `reports/pages.py`.
 """
 
 from __future__ import annotations
@@ -31,16 +32,6 @@ def visible(text: str) -> str:
         'run�[2J'
     """
     return _INVISIBLE.sub("\ufffd", text)
-
-
-def html_text(text: str) -> str:
-    """Return text as it stands in an HTML page, between tags or in a quoted attribute.
-
-    Example:
-        >>> html_text('<img src="x">')
-        '&lt;img src=&quot;x&quot;&gt;'
-    """
-    return html.escape(visible(text), quote=True)
 
 
 def markdown_text(text: str) -> str:

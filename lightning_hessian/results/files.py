@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_hessian.results.npz import read_npz
+from lightning_hessian.results.output import atomic_write
 from lightning_hessian.results.outside import parse_json, unreadable
 from lightning_hessian.results.spectrum import HessianSpectrum, SpectralDensity
 
@@ -50,14 +50,8 @@ def save_spectrum(
         }  # fmt: skip
     text = json.dumps({"spectrum": about, "extra": dict(extra or {})})
     contents: dict[str, Any] = {**arrays, _ABOUT: np.array(text)}
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **contents)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_write(path) as file:
+        np.savez(file, **contents)
 
 
 def load_spectrum(path: str | os.PathLike[str]) -> HessianSpectrum:

@@ -1,11 +1,14 @@
-"""Where results are written to: proven before the work begins."""
+"""Where results are written to: proven before the work begins, then written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from lightning_hessian.results.base import ArgumentError
 from lightning_hessian.results.outside import reason
@@ -55,6 +58,25 @@ def check_file(file: Path, argument: str) -> None:
             str(file),
             f"Give a file that can be written ({reason(error.__cause__ or error)}).",
         ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A block that writes a file as a whole or not at all; nobody ever reads half of it.
+
+    Args:
+        path: The file; what stands there stays until the new one is complete and on the disk.
+    """
+    part = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _check_existing(file: Path) -> None:

@@ -164,11 +164,6 @@ class KrylovBasis:
             vector.addmv_(rows.T, weights[part])
         return vector
 
-    def remove_from(self, vectors: Tensor, count: int) -> None:
-        """Subtracts, once and in place, from the rows of [b, n_local] their part in the span."""
-        for _, rows in self.blocks(count):
-            vectors.addmm_(self.shard.ranks.sum(vectors @ rows.T), rows, alpha=-1)
-
     def rotate(self, coefficients: Tensor) -> None:
         """Replaces the first rows by combinations of them, block of columns by block of columns.
 

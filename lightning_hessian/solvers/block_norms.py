@@ -230,9 +230,8 @@ class _Columns:
         self.order = None if in_order else local.to(operator.device)
         self.parts = [operator.shard.restricted(part) for part in members]
         # Alike on all ranks, whose parts may differ by an entry.
-        vector_bytes = (
-            -(-operator.size // operator.shard.ranks.world) * torch.finfo(operator.dtype).bits // 8
-        )
+        share = operator.shard.ranks.share_of(operator.size)
+        vector_bytes = share * torch.finfo(operator.dtype).bits // 8
         self.chunk = max(1, min(_MOST_IN_CHUNK, _CHUNK_BYTES // (2 * vector_bytes)))
 
     def compute(self, dense: NDArray[np.bool_], *, keep: bool) -> Tensor | None:

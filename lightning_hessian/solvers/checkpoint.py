@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 import time
 import warnings
 import zipfile
@@ -21,6 +20,7 @@ from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.results import UnreadableFileError
 from lightning_hessian.results.npz import require_stored
+from lightning_hessian.results.output import atomic_write
 from lightning_hessian.results.outside import open_regular, unreadable
 from lightning_hessian.solvers.projected import Projected
 from lightning_hessian.solvers.termination import Terminated
@@ -93,20 +93,12 @@ def save(run: ThickRestart, path: Path) -> None:
     }
     packed = io.BytesIO()
     torch.save(header, packed)
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_MAGIC)
-            file.write(len(packed.getbuffer()).to_bytes(8, "little"))
-            file.write(packed.getbuffer())
-            for part in _blocks(run):
-                file.write(_bytes_of(run.basis.rows[part].to("cpu").contiguous()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_write(path) as file:
+        file.write(_MAGIC)
+        file.write(len(packed.getbuffer()).to_bytes(8, "little"))
+        file.write(packed.getbuffer())
+        for part in _blocks(run):
+            file.write(_bytes_of(run.basis.rows[part].to("cpu").contiguous()))
 
 
 def header_of(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from damage import KINDS, damaged, events, rezipped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_runs import logged, recording, write_csv_run
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from test_offline_run import framed
 
 from lightning_hessian import hessian_spectrum, load_runs
@@ -35,7 +36,6 @@ from lightning_hessian.histories.hparams import read_hparams
 from lightning_hessian.histories.local_runs import LocalRun, read_local_run
 from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.histories.spectra import read_spectra
-from lightning_hessian.histories.tensorboard_events import masked_crc32c
 from lightning_hessian.histories.transaction_log import TransactionLog
 from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.results import (

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from damage import events
 from report_runs import logged, write_csv_run
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from test_offline_run import framed, history_record
 
 from lightning_hessian import load_runs
 from lightning_hessian.histories.load import RunLeftOutWarning
 from lightning_hessian.histories.parallel import Progress, map_runs
 from lightning_hessian.histories.spectra import read_spectra
-from lightning_hessian.histories.tensorboard_events import masked_crc32c
 from lightning_hessian.results import UnreadableFileError, bounds, load_spectrum
 from lightning_hessian.results.outside import parse_json, printable
 from lightning_hessian.tracking.loggers import write_text

@@ -10,7 +10,6 @@ from test_lanczos import RANKS, N, Watched, allowance, eigenvalues_of, matrix_of
 
 from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.pooled import copies, pooled_ritz_values
-from lightning_hessian.solvers.power_iteration import power_iteration
 
 POWER_LAW = RANKS**-1.5
 
@@ -91,37 +90,3 @@ def test_an_interruption_leaves_what_there_is():
 def test_less_than_one_is_refused(options):
     with pytest.raises(ValueError, match="at least 1"):
         pooled_ritz_values(MatrixOperator(torch.eye(3)), **options)
-
-
-# Power iteration --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_power_iteration_finds_the_eigenvalues_of_largest_magnitude(dtype):
-    spectrum = np.array([5.0, -4.0, 3.0, -2.0, 1.0, *np.linspace(-0.5, 0.5, N - 5)])
-    matrix = matrix_of(spectrum, dtype)
-    found = power_iteration(MatrixOperator(matrix), 5, tol=1e-4)
-    np.testing.assert_allclose(found.values, spectrum[:5], rtol=1e-3)
-    gram = found.vectors @ found.vectors.T
-    torch.testing.assert_close(gram, torch.eye(5, dtype=dtype), atol=1e-5, rtol=0)
-    _, vectors = scipy.linalg.eigh(matrix.double().numpy())
-    assert abs(float(vectors[:, -1] @ found.vectors[0].double().numpy())) > 1 - 1e-6
-    assert (found.residuals <= 1e-4 * np.abs(found.values)).all()
-
-
-def test_power_iteration_keeps_its_bound():
-    operator = Watched(matrix_of(np.linspace(0.9, 1, N)))
-    found = power_iteration(operator, 2, tol=1e-12, max_products=7)
-    assert operator.num_products == found.num_products == 14
-    assert found.residuals[0] > 1e-12
-
-
-def test_power_iteration_of_zero_is_zero():
-    found = power_iteration(MatrixOperator(torch.zeros(4, 4)), 2)
-    assert found.values.tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("wanted", [0, 9])
-def test_power_iteration_refuses_what_there_is_not(wanted):
-    with pytest.raises(ValueError, match="1 to 8"):
-        power_iteration(MatrixOperator(torch.eye(8)), wanted)

@@ -115,7 +115,7 @@ class GradientHistory:
         indices = np.arange(self.num_gradients) if chosen is None else chosen
         ranks = self.shard.ranks
         step = max(1, _BLOCK_BYTES // (self.size * self.values.itemsize))
-        share = -(-len(indices) // ranks.world)
+        share = ranks.share_of(len(indices))
         for start in range(0, share, step):
             stop = min(start + step, share)
             wanted = [indices[i * share :][start:stop] for i in range(ranks.world)]
@@ -128,7 +128,7 @@ class GradientHistory:
         number of blocks, and some may be empty.
         """
         step = max(1, _BLOCK_BYTES // (self.num_gradients * self.values.itemsize))
-        most = -(-self.size // self.shard.ranks.world)
+        most = self.shard.ranks.share_of(self.size)
         here: NDArray[np.int64] | None = None
         if chosen is not None:
             most = min(most, len(chosen))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,22 +15,6 @@ from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.probe.sharding.bundles import FlatShards, Piece
 from lightning_hessian.probe.sharding.tensor_parallel import untied_from_tensors
-
-_Rest = ParamSpec("_Rest")
-_Result = TypeVar("_Result")
-
-
-def on_whole_modules(
-    measure: Callable[Concatenate[nn.Module, _Rest], _Result],
-) -> Callable[Concatenate[nn.Module, _Rest], _Result]:
-    """Returns a measurement whose first argument may be a module under FSDP1."""
-
-    @functools.wraps(measure)
-    def measured(model: nn.Module, *args: Any, **kwargs: Any) -> _Result:
-        with whole(model) as plain:
-            return measure(plain, *args, **kwargs)
-
-    return measured
 
 
 @contextmanager

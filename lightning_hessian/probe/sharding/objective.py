@@ -99,7 +99,7 @@ class ShardedObjective(Objective):
     ) -> None:
         whole = list(batches)
         # A rank without a batch of its own goes along with one that does not count.
-        rounds = -(-len(whole) // ranks.world)
+        rounds = ranks.share_of(len(whole))
         spare = whole[:1] * (rounds * ranks.world - len(whole))
         super().__init__(
             module, loss_fn, whole + spare, space, batch_weight=batch_weight, mode=mode,
