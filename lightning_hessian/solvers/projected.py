@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -148,12 +147,13 @@ class Projected:
     def _eigenpairs(self, top: int) -> tuple[Tensor, Tensor]:
         m = self.count
         if self.is_tridiagonal and self.off_diagonal is not None:
+            from scipy.linalg import eigh_tridiagonal
+
             diagonal = self.numbers.diagonal()[:m].numpy()
             beside = np.array(self.off_diagonal)
             ends = [(0, 0), (m - top, m - 1)] if top < m else [(0, m - 1)]
             found = [
-                scipy.linalg.eigh_tridiagonal(diagonal, beside, select="i", select_range=end)
-                for end in ends
+                eigh_tridiagonal(diagonal, beside, select="i", select_range=end) for end in ends
             ]
             values = np.concatenate([pair[0] for pair in found])
             rotation = np.concatenate([pair[1] for pair in found], axis=1)

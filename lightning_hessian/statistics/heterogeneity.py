@@ -141,4 +141,3 @@ def default_unit(densities: Sequence[SpectralDensity]) -> float:
     largest = [float(np.abs(density.nodes).max()) for density in densities]
     positive = [size for size in largest if size > 0]
     return _LINEAR_SHARE * float(np.median(positive)) if positive else 1.0
-

@@ -21,7 +21,6 @@ from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from lightning_hessian.results import FloatArray, PowerLawFit, arguments
 from lightning_hessian.results.arguments import (
@@ -202,7 +201,9 @@ def critical_value(k: int, significance: float = 0.05) -> float:
     # Rounded, so that a computed level such as 0.1 + 0.05 finds its entry.
     coefficient = _CRITICAL_COEFFICIENTS.get(round(float(significance), 12))
     if coefficient is None:
-        coefficient = float(stats.kstwobign.isf(significance))
+        from scipy.stats import kstwobign
+
+        coefficient = float(kstwobign.isf(significance))
     return coefficient / math.sqrt(k)
 
 

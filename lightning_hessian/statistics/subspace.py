@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import linalg
 
 from lightning_hessian.results import FloatArray, arguments
 from lightning_hessian.results.arguments import checked, real_values, significance_level
@@ -63,8 +62,10 @@ def principal_angles(first: ArrayLike, second: ArrayLike) -> FloatArray:
         >>> np.degrees(principal_angles(plane, tilted)).round(6)
         array([ 0., 45.])
     """
+    from scipy.linalg import subspace_angles
+
     one, other = _rows(first, second)
-    return linalg.subspace_angles(one.T, other.T)[::-1].copy()
+    return subspace_angles(one.T, other.T)[::-1].copy()
 
 
 @checked(_RULES)

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from scipy import linalg
 from torch import Tensor
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
@@ -263,8 +262,10 @@ def _eigenvalues(gram: Tensor) -> FloatArray:
     """
     if gram.device.type != "cpu":
         return torch.linalg.eigvalsh(gram).flip(0).cpu().numpy()
+    from scipy.linalg import eigh
+
     diagonal = gram.diagonal().clone()
-    values = linalg.eigh(
+    values = eigh(
         gram.numpy().T, eigvals_only=True, overwrite_a=True, check_finite=False, driver="ev"
     )
     # LAPACK has used up the diagonal and what lies above it.

@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
 
 from lightning_hessian.probe.parameters import local
+from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_fully_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 Place = tuple[nn.Module, str]
 """Where a parameter is registered: a module and an attribute of it."""
@@ -106,6 +109,8 @@ class SingleBundle(Bundle):
 
     def distributed(self, shard: Tensor) -> DTensor:
         """Returns the parameter with another shard."""
+        from torch.distributed.tensor import DTensor
+
         (member,) = self.members
         return DTensor.from_local(
             shard, self.mesh, member.placements, run_check=False,
@@ -138,6 +143,8 @@ class FlatBundle(Bundle):
 
     def distributed(self, shard: Tensor) -> DTensor:
         """Returns the flat parameter."""
+        from torch.distributed.tensor import DTensor, Shard
+
         whole = torch.Size([self.mesh.size() * len(shard)])
         return DTensor.from_local(
             shard, self.mesh, [Shard(0)], run_check=False, shape=whole, stride=(1,)
@@ -168,7 +175,7 @@ def bundles_of(module: nn.Module) -> list[Bundle]:
             if isinstance(parameter, Piece):
                 flat = parameter.flat
                 bundle = bundles.setdefault(flat, FlatBundle(flat.unit, flat.mesh))
-            elif isinstance(parameter, DTensor):
+            elif is_distributed_tensor(parameter):
                 unit = units.get(part, part)
                 bundle = bundles.setdefault(parameter, SingleBundle(unit, parameter.device_mesh))
             else:
@@ -188,7 +195,7 @@ def bundles_of(module: nn.Module) -> list[Bundle]:
 def _units_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yields every submodule with the innermost unit of ``fully_shard`` that it belongs to."""
     parts = dict(module.named_modules())
-    units = {name: part for name, part in parts.items() if isinstance(part, FSDPModule)}
+    units = {name: part for name, part in parts.items() if is_fully_sharded(part)}
     for name, part in parts.items():
         above = [u for u in units if u in ("", name) or name.startswith(f"{u}.")]
         if above:

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.probe.sharding.bundles import FlatShards, Piece
+from lightning_hessian.probe.sharding.kinds import is_wrapper
 from lightning_hessian.probe.sharding.tensor_parallel import untied_from_tensors
 
-_Rest = ParamSpec("_Rest")
-_Result = TypeVar("_Result")
-
-
-def on_whole_modules(
-    measure: Callable[Concatenate[nn.Module, _Rest], _Result],
-) -> Callable[Concatenate[nn.Module, _Rest], _Result]:
-    """Returns a measurement whose first argument may be a module under FSDP1."""
-
-    @functools.wraps(measure)
-    def measured(model: nn.Module, *args: Any, **kwargs: Any) -> _Result:
-        with whole(model) as plain:
-            return measure(plain, *args, **kwargs)
-
-    return measured
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 @contextmanager
@@ -54,11 +39,13 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: Parameters must stay in shards, and do not lie in memory row by row.
     """
-    wrappers = [part for part in module.modules() if isinstance(part, FullyShardedDataParallel)]
+    wrappers = [part for part in module.modules() if is_wrapper(part)]
     if not wrappers:
         with untied_from_tensors(module):
             yield module
         return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     with ExitStack() as stack:
         if _fits(wrappers):
             stack.enter_context(
@@ -67,7 +54,7 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
         else:
             stack.enter_context(_in_pieces(wrappers))
         stack.enter_context(_unwrapped(module))
-        yield module.module if isinstance(module, FullyShardedDataParallel) else module
+        yield module.module if is_wrapper(module) else module
 
 
 @contextmanager
@@ -77,7 +64,7 @@ def _unwrapped(module: nn.Module) -> Iterator[None]:
         (parent, name, part)
         for parent in module.modules()
         for name, part in parent._modules.items()
-        if isinstance(part, FullyShardedDataParallel)
+        if is_wrapper(part)
     ]
     try:
         for parent, name, part in places:
@@ -126,6 +113,8 @@ def _in_pieces(wrappers: list[FullyShardedDataParallel]) -> Iterator[None]:
 
 def _pieces(unit: nn.Module, handle: Any) -> dict[tuple[nn.Module, str], Piece]:
     """Returns what this rank holds of the parameters of a flat one, by their places."""
+    from torch.distributed.device_mesh import DeviceMesh
+
     flat = handle.flat_param
     mesh = DeviceMesh.from_group(handle.process_group, handle.device.type)
     # Before the first forward there is no other than the present one.

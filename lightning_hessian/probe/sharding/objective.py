@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.probe.objective import LossFunction, Mode, Objective, checked_loss
 from lightning_hessian.probe.parameters import ParameterSpace, local, upcast
 from lightning_hessian.probe.sharding.bundles import Piece, bundles_of
+from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_fully_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
@@ -33,11 +33,11 @@ def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
     found = [
         (name, parameter)
         for name, parameter in module.named_parameters()
-        if isinstance(parameter, (DTensor, Piece))
+        if is_distributed_tensor(parameter) or isinstance(parameter, Piece)
     ]
     if not found:
         return None
-    units = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    units = [name for name, part in module.named_modules() if is_fully_sharded(part)]
     mesh = _mesh_of(found[0][1])
     for name, parameter in found:
         in_unit = any(name.startswith(f"{unit}." if unit else "") for unit in units)
@@ -215,6 +215,8 @@ class ShardedObjective(Objective):
 
     def _gathered(self, shard: Tensor, i: int) -> Tensor:
         """Returns a whole bundle; its derivative is summed over ranks and scattered."""
+        from torch.distributed.tensor import Partial, Replicate
+
         distributed = self._bundles[i].distributed(_Asking.apply(shard, self.ranks))
         whole = distributed.redistribute(placements=[Replicate()])
         return _Passing.apply(whole.to_local(grad_placements=[Partial()]), self.ranks)
@@ -295,7 +297,7 @@ def _resting(module: nn.Module) -> Iterator[None]:
     registries = [
         registry
         for part in module.modules()
-        if isinstance(part, FSDPModule)
+        if is_fully_sharded(part)
         for registry in (part._forward_pre_hooks, part._forward_hooks)
     ]
     before = [list(registry.items()) for registry in registries]
