@@ -229,15 +229,18 @@ class Objective:
             batch = apply_to_collection(batch, Tensor, upcast)
         return batch, index
 
-    def value(self) -> float:
-        """Returns the mean loss over all probe samples.
+    def value(self, parameters: Sequence[Tensor] | None = None) -> float:
+        """Return the mean loss over all probe samples.
+
+        Args:
+            parameters: Values to evaluate it at; None for the present ones.
 
         Raises:
             MeasurementError: The loss of a batch is NaN or infinite.
         """
         total = 0.0
         with self.ranks.together():
-            point = self.point()
+            point = self.point() if parameters is None else parameters
             for index, weight in enumerate(self.weights):
                 loss = float(self.batch_loss(point, index).detach())
                 if not math.isfinite(loss):

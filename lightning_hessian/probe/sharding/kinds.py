@@ -8,24 +8,25 @@ put to ``sys.modules``. What makes such tensors imports the classes where it doe
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
-def is_distributed_tensor(thing: Any) -> TypeGuard[DTensor]:
+def is_distributed_tensor(thing: Any) -> TypeIs[DTensor]:
     """Return whether something is a DTensor."""
     return isinstance(thing, _class("torch.distributed.tensor", "DTensor"))
 
 
-def is_fully_sharded(thing: Any) -> TypeGuard[FSDPModule]:
+def is_fully_sharded(thing: Any) -> TypeIs[FSDPModule]:
     """Return whether something is a module that ``fully_shard`` was called on (FSDP2)."""
     return isinstance(thing, _class("torch.distributed.fsdp", "FSDPModule"))
 
 
-def is_wrapper(thing: Any) -> TypeGuard[FullyShardedDataParallel]:
+def is_wrapper(thing: Any) -> TypeIs[FullyShardedDataParallel]:
     """Return whether something is a wrapper of FSDP1."""
     return isinstance(thing, _class("torch.distributed.fsdp", "FullyShardedDataParallel"))
 
