@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_hessian import PowerLawFit, fit_power_law, hessian_spectrum
+from lightning_hessian import PooledSLQ, PowerLawFit, fit_power_law, hessian_spectrum
 from lightning_hessian.results import FloatArray, HessianSpectrum, load_spectrum, save_spectrum
 from lightning_hessian.statistics.power_law import (
     critical_value,
@@ -125,8 +125,8 @@ def measure(
     if not file.exists():
         checkpoint = folder / f"{name}.lanczos" if protocol == "converged" else None
         spectrum = hessian_spectrum(
-            model, loss_fn, [data], num_eigenvalues=1000, protocol=protocol, trace_probes=0,
-            checkpoint=checkpoint,
+            model, loss_fn, [data], num_eigenvalues=1000, trace_probes=0, checkpoint=checkpoint,
+            protocol="converged" if protocol == "converged" else PooledSLQ(),
         )  # fmt: skip
         save_spectrum(spectrum, file)
     return load_spectrum(file)

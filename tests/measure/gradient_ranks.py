@@ -46,7 +46,7 @@ def distributed(module: nn.Module, kind: str, world: int) -> nn.Module:
     if kind == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        return FullyShardedDataParallel(module, device_id=None, use_orig_params=True)
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
     if kind == "tensor":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.parallel import (
