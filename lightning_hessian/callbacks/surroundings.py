@@ -11,7 +11,7 @@ from lightning_hessian.linear.ranks import ALONE, Ranks
 
 
 def refuse_surroundings(callback: Any, trainer: Any) -> None:
-    """Checks that a callback can work in a Trainer, before anything is trained.
+    """Check that a callback can work in a Trainer, before anything is trained.
 
     Raises:
         ValueError: Parameters are partitioned by DeepSpeed, or a second callback would log under
@@ -32,19 +32,19 @@ def refuse_surroundings(callback: Any, trainer: Any) -> None:
 
 
 def trainer_ranks(trainer: Any, pl_module: Any) -> Ranks:
-    """Returns the processes of the Trainer, as they measure together."""
+    """Return the processes of the Trainer, as they measure together."""
     if trainer.world_size == 1:
         return ALONE
     return Ranks.of(torch.distributed.group.WORLD, pl_module.device)
 
 
 def log_step(trainer: Any) -> int:
-    """Returns the step that Lightning's own epoch-end metrics are logged with."""
+    """Return the step that Lightning's own epoch-end metrics are logged with."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def unknown_metric(name: str, known: list[str]) -> str:
-    """Returns what to tell of a monitored metric that was not logged."""
+    """Return what to tell of a monitored metric that was not logged."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:5]
     return (
         f"monitor={name!r} is not among the logged metrics ({', '.join(near) or 'none'}), so "

@@ -27,7 +27,7 @@ _BYTES = 8 * bounds.TABLE_VALUES + 8 * bounds.JSON_BYTES
 
 
 def default_folder() -> Path:
-    """Returns ``$XDG_CACHE_HOME/lightning_hessian``, by default in ``~/.cache``."""
+    """Return ``$XDG_CACHE_HOME/lightning_hessian``, by default in ``~/.cache``."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "lightning_hessian"
 
@@ -42,7 +42,7 @@ class RunCache:
         self.folder = folder
 
     def get(self, key: tuple[Any, ...]) -> RunRecord | None:
-        """Returns the history kept under a key."""
+        """Return the history kept under a key."""
         if self.folder is None:
             return None
         path = self._path(key)
@@ -55,7 +55,7 @@ class RunCache:
         return run
 
     def put(self, key: tuple[Any, ...], run: RunRecord) -> None:
-        """Keeps a history under a key."""
+        """Keep a history under a key."""
         if self.folder is None:
             return
         plain = [f.name for f in fields(RunRecord) if f.name not in ("steps", "columns")]
@@ -73,7 +73,7 @@ class RunCache:
                     os.unlink(name)
 
     def prune(self) -> None:
-        """Removes the histories beyond the 2000 used last."""
+        """Remove the histories beyond the 2000 used last."""
         if self.folder is None or not self.folder.is_dir():
             return
         with contextlib.suppress(OSError):

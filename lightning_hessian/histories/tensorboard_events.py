@@ -35,7 +35,7 @@ _TABLE = _crc_table()
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Returns the checksum of a record.
+    """Return the checksum of a record.
 
     Source: RFC 3720 for CRC32C; the mask is that of TensorFlow's record files.
 

@@ -88,7 +88,7 @@ class Cost:
 
 
 def counted(work: Callable[[], Result]) -> tuple[Result, Cost]:
-    """Returns the result of some work, and what it cost."""
+    """Return the result of some work, and what it cost."""
     with _Counter() as counter:
         result = work()
     return result, Cost(counter.operations, counter.flops, counter.bytes)
@@ -104,7 +104,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs an operation, and counts it."""
+        """Run an operation, and count it."""
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):

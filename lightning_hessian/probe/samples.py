@@ -127,7 +127,7 @@ def _order(
 
 
 def _copied(sampler: Any, dataset: Any) -> Any:
-    """Returns a copy with generators of its own, without copying the dataset."""
+    """Return a copy with generators of its own, without copying the dataset."""
     return copy.deepcopy(sampler, memo={id(dataset): dataset})
 
 

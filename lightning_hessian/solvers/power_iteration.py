@@ -37,7 +37,7 @@ def power_iteration(
     max_products: int = 1000,
     seed: int = 0,
 ) -> PowerIteration:
-    """Returns the k eigenvalues of largest magnitude, one after the other.
+    """Return the k eigenvalues of largest magnitude, one after the other.
 
     v <- A v / norm(A v), made orthogonal to the vectors already found (HPL, figure 19). The error
     shrinks by abs(lambda_2 / lambda_1) in each step, so neighbours of almost equal magnitude take
@@ -94,6 +94,6 @@ def power_iteration(
 
 
 def _deflate(vector: Tensor, rows: Tensor, operator: SymmetricOperator) -> None:
-    """Removes, in place and twice, what lies along the rows."""
+    """Remove, in place and twice, what lies along the rows."""
     for _ in range(2 if len(rows) else 0):
         vector.addmv_(rows.T, operator.shard.ranks.sum(rows @ vector), alpha=-1)

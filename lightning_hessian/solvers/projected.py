@@ -67,7 +67,7 @@ class Projected:
         self.off_diagonal: list[float] | None = []
 
     def add(self, column: Tensor, expected: Tensor) -> None:
-        """Takes the coefficients measured at a step [m + 1], and those that were expected [m]."""
+        """Take the coefficients measured at a step [m + 1], and those that were expected [m]."""
         j = self.count
         if j == len(self.numbers):
             self._grow(max(64, j + j // 4))
@@ -80,7 +80,7 @@ class Projected:
         self.count = j + 1
 
     def lose(self, coupling: Tensor) -> None:
-        """Counts as rounding what products with the basis vectors hold outside it, at most [m]."""
+        """Count as rounding what products with the basis vectors hold outside it, at most [m]."""
         before = torch.zeros_like(coupling)
         before[: len(self.rounded)] = self.rounded
         self.rounded = torch.hypot(before, coupling.abs())
@@ -118,7 +118,7 @@ class Projected:
     def solve(
         self, couplings: list[Tensor], top: int, *, eps: float, scale: float, ranks: Ranks
     ) -> Ritz:
-        """Returns the lowest and the ``top`` largest Ritz pairs, all m if there are no more.
+        """Return the lowest and the ``top`` largest Ritz pairs, all m if there are no more.
 
         A large problem is solved as a tridiagonal one (by relatively robust representations) as
         long as it is one: at m = 2000, measured, in 0.4 s instead of 1 to 5.
@@ -165,7 +165,7 @@ class Projected:
         return values[chosen], rotation[:, chosen]
 
     def _departure(self, rotation: Tensor) -> Tensor:
-        """Returns the squared norms of (departure) s for the columns s of a rotation [m, t].
+        """Return the squared norms of (departure) s for the columns s of a rotation [m, t].
 
         The symmetric problem mirrors what was measured above the diagonal, so that it departs from
         the recurrence below; the tridiagonal one takes the recurrence's, and departs above.

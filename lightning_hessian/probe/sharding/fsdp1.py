@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[nn.Module]:
-    """A block in which a module under FSDP1 is a plain module, without its wrappers.
+    """Open a block in which a module under FSDP1 is a plain module, without its wrappers.
 
     FSDP's forward has no double backward. So the wrappers are taken out of the tree of modules, and
     all parameters are gathered, where that takes no more than half of the memory that is free on
@@ -59,7 +59,7 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _unwrapped(module: nn.Module) -> Iterator[None]:
-    """A block in which what is wrapped stands in the places of the wrappers below the root."""
+    """Open a block in which what is wrapped stands in the places of the wrappers below the root."""
     places = [
         (parent, name, part)
         for parent in module.modules()
@@ -87,7 +87,7 @@ def _fits(wrappers: list[FullyShardedDataParallel]) -> bool:
 
 @contextmanager
 def _in_pieces(wrappers: list[FullyShardedDataParallel]) -> Iterator[None]:
-    """A block in which the parameters of the wrapped modules are the pieces held here."""
+    """Open a block in which the parameters of the wrapped modules are the pieces held here."""
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
     hidden: list[tuple[nn.Module, str, Any]] = []
     try:
@@ -112,7 +112,7 @@ def _in_pieces(wrappers: list[FullyShardedDataParallel]) -> Iterator[None]:
 
 
 def _pieces(unit: nn.Module, handle: Any) -> dict[tuple[nn.Module, str], Piece]:
-    """Returns what this rank holds of the parameters of a flat one, by their places."""
+    """Return what this rank holds of the parameters of a flat one, by their places."""
     from torch.distributed.device_mesh import DeviceMesh
 
     flat = handle.flat_param

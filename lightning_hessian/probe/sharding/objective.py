@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
-    """Returns the ranks that a module's parameters are sharded over; None where they are not.
+    """Return the ranks that a module's parameters are sharded over; None where they are not.
 
     Raises:
         ValueError: Parameters are distributed in several ways, or over several meshes.
@@ -115,7 +115,7 @@ class ShardedObjective(Objective):
         self._plan()
 
     def _plan(self) -> None:
-        """Notes what is gathered in the forward of which unit."""
+        """Note what is gathered in the forward of which unit."""
         self._bundles = bundles_of(self._module)
         self._units: dict[nn.Module, list[int]] = {}
         for i, bundle in enumerate(self._bundles):
@@ -132,7 +132,7 @@ class ShardedObjective(Objective):
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """The block in which all evaluations take place: FSDP's own hooks rest."""
+        """Open the block in which all evaluations take place: FSDP's own hooks rest."""
         with ExitStack() as stack:
             stack.enter_context(super().isolated())
             stack.enter_context(_resting(self._module))
@@ -142,7 +142,7 @@ class ShardedObjective(Objective):
 
     @contextmanager
     def counting(self) -> Iterator[dict[int, int]]:
-        """A block that counts what autograd keeps: bytes by the address of the memory."""
+        """Open a block that counts what autograd keeps: bytes by the address of the memory."""
         self._kept = {}
         try:
             yield self._kept
@@ -150,17 +150,17 @@ class ShardedObjective(Objective):
             self._kept = None
 
     def norm(self, parts: Sequence[Tensor]) -> float:
-        """Returns the norm of all shards of all ranks together."""
+        """Return the norm of all shards of all ranks together."""
         self.ranks.stay_together()
         return math.sqrt(self.ranks.total(super().norm(parts) ** 2))
 
     def anywhere(self, flag: bool) -> bool:
-        """Returns whether the flag is set on some rank."""
+        """Return whether the flag is set on some rank."""
         self.ranks.stay_together()
         return self.ranks.any(flag)
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
-        """Returns the weighted loss of this rank's batch at the given shards."""
+        """Return the weighted loss of this rank's batch at the given shards."""
         buffers = {name: upcast(buffer) for name, buffer in self._buffers().items()}
         call = self._prepared(batch, index)
         with self._whole_units(parameters):
@@ -169,7 +169,7 @@ class ShardedObjective(Objective):
 
     @contextmanager
     def _whole_units(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """A block in which the forward of a unit gathers its parameters, and lets them go."""
+        """Open a block in which the forward of a unit gathers its parameters, and lets them go."""
         given = dict(zip(self._selected, parameters, strict=True))
 
         def leaf(member: nn.Parameter) -> Tensor:
@@ -185,7 +185,7 @@ class ShardedObjective(Objective):
     def _gathering(
         self, unit: nn.Module, numbers: Sequence[int], leaves: Sequence[Sequence[Tensor]]
     ) -> Iterator[None]:
-        """A block in which a unit's forward finds its parameters whole, and others find shards."""
+        """Open a block in which a unit's forward finds whole parameters, and others find shards."""
         bundles = {i: self._bundles[i] for i in numbers}
         outside = {i: bundle.outside(leaves[i]) for i, bundle in bundles.items()}
 
@@ -214,7 +214,7 @@ class ShardedObjective(Objective):
                 bundle.place(bundle.members)
 
     def _gathered(self, shard: Tensor, i: int) -> Tensor:
-        """Returns a whole bundle; its derivative is summed over ranks and scattered."""
+        """Return a whole bundle; its derivative is summed over ranks and scattered."""
         from torch.distributed.tensor import Partial, Replicate
 
         distributed = self._bundles[i].distributed(_Asking.apply(shard, self.ranks))
@@ -229,7 +229,7 @@ class ShardedObjective(Objective):
         self._whole[storage.cdata] = (storage, _View(i, shard))
 
     def _pack(self, tensor: Tensor) -> Any:
-        """Returns what autograd keeps of a tensor: of a whole parameter, only which view it is."""
+        """Return what autograd keeps of a tensor: of a whole parameter, only which view it is."""
         if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter):
             return tensor
         storage = tensor.untyped_storage()
@@ -242,7 +242,7 @@ class ShardedObjective(Objective):
         return dataclasses.replace(noted[1], view=view)
 
     def _unpack(self, kept: Any) -> Tensor:
-        """Returns what was kept; gathers the parameter again where only the view was."""
+        """Return what was kept; gather the parameter again where only the view was."""
         if not isinstance(kept, _View):
             return kept
         with torch.no_grad():
@@ -256,7 +256,7 @@ class _Asking(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        """Returns the tensor."""
+        """Return the tensor."""
         ctx.ranks = ranks
         ranks.stay_together()
         return tensor.view_as(tensor)
@@ -272,7 +272,7 @@ class _Passing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        """Returns the tensor."""
+        """Return the tensor."""
         ctx.ranks = ranks
         return tensor.view_as(tensor)
 
@@ -293,7 +293,7 @@ class _View:
 
 @contextmanager
 def _resting(module: nn.Module) -> Iterator[None]:
-    """A block in which FSDP's own forward hooks are out of the way; all others stay."""
+    """Open a block in which FSDP's own forward hooks are out of the way; all others stay."""
     registries = [
         registry
         for part in module.modules()

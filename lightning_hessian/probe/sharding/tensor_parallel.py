@@ -21,7 +21,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 @contextmanager
 def untied_from_tensors(module: nn.Module) -> Iterator[None]:
-    """A block in which a module under tensor parallelism computes as on one device.
+    """Open a block in which a module under tensor parallelism computes as on one device.
 
     The hooks that turn inputs and outputs into distributed tensors rest. Parameters in shards stay
     as they are, and of all others each rank holds a `Piece`: so `ShardedObjective` gathers every
@@ -60,7 +60,7 @@ def untied_from_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def _mesh_of(module: nn.Module) -> DeviceMesh | None:
-    """Returns the mesh of a module's parameters, where it is a line for tensor parallelism alone.
+    """Return the mesh of a module's parameters, where it is a line for tensor parallelism alone.
 
     What lies in another way is left as it is, to be refused.
     """
@@ -80,7 +80,7 @@ def _is_in_shards(parameter: Tensor) -> bool:
 
 
 def _piece(part: nn.Module, parameter: nn.Parameter, mesh: DeviceMesh) -> Piece:
-    """Returns this rank's share of a parameter that every rank holds."""
+    """Return this rank's share of a parameter that every rank holds."""
     whole = local(parameter.detach()).reshape(-1)
     width = -(-len(whole) // mesh.size())
     start = min(mesh.get_local_rank() * width, len(whole))
