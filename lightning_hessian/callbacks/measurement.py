@@ -382,7 +382,8 @@ class MeasurementCallback(Callback):
 
         due = bool(self._guard.attempt("the schedule", ask))
         self._guard.settle(self._ranks)
-        return trainer.strategy.broadcast(due)
+        found: bool = trainer.strategy.broadcast(due)
+        return found
 
     def _measure_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
         """Return rank zero's statistics on all ranks, or None where the measurement failed."""
@@ -416,7 +417,8 @@ class MeasurementCallback(Callback):
             if self._progress is not None:
                 self._progress.close()
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
-            return trainer.strategy.broadcast(scalars)
+            found: dict[str, float] | None = trainer.strategy.broadcast(scalars)
+            return found
         if self._ranks.world > 1 and not isinstance(failure, RankError):
             failure = self._named(failure)
         assert failure is not None

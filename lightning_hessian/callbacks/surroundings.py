@@ -40,7 +40,8 @@ def trainer_ranks(trainer: Any, pl_module: Any) -> Ranks:
 
 def log_step(trainer: Any) -> int:
     """Return the step that Lightning's own epoch-end metrics are logged with."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    found: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return found
 
 
 def unknown_metric(name: str, known: list[str]) -> str:

@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> None:
 def _saved(workspace: Any, path: str) -> str:
     """Save a workspace, and return its address."""
     try:
-        return workspace.save().url
+        found: str = workspace.save().url
+        return found
     except Exception as error:  # wandb raises errors of many kinds, none of which it promises
         raise ConnectionError(
             f"W&B did not take the view of {path}: {_first_line(error)}. Check the network, "

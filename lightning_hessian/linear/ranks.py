@@ -156,7 +156,8 @@ class Ranks:
 
     def least(self, number: float) -> float:
         """Return the smallest of the ranks' numbers."""
-        return min(self.gathered(number))
+        found: float = min(self.gathered(number))
+        return found
 
     def gathered(self, thing: Any) -> list[Any]:
         """Return what every rank gives, in the order of the ranks; small things only."""

@@ -326,7 +326,8 @@ def _diagonal_block(
     coordinates = (cut.labels == block).nonzero().flatten()
     names = _whole_tensors(cut, block)
     if names is not None:
-        return session.operator(names)
+        found: SymmetricOperator = session.operator(names)
+        return found
     return RestrictedOperator(operator, coordinates)
 
 

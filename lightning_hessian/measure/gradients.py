@@ -497,4 +497,5 @@ def _rows_tested(
     empty = np.empty(0)
     known = ranks.gathered(one and replace(one, ks_distances=empty, p_values=empty))
     one = next(found for found in known if found is not None)
-    return replace(one, ks_distances=whole[0], p_values=whole[1])
+    found: RowTests = replace(one, ks_distances=whole[0], p_values=whole[1])
+    return found

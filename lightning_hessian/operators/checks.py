@@ -220,7 +220,8 @@ class Checks:
         leaves = tuple(value.requires_grad_() for value in self._objective.point())
         with _Detached() as detached:
             self._objective.batch_loss(leaves, index)
-        return detached.found
+        result: bool = detached.found
+        return result
 
     def _hidden(self, graph: LossGraph, error: Tensor, apart: float) -> str:
         custom = ", ".join(graph.custom_functions)
@@ -358,7 +359,7 @@ class _Draws(TorchDispatchMode):
     """A block that notes which operations draw random numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

@@ -98,7 +98,7 @@ class _Counter(TorchDispatchMode):
     """A block whose ATen operations are counted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations, self.flops, self.bytes = 0, 0, 0
 
     def __torch_dispatch__(

@@ -60,7 +60,8 @@ class _Linearised:
         self._folded = folded
 
     def __call__(self, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        return self._folded(*tangents)
+        found: Sequence[Tensor] = self._folded(*tangents)
+        return found
 
     @cached_property
     def batchable(self) -> Product:

@@ -178,12 +178,14 @@ def _held(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...] | None:
 
 
 def _whole_shape(parameter: Any) -> torch.Size:
-    return getattr(parameter, "whole_shape", parameter.shape)
+    result: torch.Size = getattr(parameter, "whole_shape", parameter.shape)
+    return result
 
 
 def _positions(parameter: Any) -> Tensor:
     if hasattr(parameter, "positions"):  # a piece
-        return parameter.positions
+        found: Tensor = parameter.positions
+        return found
     positions = torch.arange(parameter.numel()).view(parameter.shape)
     mesh: Any = getattr(parameter, "device_mesh", None)
     if mesh is None:

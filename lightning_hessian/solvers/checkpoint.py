@@ -130,7 +130,7 @@ def header_of(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(packed) as archive:
             require_stored(archive, path)
         packed.seek(0)
-        header = torch.load(packed, weights_only=True)
+        header: dict[str, Any] = torch.load(packed, weights_only=True)
         dtype = _basis_dtype(header["identity"])
         rows, columns = (int(number) for number in header["shape"])
         if size - begin != rows * columns * dtype.itemsize:

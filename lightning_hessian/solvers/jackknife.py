@@ -61,7 +61,7 @@ class BlockEstimate:
         each is drawn to the mean of its kind, as if that had been seen `_PRIOR_DEGREES` times.
         """
         squared = np.square(self.frobenius)
-        own = np.divide(
+        own: FloatArray = np.divide(
             _symmetric(self._variance(self.change)), squared, where=squared > 0,
             out=np.zeros_like(squared),
         )  # fmt: skip
@@ -79,7 +79,8 @@ class BlockEstimate:
         counts = np.maximum(1, self.counts)
         taken = self.taken if changes.ndim == 2 else self.taken[:, None]
         spread = np.where(taken, changes - (changes * taken).sum(0) / counts, 0.0)
-        return (counts - 1) / counts * np.square(spread).sum(0)
+        found: FloatArray = (counts - 1) / counts * np.square(spread).sum(0)
+        return found
 
     def is_known_to(self, rel_error: float) -> bool:
         """Whether the ratio is known well enough, and its error too; or there is no ratio.
@@ -139,7 +140,7 @@ class BlockEstimate:
 
 def _symmetric(by_column: FloatArray) -> FloatArray:
     """Return the sum of what the columns i and j do to an entry; on the diagonal they are one."""
-    total = by_column + by_column.T
+    total: FloatArray = by_column + by_column.T
     np.fill_diagonal(total, np.diagonal(by_column))
     return total
 

@@ -385,7 +385,10 @@ def _log_ratios(descending: FloatArray) -> FloatArray:
     # log1p keeps the digits of ratios near 1; only it can overflow, at ratios above 1e308.
     with np.errstate(over="ignore"):
         excess = (ascending - cutoff) / cutoff
-    return np.where(np.isfinite(excess), np.log1p(excess), np.log(ascending) - np.log(cutoff))
+    found: FloatArray = np.where(
+        np.isfinite(excess), np.log1p(excess), np.log(ascending) - np.log(cutoff)
+    )
+    return found
 
 
 def _ks_distances(logs: FloatArray) -> FloatArray:
@@ -398,7 +401,8 @@ def _ks_distances(logs: FloatArray) -> FloatArray:
     k = logs.shape[-1]
     above = -np.expm1(-logs / logs.mean(axis=-1, keepdims=True))
     above -= np.arange(1, k + 1) / k
-    return np.maximum(-above.min(axis=-1), above.max(axis=-1) + 1.0 / k)
+    found: FloatArray = np.maximum(-above.min(axis=-1), above.max(axis=-1) + 1.0 / k)
+    return found
 
 
 @lru_cache(maxsize=128)

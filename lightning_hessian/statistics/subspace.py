@@ -65,7 +65,8 @@ def principal_angles(first: ArrayLike, second: ArrayLike) -> FloatArray:
     from scipy.linalg import subspace_angles
 
     one, other = _rows(first, second)
-    return subspace_angles(one.T, other.T)[::-1].copy()
+    found: FloatArray = subspace_angles(one.T, other.T)[::-1].copy()
+    return found
 
 
 @checked(_RULES)
@@ -100,7 +101,8 @@ def overlaps(first: ArrayLike, second: ArrayLike) -> FloatArray:
     count = min(len(one), len(other))
     squares = np.square(one[:count] @ other[:count].T)
     within = squares.cumsum(axis=0).cumsum(axis=1).diagonal()
-    return np.minimum(within / np.arange(1, count + 1), 1.0)
+    found: FloatArray = np.minimum(within / np.arange(1, count + 1), 1.0)
+    return found
 
 
 @checked(_RULES)

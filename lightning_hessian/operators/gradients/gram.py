@@ -261,7 +261,8 @@ def _eigenvalues(gram: Tensor) -> FloatArray:
     On the CPU by SciPy, which works in place: torch copies the matrix twice.
     """
     if gram.device.type != "cpu":
-        return torch.linalg.eigvalsh(gram).flip(0).cpu().numpy()
+        result: FloatArray = torch.linalg.eigvalsh(gram).flip(0).cpu().numpy()
+        return result
     from scipy.linalg import eigh
 
     diagonal = gram.diagonal().clone()
@@ -271,7 +272,8 @@ def _eigenvalues(gram: Tensor) -> FloatArray:
     # LAPACK has used up the diagonal and what lies above it.
     gram.diagonal().copy_(diagonal)
     _mirrored(gram)
-    return values[::-1].copy()
+    found: FloatArray = values[::-1].copy()
+    return found
 
 
 def combinations(gradients: GradientRows, weights: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.nodes: Any = WeakIdKeyDictionary()
@@ -63,7 +63,8 @@ class _Recorder(TorchDispatchMode):
             name = f"constant_{len(list(self.root.buffers()))}"
             self.root.register_buffer(name, tensor.detach())
             self.nodes[tensor] = self.graph.create_node("get_attr", name)
-        return self.nodes[tensor]
+        found: fx.Node = self.nodes[tensor]
+        return found
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -217,9 +217,10 @@ class ShardedObjective(Objective):
         """Return a whole bundle; its derivative is summed over ranks and scattered."""
         from torch.distributed.tensor import Partial, Replicate
 
-        distributed = self._bundles[i].distributed(_Asking.apply(shard, self.ranks))
+        distributed = self._bundles[i].distributed(_Asking.apply(shard, self.ranks))  # type: ignore[no-untyped-call]
         whole = distributed.redistribute(placements=[Replicate()])
-        return _Passing.apply(whole.to_local(grad_placements=[Partial()]), self.ranks)
+        found: Tensor = _Passing.apply(whole.to_local(grad_placements=[Partial()]), self.ranks)  # type: ignore[no-untyped-call]
+        return found
 
     def _note(self, tensor: Tensor, shard: Tensor, i: int) -> None:
         """Remembers that the memory of a tensor holds a whole bundle, while it lives."""
@@ -241,7 +242,7 @@ class ShardedObjective(Objective):
         view = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         return dataclasses.replace(noted[1], view=view)
 
-    def _unpack(self, kept: Any) -> Tensor:
+    def _unpack(self, kept: Tensor | _View) -> Tensor:
         """Return what was kept; gather the parameter again where only the view was."""
         if not isinstance(kept, _View):
             return kept
@@ -264,7 +265,7 @@ class _Asking(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Comes after the collective of a backward pass, and so before that of the next."""
-        return _Passing.apply(gradient, ctx.ranks), None
+        return _Passing.apply(gradient, ctx.ranks), None  # type: ignore[no-untyped-call]
 
 
 class _Passing(torch.autograd.Function):
@@ -279,7 +280,7 @@ class _Passing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Comes before the collective of a backward pass."""
-        return _Asking.apply(gradient, ctx.ranks), None
+        return _Asking.apply(gradient, ctx.ranks), None  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, eq=False)
