@@ -85,7 +85,7 @@ def block_structure(
         exact: Compute all columns (True), none that can be probed (False), or choose (None).
         densities: Whether to estimate the spectral density of every diagonal block too, and from
             them the heterogeneity.
-        density_steps: Lanczos steps for each, at most; fewer where ``max_hvps`` asks for it.
+        density_steps: Lanczos steps for each, at most; fewer where the budget asks for it.
         density_probes: Probes for each, at most.
         budget: Bounds on Hessian-vector products and seconds. The least probes come first, then 10
             steps for each density, then more probes, then more steps. Densities that do not fit

@@ -202,7 +202,7 @@ def _dense_columns(
     if needed > bound:
         raise ValueError(
             f"{needed} products are the least for {len(sizes)} blocks of {order} parameters; the "
-            f"bound is {max_products}. Raise it (`max_hvps`), or cut fewer blocks (`blocks`)."
+            f"bound is {max_products}. Raise it (`budget`), or cut fewer blocks (`blocks`)."
         )
     return np.array(sizes) <= (order if exact else least_probes(len(sizes)))
 
