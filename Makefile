@@ -12,7 +12,7 @@ TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 
-.PHONY: demo gallery sweep test test-slow test-suites lint bench clean
+.PHONY: demo gallery sweep test test-slow test-suites test-oldest lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
@@ -26,13 +26,16 @@ sweep: .venv-demo/.done  ## train 24 networks on real digits, and one report ove
 		--monitor val_loss --monitor val_error --group optimizer --size num_parameters
 
 test: .venv-test/.done lint  ## lint, type check, and all tests but the slow ones
-	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv-test/.done  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m slow
 
 test-suites: .venv-test/.done  ## other people's test suites, and the table in docs/trust.md
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -v tests/suites
+
+test-oldest: .venv-oldest/.done  ## the tests with the lowest versions that pyproject.toml names
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv-test/.done  ## ruff and mypy
 	$(TEST)/ruff check .
@@ -42,6 +45,12 @@ lint: .venv-test/.done  ## ruff and mypy
 .venv-%/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv-oldest/.done: export PIP_CONSTRAINT := $(CURDIR)/constraints-oldest.txt
+.venv-oldest/.done: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/pip install --quiet --editable ".[test]"
 	touch $@
 
 bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios (30 minutes)
@@ -58,5 +67,5 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 	touch $@
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv-demo .venv-test .venv-bench build dist *.egg-info demo_output sweep_output \
+	rm -rf .venv-demo .venv-test .venv-oldest .venv-bench build dist *.egg-info demo_output sweep_output \
 		bench_output protocols_output

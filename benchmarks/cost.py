@@ -35,20 +35,20 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, 65)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Returns the logits [B, T, 65]."""
+        """Return the logits [B, T, 65]."""
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
         return self.head(self.layers(self.embedding(tokens), mask=mask, is_causal=True))
 
 
 def digits_network() -> nn.Module:
-    """Returns the demo's network."""
+    """Return the demo's network."""
     from lightning_hessian.cli.digits import DigitsClassifier
 
     return DigitsClassifier().network
 
 
 def lenet() -> nn.Module:
-    """Returns LeNet with 61,706 parameters."""
+    """Return LeNet with 61,706 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -57,7 +57,7 @@ def lenet() -> nn.Module:
 
 
 def problems() -> Iterator[tuple[str, nn.Module, Callable[..., Any], list[Any]]]:
-    """Yields name, module, loss and probe batches."""
+    """Yield name, module, loss and probe batches."""
 
     def classify(model: nn.Module, batch: Any) -> torch.Tensor:
         return nn.functional.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
@@ -76,7 +76,7 @@ def problems() -> Iterator[tuple[str, nn.Module, Callable[..., Any], list[Any]]]
 
 
 def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Returns the median time of some work, after one run for warming up."""
+    """Return the median time of some work, after one run for warming up."""
     work()
     times = []
     for _ in range(repeats):
@@ -87,7 +87,7 @@ def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def main() -> None:
-    """Prints one row for each problem, as the README shows it."""
+    """Print one row for each problem, as the README shows it."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, K = {NUM_EIGENVALUES}\n")
     print("| problem | parameters | gradient | product: linearize | autograd | recompute | "
           "products for K | whole measurement |")  # fmt: skip

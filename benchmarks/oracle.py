@@ -22,13 +22,13 @@ class AttentionNetwork(nn.Module):
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits [B, 5] for [B, T, 6]."""
+        """Return the logits [B, 5] for [B, T, 6]."""
         h = self.embedding(x)
         return self.head(self.norm(h + self.attention(h, h, h, need_weights=False)[0]).mean(1))
 
 
 def networks() -> Iterator[Problem]:
-    """Yields small problems in float64, with data in one batch and in batches of unequal size."""
+    """Yield small problems in float64, with data in one batch and in batches of unequal size."""
     torch.manual_seed(0)
 
     def batches(*sizes: int, shape: tuple[int, ...]) -> list[Batch]:
@@ -53,7 +53,7 @@ def networks() -> Iterator[Problem]:
 
 
 def agreement() -> Iterator[tuple[str, float, float, float]]:
-    """Yields name, error of our product, of curvlinops', and the difference of the two (relative).
+    """Yield name, error of our product, of curvlinops', and the difference of the two (relative).
 
     The errors are against finite differences of gradients, extrapolated (Richardson).
     """
@@ -78,7 +78,7 @@ def agreement() -> Iterator[tuple[str, float, float, float]]:
 
 
 def finite_difference(problem: Problem, vector: Tensor) -> Tensor:
-    """Returns H v from gradients at four points on the line through theta along v."""
+    """Return H v from gradients at four points on the line through theta along v."""
 
     def central(step: float) -> Tensor:
         return (_gradient(problem, vector, step) - _gradient(problem, vector, -step)) / (2 * step)

@@ -47,7 +47,7 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Runs an operation, and counts it where it is a collective."""
+        """Run an operation, and count it where it is a collective."""
         result = function(*args, **(kwargs or {}))
         name = str(function)
         if name.startswith("_c10d_functional.all_gather"):
@@ -59,7 +59,7 @@ class Sent(TorchDispatchMode):
         return result
 
     def add(self, whole: Tensor, times: int) -> None:
-        """Counts a collective on a tensor that all ranks know in the end."""
+        """Count a collective on a tensor that all ranks know in the end."""
         self.bytes += times * self.share * whole.numel() * whole.element_size()
         self.calls += 1
 
@@ -87,14 +87,14 @@ def counted(sent: Sent) -> None:
 
 
 def joined_up(rank: int, world: int, folder: str) -> None:
-    """Makes this process a rank, with one thread."""
+    """Make this process a rank, with one thread."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
 
 
 def time_lenet(rank: int, world: int, folder: str, data_dir: str | None) -> None:
-    """Times a measurement of LeNet; rank zero writes the seconds."""
+    """Time a measurement of LeNet; rank zero writes the seconds."""
     joined_up(rank, world, folder)
     problem = lenet_on_mnist(
         Path(data_dir) if data_dir else None, samples=SAMPLES, batches=NUM_BATCHES, epochs=0
@@ -115,7 +115,7 @@ def time_lenet(rank: int, world: int, folder: str, data_dir: str | None) -> None
 
 
 def count_bytes(rank: int, world: int, folder: str, sharded: bool) -> None:
-    """Counts what a product of a small GPT sends; rank zero writes it."""
+    """Count what a product of a small GPT sends; rank zero writes it."""
     joined_up(rank, world, folder)
     torch.manual_seed(0)
     model = GPT(context=32, depth=4, heads=4, width=64, tied=False).eval()
@@ -147,14 +147,14 @@ def count_bytes(rank: int, world: int, folder: str, sharded: bool) -> None:
 
 
 def on_ranks(work: Any, world: int, *arguments: Any) -> dict[str, Any]:
-    """Runs a function on several ranks; returns what rank zero wrote."""
+    """Run a function on several ranks; return what rank zero wrote."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (world, folder, *arguments), world)
         return json.loads(Path(folder, "found.json").read_text())
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", help="folder of the data sets; synthetic images without")
     parser.add_argument("--out", type=Path, help="JSON file to write")

@@ -28,7 +28,7 @@ Values = np.ndarray
 
 
 def twice_differentiable() -> Any:
-    """The block in which attention can be differentiated twice."""
+    """Open the block in which attention can be differentiated twice."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -49,7 +49,7 @@ class Ours:
         self._block: Any = None
 
     def start(self) -> Callable[[Tensor], Tensor]:
-        """Builds the operator, and returns its product with a vector [n]."""
+        """Build the operator, and return its product with a vector [n]."""
         space = ParameterSpace.select(self.problem.model)
         objective = Objective(self.problem.model, self.problem.loss_fn, self.problem.batches, space)
         self._block = objective.isolated()
@@ -59,13 +59,13 @@ class Ours:
         return self.operator.matvec
 
     def stop(self) -> None:
-        """Ends what `start` began."""
+        """End what `start` began."""
         if self._block is not None:
             self._block.__exit__(None, None, None)
             self._block = None
 
     def top(self, count: int, tol: float) -> Values:
-        """Returns the largest eigenvalues, from the start: nothing is built before."""
+        """Return the largest eigenvalues, from the start: nothing is built before."""
         spectrum = hessian_spectrum(
             self.problem.model, self.problem.loss_fn, self.problem.batches,
             num_eigenvalues=count, tol=tol, trace_probes=0,
@@ -74,7 +74,7 @@ class Ours:
         return spectrum.eigenvalues
 
     def lanczos(self, steps: int) -> Values:
-        """Returns the leading Ritz values of a run of so many steps with the operator."""
+        """Return the leading Ritz values of a run of so many steps with the operator."""
         found = lanczos(
             self.operator, steps // 4, tol=1e-12, max_products=steps, max_basis=steps,
             num_checks=0,
@@ -94,7 +94,7 @@ class HessianEigenthings:
         self.problem = problem
 
     def start(self) -> Callable[[Tensor], Tensor]:
-        """Builds the operator, and returns its product with a vector [n]."""
+        """Build the operator, and return its product with a vector [n]."""
         from hessian_eigenthings import HessianOperator as Operator
 
         model = copy.deepcopy(self.problem.model)
@@ -106,10 +106,10 @@ class HessianEigenthings:
         return self.operator.matvec
 
     def stop(self) -> None:
-        """Ends what `start` began."""
+        """End what `start` began."""
 
     def steps_for(self, count: int, tol: float, matvec: Callable[[Tensor], Tensor]) -> int:
-        """Returns the least ``max_iter``, a multiple of ten, with which all converge.
+        """Return the least ``max_iter``, a multiple of ten, with which all converge.
 
         It is found with another product, and not timed: a user would have to guess it.
         """
@@ -127,7 +127,7 @@ class HessianEigenthings:
         raise RuntimeError("hessian-eigenthings did not converge in 1000 steps")
 
     def top(self, count: int, tol: float, steps: int = 100) -> Values:
-        """Returns the largest eigenvalues, from the start."""
+        """Return the largest eigenvalues, from the start."""
         from hessian_eigenthings import lanczos as run
 
         self.start()
@@ -139,7 +139,7 @@ class HessianEigenthings:
         return found.eigenvalues.double().numpy()
 
     def lanczos(self, steps: int) -> Values:
-        """Returns the leading Ritz values of a run of so many steps with the operator."""
+        """Return the leading Ritz values of a run of so many steps with the operator."""
         from hessian_eigenthings import lanczos as run
 
         found = run(
@@ -160,7 +160,7 @@ class Curvlinops:
         self.problem = problem
 
     def start(self) -> Callable[[Tensor], Tensor]:
-        """Builds the operator, and returns its product with a vector [n]."""
+        """Build the operator, and return its product with a vector [n]."""
         from curvlinops import HessianLinearOperator
 
         model = copy.deepcopy(self.problem.model)
@@ -171,10 +171,10 @@ class Curvlinops:
         return lambda vector: self.operator @ vector
 
     def stop(self) -> None:
-        """Ends what `start` began."""
+        """End what `start` began."""
 
     def top(self, count: int, tol: float) -> Values:
-        """Returns the largest eigenvalues, from the start."""
+        """Return the largest eigenvalues, from the start."""
         from scipy.sparse.linalg import eigsh
 
         self.start()
@@ -184,7 +184,7 @@ class Curvlinops:
         return np.sort(values)[::-1].astype(np.float64)
 
     def lanczos(self, steps: int) -> Values:
-        """Returns none: ARPACK stops after the first ``steps`` vectors, without convergence."""
+        """Return none: ARPACK stops after the first ``steps`` vectors, without convergence."""
         from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
         counted = _Counted(self.operator.to_scipy(), stop_after=steps)
@@ -209,7 +209,7 @@ class PyHessian:
         self.problem = problem
 
     def start(self) -> Callable[[Tensor], Tensor]:
-        """Builds its Hessian, and returns the product with a vector [n]."""
+        """Build its Hessian, and return the product with a vector [n]."""
         from pyhessian import hessian
         from pyhessian.utils import hessian_vector_product
 
@@ -231,13 +231,13 @@ class PyHessian:
         return product
 
     def stop(self) -> None:
-        """Ends what `start` began: its gradients hold their graph."""
+        """End what `start` began: its gradients hold their graph."""
         for parameter in self.hessian.params:
             parameter.grad = None
         del self.hessian
 
     def top(self, count: int, tol: float) -> Values:
-        """Returns the largest eigenvalues in magnitude, from the start."""
+        """Return the largest eigenvalues in magnitude, from the start."""
         torch.manual_seed(0)
         self.start()
         values, _ = self.hessian.eigenvalues(maxIter=100, tol=tol, top_n=count)
@@ -246,7 +246,7 @@ class PyHessian:
         return np.sort(np.array(values))[::-1]
 
     def lanczos(self, steps: int) -> Values:
-        """Returns the leading Ritz values of a run of so many steps."""
+        """Return the leading Ritz values of a run of so many steps."""
         torch.manual_seed(0)
         with _eig_by_eigh():
             values, _ = self.hessian.density(iter=steps, n_v=1)
@@ -258,7 +258,7 @@ PEERS = (PyHessian, HessianEigenthings, Curvlinops)
 
 
 def installed() -> list[type]:
-    """Returns the peers that are installed; the others are named on the way."""
+    """Return the peers that are installed; the others are named on the way."""
     found = []
     for peer in PEERS:
         if find_spec(peer.module) is None:

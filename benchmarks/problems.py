@@ -45,7 +45,7 @@ class Problem:
             parameter.requires_grad_(not self.selected or name in self.selected)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """Returns the same with parameters and inputs in another precision."""
+        """Return the same with parameters and inputs in another precision."""
         batches = [(x.to(dtype) if x.is_floating_point() else x, y) for x, y in self.batches]
         return replace(self, model=copy.deepcopy(self.model).to(dtype), batches=batches)
 
@@ -66,7 +66,7 @@ class Problem:
 
 
 def lenet() -> nn.Module:
-    """Returns LeNet-5 with ReLU and max pooling, 61,706 parameters."""
+    """Return LeNet-5 with ReLU and max pooling, 61,706 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.outward = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns [B, T, width]."""
+        """Return [B, T, width]."""
         shape = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
         query, key, value = (
             part.view(shape).transpose(1, 2) for part in self.inward(x).chunk(3, 2)
@@ -120,7 +120,7 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the logits [B T, vocabulary] for tokens [B, T]."""
+        """Return the logits [B T, vocabulary] for tokens [B, T]."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -139,13 +139,13 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns [B, T, width]."""
+        """Return [B, T, width]."""
         x = x + self.attention(self.before_attention(x))
         return x + self.down(nn.functional.gelu(self.up(self.before_network(x))))
 
 
 def mnist(folder: Path | None, count: int) -> Batch:
-    """Returns the first training images [count, 1, 28, 28] and their labels.
+    """Return the first training images [count, 1, 28, 28] and their labels.
 
     Args:
         folder: Holds ``MNIST/raw``; None for a synthetic stand-in: ten noisy prototypes.
@@ -174,7 +174,7 @@ def _idx(path: Path, offset: int, count: int) -> np.ndarray:
 
 
 def shakespeare(folder: Path | None) -> Tensor:
-    """Returns tiny Shakespeare as characters 0..64, or a synthetic stand-in: a random Markov chain.
+    """Return tiny Shakespeare as characters 0..64, or a synthetic stand-in: a random Markov chain.
 
     Raises:
         MissingDataError: The file is not there.
@@ -196,7 +196,7 @@ def shakespeare(folder: Path | None) -> Tensor:
 def lenet_on_mnist(
     folder: Path | None, *, samples: int = 1000, batches: int = 1, epochs: int = 50
 ) -> Problem:
-    """Returns LeNet trained on 1000 images by momentum SGD, with the first ``samples`` as probe."""
+    """Return LeNet trained on 1000 images by momentum SGD, with the first ``samples`` as probe."""
     inputs, labels = mnist(folder, max(samples, 1000))
     torch.manual_seed(0)
     model = lenet()
@@ -213,7 +213,7 @@ def lenet_on_mnist(
 
 
 def nanogpt(folder: Path | None, *, batch_size: int = 4, steps: int = 0) -> Problem:
-    """Returns the GPT on one batch of tiny Shakespeare, at its initialisation or a little after."""
+    """Return the GPT on one batch of tiny Shakespeare, at its initialisation or a little after."""
     text = shakespeare(folder)
     torch.manual_seed(0)
     model = GPT()
@@ -229,7 +229,7 @@ def nanogpt(folder: Path | None, *, batch_size: int = 4, steps: int = 0) -> Prob
 
 
 def nanogpt_last_layer(folder: Path | None) -> Problem:
-    """Returns the same with an output layer of its own, the only one that H is taken by."""
+    """Return the same with an output layer of its own, the only one that H is taken by."""
     whole = nanogpt(folder)
     torch.manual_seed(0)
     model = GPT(tied=False)

@@ -64,7 +64,7 @@ class Finding:
 
 
 def plain_gradient(problem: Problem) -> Callable[[], Any]:
-    """Returns the work that everything is compared with: loss and gradient, as in training.
+    """Return the work that everything is compared with: loss and gradient, as in training.
 
     Attention may use its fused kernels, which products cannot.
     """
@@ -78,7 +78,7 @@ def plain_gradient(problem: Problem) -> Callable[[], Any]:
 
 
 def products(problem: Problem, rounds: int, *, skip: tuple[type, ...] = ()) -> tuple[Times, str]:
-    """Returns the times of a gradient and of every library's product, and a line of a table."""
+    """Return the times of a gradient and of every library's product, and a line of a table."""
     torch.manual_seed(1)
     vector = torch.randn(problem.size)
     works: dict[str, Callable[[], Any]] = {"gradient": plain_gradient(problem)}
@@ -212,7 +212,7 @@ TOP_HEAD = "| library | call | time | products | largest relative error |\n|---|
 
 
 def long_lanczos(folder: Path | None) -> Finding:
-    """A Lanczos run of 400 steps: against its own products, and against the peers' runs."""
+    """Check a Lanczos run of 400 steps: against its own products, and against the peers' runs."""
     problem = lenet_on_mnist(folder)
     ours = Ours(problem)
     building, product = once(ours.start)
@@ -261,7 +261,7 @@ LANCZOS_HEAD = f"| library | {STEPS} Lanczos steps |\n|---|---|"
 
 
 def top_thousand(folder: Path | None) -> Finding:
-    """The thousand largest eigenvalues of LeNet, all converged; time, products and memory.
+    """Find the thousand largest eigenvalues of LeNet, all converged; time, products and memory.
 
     In float32 too, whose rounding hides what lies too far below the largest.
     """

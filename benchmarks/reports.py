@@ -28,7 +28,7 @@ OTHERS = ("d_c", "power_law", "p_value", "beta_hat", "beta_sigma", "lambda_min",
 
 
 def rows(seed: int, count: int) -> list[dict[str, float]]:
-    """Returns rows as the callback logs them: AR(1) statistics beside a falling loss."""
+    """Return rows as the callback logs them: AR(1) statistics beside a falling loss."""
     rng = np.random.default_rng(seed)
     keys = [f"hessian/{name}" for name in (*STATISTICS, *OTHERS)]
     noise = rng.normal(size=(count, len(keys)))
@@ -43,7 +43,7 @@ def rows(seed: int, count: int) -> list[dict[str, float]]:
 
 
 def write_offline(folder: Path, seed: int, history: list[dict[str, float]]) -> None:
-    """Writes a run with wandb."""
+    """Write a run with wandb."""
     import wandb
 
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
@@ -56,7 +56,7 @@ def write_offline(folder: Path, seed: int, history: list[dict[str, float]]) -> N
 
 
 def write_csv(folder: Path, seed: int, history: list[dict[str, float]]) -> None:
-    """Writes a run with Lightning's CSVLogger."""
+    """Write a run with Lightning's CSVLogger."""
     from lightning.pytorch.loggers import CSVLogger
 
     logger = CSVLogger(folder, name=f"run{seed:04}", version=0, flush_logs_every_n_steps=10**6)
@@ -67,7 +67,7 @@ def write_csv(folder: Path, seed: int, history: list[dict[str, float]]) -> None:
 
 
 def measure(folder: Path, out: Path, cache: Path) -> tuple[float, float, float]:
-    """Returns wall and CPU time in seconds, and peak memory of all processes together in MB."""
+    """Return wall and CPU time in seconds, and peak memory of all processes together in MB."""
     command = [sys.executable, "-m", "lightning_hessian.cli.main", "report", str(folder),
                "--out", str(out), "--group", "optimizer", "--size", "num_parameters"]  # fmt: skip
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
@@ -86,7 +86,7 @@ def measure(folder: Path, out: Path, cache: Path) -> tuple[float, float, float]:
 
 
 def _memory(pid: int) -> float:
-    """Returns the memory of a process and its children in MB, shared pages counted once."""
+    """Return the memory of a process and its children in MB, shared pages counted once."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     total = 0.0
     try:
@@ -100,7 +100,7 @@ def _memory(pid: int) -> float:
 
 
 def main() -> None:
-    """Writes the runs, measures, prints."""
+    """Write the runs, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--rows", type=int, default=500)

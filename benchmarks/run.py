@@ -35,7 +35,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Returns what the numbers depend on."""
+    """Return what the numbers depend on."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -61,7 +61,7 @@ def _processor() -> str:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Returns the target table and the tables beside it."""
+    """Return the target table and the tables beside it."""
     parts = ["| quantity | here | target | reached |", "|---|---|---|---|"]
     pieces = {name: found["pieces"][name] for name in PIECES if name in found["pieces"]}
     for piece in pieces.values():
@@ -97,7 +97,7 @@ def _loads(pieces: dict[str, Any]) -> str:
 
 
 def as_record(finding: Finding, load: float, seconds: float) -> dict[str, Any]:
-    """Returns a finding as it goes into the JSON."""
+    """Return a finding as it goes into the JSON."""
     rows = [{**asdict(row), "met": row.met} for row in finding.rows]
     return {
         "rows": rows,
@@ -109,7 +109,7 @@ def as_record(finding: Finding, load: float, seconds: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Runs the pieces that were asked for; those of before stay in the JSON."""
+    """Run the pieces that were asked for; those of before stay in the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=Path, help="holds MNIST/raw and tinyshakespeare")
     parser.add_argument("--synthetic", action="store_true", help="stand-ins instead of data")

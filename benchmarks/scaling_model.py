@@ -63,17 +63,17 @@ def _cost(n: float, ranks: int, num_vectors: int, fixed: float, sent: float) -> 
 
 
 def fitting(cost: Cost, share: float = 0.5) -> int:
-    """Returns how many basis vectors fit a device, which keeps a share for activations."""
+    """Return how many basis vectors fit a device, which keeps a share for activations."""
     return max(0, int((DEVICE_BYTES * share - cost.fixed) / cost.vector))
 
 
 def wanted_eigenvalues(capacity: int) -> int:
-    """Returns the K of the default basis, 4 K + 40 vectors."""
+    """Return the K of the default basis, 4 K + 40 vectors."""
     return max(0, (capacity - 40) // 4)
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     print("| model | devices | layout | fixed | a vector | sent a step | K on the device | "
           "seconds a step | K in main memory | seconds a step |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")

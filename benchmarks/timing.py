@@ -35,20 +35,20 @@ class Times:
     load: tuple[float, float]
 
     def median(self, name: str) -> float:
-        """Returns the median time of a work."""
+        """Return the median time of a work."""
         return statistics.median(self.seconds[name])
 
     def best(self, name: str) -> float:
-        """Returns its shortest time."""
+        """Return its shortest time."""
         return min(self.seconds[name])
 
     def ratio(self, name: str, base: str) -> float:
-        """Returns the median over rounds of one time over another of the same round."""
+        """Return the median over rounds of one time over another of the same round."""
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
     def record(self, base: str) -> dict[str, Any]:
-        """Returns what goes into the JSON."""
+        """Return what goes into the JSON."""
         return {
             "load": self.load,
             "works": {
@@ -64,7 +64,7 @@ class Times:
 
 
 def in_turn(works: Mapping[str, Callable[[], Any]], rounds: int) -> Times:
-    """Returns the times of some works, each done once in every round, after a round to warm up."""
+    """Return the times of some works, each done once in every round, after a round to warm up."""
     before = os.getloadavg()[0]
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
@@ -77,7 +77,7 @@ def in_turn(works: Mapping[str, Callable[[], Any]], rounds: int) -> Times:
 
 
 def once(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns the time of some work and its result."""
+    """Return the time of some work and its result."""
     start = _clock()
     result = work()
     return _clock() - start, result
@@ -98,7 +98,7 @@ class PeakMemory:
             self._start = _status("VmRSS")
 
     def grown(self) -> int | None:
-        """Returns how many bytes the peak since then lies above what was held at the start."""
+        """Return how many bytes the peak since then lies above what was held at the start."""
         return None if self._start is None else _status("VmHWM") - self._start
 
 

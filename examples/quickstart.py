@@ -21,19 +21,19 @@ class Regression(L.LightningModule):
         )
 
     def training_step(self, batch, batch_idx):
-        """Returns the mean loss of the batch."""
+        """Return the mean loss of the batch."""
         x, y = batch
         loss = torch.nn.functional.mse_loss(self.network(x), y)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch, batch_idx):
-        """Logs what the statistics are correlated with."""
+        """Log what the statistics are correlated with."""
         x, y = batch
         self.log("val_loss", torch.nn.functional.mse_loss(self.network(x), y))
 
     def configure_optimizers(self):
-        """Returns the optimiser."""
+        """Return the optimiser."""
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 

@@ -35,7 +35,7 @@ class TransformerBlock(nn.Module):
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns tokens [batch, tokens, width] from tokens."""
+        """Return tokens [batch, tokens, width] from tokens."""
         normed = self.norm1(x)
         x = x + self.attn(normed, normed, normed, need_weights=False)[0]
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
@@ -52,7 +52,7 @@ class VisionTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns logits [batch, 10] of images [batch, 1, 8, 8]."""
+        """Return logits [batch, 10] of images [batch, 1, 8, 8]."""
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             x = block(x)
@@ -60,7 +60,7 @@ class VisionTransformer(nn.Module):
 
 
 def convolutional(width: int = 8) -> nn.Module:
-    """Returns four convolutions with two poolings, and a linear layer."""
+    """Return four convolutions with two poolings, and a linear layer."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((1, width), (width, 2 * width)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
@@ -69,7 +69,7 @@ def convolutional(width: int = 8) -> nn.Module:
 
 
 def cross_entropy(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return nn.functional.cross_entropy(net(batch[0]), batch[1])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def load_images(data_dir: Path | None, count: int) -> tuple[Tensor, Tensor, str]:
-    """Returns standardised images [count, 1, 8, 8], their labels [count], and the name of the set.
+    """Return standardised images [count, 1, 8, 8], their labels [count], and the name of the set.
 
     MNIST is averaged to 8 x 8 (over 4 x 4 pixels, after two rows of padding), so that both sets
     suit the same small networks.

@@ -25,12 +25,12 @@ ROWS = 24
 
 
 def cross_entropy(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return F.cross_entropy(net(batch[0]), batch[1])
 
 
 def squared_error(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns half the squared error to zero; the targets enter H_wv alone."""
+    """Return half the squared error to zero; the targets enter H_wv alone."""
     return net(batch[0]).square().sum(1).mean() / 2
 
 
@@ -45,7 +45,7 @@ def lecun(net: nn.Module) -> nn.Module:
 def mean_squares(
     net: nn.Module, loss_fn: Callable[..., Tensor], num_classes: int, width: int, samples: int
 ) -> dict[str, FloatArray]:
-    """Returns for each layer the mean squared norms off and on the diagonal, [2]."""
+    """Return for each layer the mean squared norms off and on the diagonal, [2]."""
     batch = (torch.randn(samples, width), torch.randint(num_classes, (samples,)))
     rows = {
         f"{name} {i}": f"{name}[{i}:{i + 1}]"
@@ -63,14 +63,14 @@ def mean_squares(
 
 
 def linear_ratio(num_classes: int, gamma: float, width: int) -> float:
-    """Returns the ratio of squared norms of a linear model with cross-entropy."""
+    """Return the ratio of squared norms of a linear model with cross-entropy."""
     net = lecun(nn.Linear(width, num_classes, bias=False))
     means = mean_squares(net, cross_entropy, num_classes, width, int(width / gamma))["weight"]
     return float(means[0] / means[1])
 
 
 def hidden_ratios(num_classes: int, loss_fn: Callable[..., Tensor], seeds: int) -> FloatArray:
-    """Returns the ratios of expected squared norms of H_ww and H_vv, [2]."""
+    """Return the ratios of expected squared norms of H_ww and H_vv, [2]."""
     sums: dict[str, FloatArray] = {}
     for _ in range(seeds):
         net = lecun(
@@ -84,7 +84,7 @@ def hidden_ratios(num_classes: int, loss_fn: Callable[..., Tensor], seeds: int) 
 
 
 def slope(values: FloatArray, first: int = 0) -> float:
-    """Returns the fitted power of C, from the given place in `CLASSES` on."""
+    """Return the fitted power of C, from the given place in `CLASSES` on."""
     return float(np.polyfit(np.log(CLASSES[first:]), np.log(values[first:]), 1)[0])
 
 

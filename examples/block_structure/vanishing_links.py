@@ -22,7 +22,7 @@ WIDTH, CLASSES, SAMPLES = 8, 100, 1000
 
 
 def cross_entropy(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return nn.functional.cross_entropy(net(batch[0]), batch[1])
 
 
@@ -59,7 +59,7 @@ def train_and_measure(
 
 
 def share_of_links(blocks: BlockStructure) -> float:
-    """Returns the share of the squared norm of H in H_wv."""
+    """Return the share of the squared norm of H in H_wv."""
     return list(blocks.families.values())[1]
 
 

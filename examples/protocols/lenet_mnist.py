@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_hessian import PowerLawFit, fit_power_law, hessian_spectrum
+from lightning_hessian import PooledSLQ, PowerLawFit, fit_power_law, hessian_spectrum
 from lightning_hessian.results import FloatArray, HessianSpectrum, load_spectrum, save_spectrum
 from lightning_hessian.statistics.power_law import ks_distance_by_cutoff, optimal_cutoff
 from lightning_hessian.statistics.significance import critical_value
@@ -47,7 +47,7 @@ RECIPES = {"plain": Recipe(), "hpl": Recipe(weight_decay=5e-4, milestones=(0.4, 
 
 
 def lenet() -> nn.Module:
-    """Returns LeNet-5 with ReLU and max pooling, 61,706 parameters."""
+    """Return LeNet-5 with ReLU and max pooling, 61,706 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -56,7 +56,7 @@ def lenet() -> nn.Module:
 
 
 def mnist(folder: Path, count: int, part: str = "train") -> tuple[Tensor, Tensor]:
-    """Returns the first images [count, 1, 28, 28] of a part, normalised, and their labels."""
+    """Return the first images [count, 1, 28, 28] of a part, normalised, and their labels."""
 
     def read(name: str, offset: int, numbers: int) -> np.ndarray:
         with gzip.open(folder / "MNIST" / "raw" / f"{part}-{name}-ubyte.gz") as file:
@@ -67,13 +67,13 @@ def mnist(folder: Path, count: int, part: str = "train") -> tuple[Tensor, Tensor
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 @torch.no_grad()
 def loss_and_accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Returns the mean loss over the whole of the data, and the share that is classified right."""
+    """Return the mean loss over the whole of the data, and the share that is classified right."""
     loss, correct = 0.0, 0
     for images, labels in zip(data[0].split(2000), data[1].split(2000), strict=True):
         outputs = model(images)
@@ -116,21 +116,21 @@ def train(
 def measure(
     protocol: str, model: nn.Module, data: tuple[Tensor, Tensor], folder: Path
 ) -> HessianSpectrum:
-    """Returns the top 1000 by a protocol: from the folder, where it has been measured before."""
+    """Return the top 1000 by a protocol: from the folder, where it has been measured before."""
     name = f"{protocol}_{len(data[1])}_{str(data[0].dtype).removeprefix('torch.')}"
     file = folder / f"{name}.npz"
     if not file.exists():
         checkpoint = folder / f"{name}.lanczos" if protocol == "converged" else None
         spectrum = hessian_spectrum(
-            model, loss_fn, [data], num_eigenvalues=1000, protocol=protocol, trace_probes=0,
-            checkpoint=checkpoint,
+            model, loss_fn, [data], num_eigenvalues=1000, trace_probes=0, checkpoint=checkpoint,
+            protocol="converged" if protocol == "converged" else PooledSLQ(),
         )  # fmt: skip
         save_spectrum(spectrum, file)
     return load_spectrum(file)
 
 
 def without_copies(pooled: HessianSpectrum) -> FloatArray:
-    """Returns the pooled values, of those that several runs have found one each.
+    """Return the pooled values, of those that several runs have found one each.
 
     Converged values are the same where they differ by no more than their residual bounds.
     """
@@ -148,7 +148,7 @@ def without_copies(pooled: HessianSpectrum) -> FloatArray:
 
 
 def row(title: str, values: FloatArray, count: int) -> str:
-    """Returns a line of the table: the power law of the largest ``count`` values, or of all."""
+    """Return a line of the table: the power law of the largest ``count`` values, or of all."""
     count = min(count, int((values > 0).sum()))
     fit: PowerLawFit = fit_power_law(values, k=count)
     verdict = {True: "yes", False: "no", None: "too few"}[fit.is_power_law]
@@ -180,7 +180,7 @@ def draw(spectra: dict[str, FloatArray], path: Path) -> None:
 
 
 def trained(options: argparse.Namespace) -> nn.Module:
-    """Returns the trained network: from the folder, where it has been trained before."""
+    """Return the trained network: from the folder, where it has been trained before."""
     settings = {name: getattr(options, name) for name in ("samples", "epochs", "recipe")}
     file = options.out / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:

@@ -58,7 +58,7 @@ TABLE_3 = {"random": (0.0221, 2.232), "pretrain": (0.0205, 5.111)}
 
 
 def lenet() -> nn.Module:
-    """Returns LeNet-5 with ReLU and max pooling, 61,706 parameters."""
+    """Return LeNet-5 with ReLU and max pooling, 61,706 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -67,7 +67,7 @@ def lenet() -> nn.Module:
 
 
 def mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Returns the images [N, 1, 28, 28], normalised, and labels of ``"train"`` or ``"t10k"``."""
+    """Return the images [N, 1, 28, 28], normalised, and labels of ``"train"`` or ``"t10k"``."""
 
     def read(name: str, offset: int) -> np.ndarray:
         with gzip.open(folder / "MNIST" / "raw" / f"{part}-{name}-ubyte.gz") as file:
@@ -78,7 +78,7 @@ def mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -96,13 +96,13 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor], num_epochs: int) -> Non
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Returns the share of images classified rightly."""
+    """Return the share of images classified rightly."""
     with torch.no_grad():
         return float((model(data[0]).argmax(1) == data[1]).float().mean())
 
 
 def print_tests(training: str, structure: GradientStructure) -> None:
-    """Prints two rows of SG's table 1."""
+    """Print two rows of SG's table 1."""
     for kind, tests in (
         ("dimension", structure.dimension_tests),
         ("iteration", structure.iteration_tests),
@@ -127,7 +127,7 @@ def print_tests(training: str, structure: GradientStructure) -> None:
 
 
 def print_spectra(training: str, batch_size: int, structure: GradientStructure) -> None:
-    """Prints the rows of SG's tables 6 and 7, of which table 2 is a part, and of table 3."""
+    """Print the rows of SG's tables 6 and 7, of which table 2 is a part, and of table 3."""
     for name, values in (
         ("second moment", structure.second_moment),
         ("covariance", structure.leading),
@@ -162,7 +162,7 @@ def _print_row(title: str, source: str, fit: PowerLawFit) -> None:
 
 
 def print_against_hessian(structure: GradientStructure, hessian: HessianSpectrum) -> None:
-    """Prints how far C is a multiple of H (SG section 4), and how their top subspaces lie."""
+    """Print how far C is a multiple of H (SG section 4), and how their top subspaces lie."""
     ratio = proportionality(structure.leading, hessian.leading)
     print(
         f"{'':9}C against H: ratio by rank {ratio.constant:.3g} (1/B = "

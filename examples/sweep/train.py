@@ -71,7 +71,7 @@ class SweepClassifier(DigitsClassifier):
         self.optimizer_name = trial.optimizer
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        """Logs loss and error on the held-out images, and the loss on the training images."""
+        """Log loss and error on the held-out images, and the loss on the training images."""
         images, labels = batch
         logits = self.network(images)
         loss = functional.cross_entropy(logits, labels)
@@ -83,7 +83,7 @@ class SweepClassifier(DigitsClassifier):
         self.log("val_error", error, add_dataloader_idx=False)
 
     def configure_optimizers(self):
-        """Returns the optimiser of the trial."""
+        """Return the optimiser of the trial."""
         if self.optimizer_name == "adam":
             return torch.optim.Adam(self.parameters(), self.learning_rate)
         momentum = 0.9 if self.optimizer_name == "momentum" else 0.0
@@ -91,7 +91,7 @@ class SweepClassifier(DigitsClassifier):
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Returns 600 images to train on and 1,197 held out; nothing is chosen by the latter."""
+    """Return 600 images to train on and 1,197 held out; nothing is chosen by the latter."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(data.target, dtype=torch.long)
@@ -155,7 +155,7 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    """Runs what is missing of the sweep."""
+    """Run what is missing of the sweep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("sweep_output"), help="%(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")

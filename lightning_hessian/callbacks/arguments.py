@@ -24,7 +24,7 @@ from lightning_hessian.results.arguments import (
 
 
 def schedule(name: str, value: Any) -> Schedule:
-    """The rule of ``every_n_validations``: a number from 1 on, or a schedule object."""
+    """Apply the rule of ``every_n_validations``: a number from 1 on, or a schedule object."""
     if isinstance(value, numbers.Integral):
         return EveryNValidations(value)  # type: ignore[arg-type]
     if isinstance(value, type) or not isinstance(value, Schedule):
@@ -39,7 +39,7 @@ def schedule(name: str, value: Any) -> Schedule:
 
 
 def instruments(name: str, value: Any) -> tuple[Instrument, ...]:
-    """The rule of ``instruments``: a sequence of objects that follow the protocol."""
+    """Apply the rule of ``instruments``: a sequence of objects that follow the protocol."""
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ArgumentError(name, value, "Give a list of instruments; see docs/instruments.md.")
     found = tuple(value)

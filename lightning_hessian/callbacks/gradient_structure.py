@@ -163,12 +163,12 @@ class GradientStructureCallback(MeasurementCallback):
         return getattr(self.records.get("gradients"), "structure", None)
 
     def check(self, pl_module: Any) -> None:
-        """Raises ValueError where the arguments do not fit the module; called before training."""
+        """Raise ValueError where the arguments do not fit the module; called before training."""
         super().check(pl_module)
         resolve_loss(pl_module, self.loss_fn)
 
     def check_data(self, trainer: Any) -> None:
-        """Raises ArgumentError where all probe batches together are smaller than a mini-batch."""
+        """Raise ArgumentError where all probe batches together are smaller than a mini-batch."""
         known = num_samples(trainer, self.data, self.num_batches)
         if self.batch_size is not None and known is not None and self.batch_size > known:
             raise ArgumentError(
@@ -179,7 +179,7 @@ class GradientStructureCallback(MeasurementCallback):
             )
 
     def session(self, pl_module: Any, batches: Sequence[Any]) -> Session:
-        """Returns the session of the measurement."""
+        """Return the session of the measurement."""
         return Session(
             pl_module,
             self.loss_fn,
@@ -191,16 +191,16 @@ class GradientStructureCallback(MeasurementCallback):
         )
 
     def expected_work(self) -> int:
-        """Returns how many gradients a measurement takes."""
+        """Return how many gradients a measurement takes."""
         return self.num_gradients
 
     def spectrum_code(self) -> str | None:
-        """Returns the covariance's eigenvalues as a text for the history."""
+        """Return the covariance's eigenvalues as a text for the history."""
         found = self.last_structure
         return None if found is None else encode_spectrum(found.leading)
 
     def drawings(self) -> Drawings:
-        """Returns what draws the figures of the last measurement, by name."""
+        """Return what draws the figures of the last measurement, by name."""
         if self.last_structure is None:
             return {}
         return gradient_drawings(self.last_structure, significance=self.significance)

@@ -196,12 +196,12 @@ class HessianSpectrumCallback(MeasurementCallback):
         return getattr(self.records.get("layers"), "spectra", {})
 
     def check(self, pl_module: Any) -> None:
-        """Raises ValueError where the arguments do not fit the module; called before training."""
+        """Raise ValueError where the arguments do not fit the module; called before training."""
         super().check(pl_module)
         resolve_loss(pl_module, self.loss_fn)
 
     def session(self, pl_module: Any, batches: Sequence[Any]) -> Session:
-        """Returns the session that all instruments of a measurement share."""
+        """Return the session that all instruments of a measurement share."""
         return Session(
             pl_module,
             self.loss_fn,
@@ -231,19 +231,19 @@ class HessianSpectrumCallback(MeasurementCallback):
         return lambda name, parameter: name in names
 
     def expected_work(self) -> int:
-        """Returns about how many products the first measurement takes."""
+        """Return about how many products the first measurement takes."""
         work = sum(getattr(one, "expected_products", 0) for one in self.instruments[:1])
         return work if not any(one.name == "blocks" for one in self.instruments) else 2 * work
 
     def spectrum_code(self) -> str | None:
-        """Returns the last spectrum as a text for the history."""
+        """Return the last spectrum as a text for the history."""
         found = self.last_spectrum
         if found is None:
             return None
         return encode_spectrum(found.eigenvalues, found.residuals, found.converged)
 
     def drawings(self) -> Drawings:
-        """Returns what draws the figures of the last measurement, by name."""
+        """Return what draws the figures of the last measurement, by name."""
         if self.last_spectrum is None:
             return {}
         density = self.last_spectrum.density

@@ -106,27 +106,27 @@ class MeasurementCallback(Callback):
     # What a subclass gives ---------------------------------------------------------------------
 
     def check(self, pl_module: Any) -> None:
-        """Raises ValueError where the arguments do not fit the module; called before training."""
+        """Raise ValueError where the arguments do not fit the module; called before training."""
         for instrument in self.instruments:
             instrument.check(pl_module)
 
     def check_data(self, trainer: Any) -> None:
-        """Raises ArgumentError where the arguments do not fit the data; called before training."""
+        """Raise ArgumentError where the arguments do not fit the data; called before training."""
 
     def session(self, pl_module: Any, batches: Sequence[Any]) -> Session:
-        """Returns the session that all instruments of a measurement share."""
+        """Return the session that all instruments of a measurement share."""
         raise NotImplementedError
 
     def expected_work(self) -> int:
-        """Returns about how many products (or gradients) the first measurement takes; 0 unknown."""
+        """Return about how many products (or gradients) the first measurement takes; 0 unknown."""
         return 0
 
     def spectrum_code(self) -> str | None:
-        """Returns the spectrum of the last measurement as a text for the history, if it has one."""
+        """Return the spectrum of the last measurement as a text for the history, if it has one."""
         return None
 
     def drawings(self) -> Drawings:
-        """Returns what draws the figures of the last measurement, by name."""
+        """Return what draws the figures of the last measurement, by name."""
         return {}
 
     # What a user reads -------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class MeasurementCallback(Callback):
         return self._generate_state_key(data=data, monitor=list(self.monitors))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the history, its spectra and the count of validations."""
+        """Return the history, its spectra and the count of validations."""
         return {
             "history": self.history,
             "num_validations": self._num_validations,
@@ -199,13 +199,13 @@ class MeasurementCallback(Callback):
             self._warn_once("averaging", AVERAGED)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Checks the arguments against the module, which is complete now."""
+        """Check the arguments against the module, which is complete now."""
         if self._enabled:
             with whole(trainer.strategy.model):
                 self.check(pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Checks the same where there is no fit."""
+        """Check the same where there is no fit."""
         if self._enabled and trainer.state.fn == "validate":
             with whole(trainer.strategy.model):
                 self.check(pl_module)
@@ -276,7 +276,7 @@ class MeasurementCallback(Callback):
     def measure(
         self, pl_module: Any, batches: Sequence[Any], budget: Budget
     ) -> tuple[dict[str, float], list[str]]:
-        """Returns the statistics by logged name, and a sentence for each that is absent.
+        """Return the statistics by logged name, and a sentence for each that is absent.
 
         All ranks call it together; those of ``self._ranks.group`` share the work. The record of
         each instrument is kept in ``records``.
@@ -314,7 +314,7 @@ class MeasurementCallback(Callback):
         self._batches = early_batches(trainer, self.data, self.num_batches, self.seed, self._ranks)
 
     def _is_due(self, trainer: Any) -> bool:
-        """Returns what rank zero's schedule says, on all ranks; False where that fails."""
+        """Return what rank zero's schedule says, on all ranks; False where that fails."""
         self._num_validations += 1
         rows = self._history.rows
         last_step = int(rows[-1]["step"]) if rows else None
@@ -325,10 +325,11 @@ class MeasurementCallback(Callback):
 
         due = bool(self._guard.attempt("the schedule", ask))
         self._guard.settle(self._ranks)
-        return trainer.strategy.broadcast(due)
+        found: bool = trainer.strategy.broadcast(due)
+        return found
 
     def _measure_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
-        """Returns rank zero's statistics on all ranks, or None where the measurement failed."""
+        """Return rank zero's statistics on all ranks, or None where the measurement failed."""
         failure: Exception | None = None
         scalars: dict[str, float] = {}
         seconds = trainer.strategy.broadcast(self._budget.max_seconds())
@@ -355,7 +356,8 @@ class MeasurementCallback(Callback):
             if self._progress is not None:
                 self._progress.close()
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
-            return trainer.strategy.broadcast(scalars)
+            found: dict[str, float] | None = trainer.strategy.broadcast(scalars)
+            return found
         if self._ranks.world > 1 and not isinstance(failure, RankError):
             failure = named(failure, self._ranks)
         assert failure is not None

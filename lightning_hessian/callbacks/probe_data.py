@@ -32,7 +32,7 @@ class ProbeBatches(Sequence[Any]):
         return len(self._drawn)
 
     def __getitem__(self, index: Any) -> Any:
-        """Returns a batch on the device; a list of them for a slice."""
+        """Return a batch on the device; a list of them for a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
@@ -44,7 +44,7 @@ class ProbeBatches(Sequence[Any]):
 
 
 def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) -> ProbeBatches:
-    """Returns the probe batches, to come to the Trainer's device through the transfer hooks.
+    """Return the probe batches, to come to the Trainer's device through the transfer hooks.
 
     Args:
         trainer: The Trainer, attached to its module.
@@ -70,7 +70,7 @@ def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) ->
 
 
 def num_samples(trainer: Any, data: ProbeData, num_batches: int) -> int | None:
-    """Returns the most samples that the probe batches can hold, None where it cannot be told.
+    """Return the most samples that the probe batches can hold, None where it cannot be told.
 
     Nothing is read: it goes by the length of a map-style dataset and the loader's batch size.
 
@@ -115,7 +115,7 @@ def early_batches(
 
 
 def _transferred(trainer: Any, batch: Any) -> Any:
-    """Does to a batch what the training loop does before ``training_step``."""
+    """Do to a batch what the training loop does before ``training_step``."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -157,7 +157,7 @@ def _val_loader(trainer: Any) -> Any:
 
 
 def _overfit_samples(trainer: Any, loaders: Any) -> int | None:
-    """Returns how many samples ``overfit_batches`` leaves to training, None for all."""
+    """Return how many samples ``overfit_batches`` leaves to training, None for all."""
     if not trainer.overfit_batches or getattr(loaders, "batch_size", None) is None:
         return None
     return int(trainer.num_training_batches) * int(loaders.batch_size)

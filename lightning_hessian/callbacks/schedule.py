@@ -29,7 +29,7 @@ _share = real_number(
 
 
 def time_limit(name: str, value: Any) -> Budget:
-    """The rule of ``time_budget``: a share of the training time, a `Budget`, or None."""
+    """Apply the rule of ``time_budget``: a share of the training time, a `Budget`, or None."""
     if value is None:
         return UNLIMITED
     if isinstance(value, Budget):
@@ -42,7 +42,7 @@ class Schedule(Protocol):
     """Decides whether to measure at a validation."""
 
     def is_due(self, validation: int, step: int, last_step: int | None) -> bool:
-        """Returns whether to measure now.
+        """Return whether to measure now.
 
         Args:
             validation: Number of this validation in the run, from 1, sanity checks not counted.
@@ -76,7 +76,7 @@ class EveryNValidations:
         check_fields(self, {"n": number, "during_validate": flag})
 
     def is_due(self, validation: int, step: int, last_step: int | None) -> bool:
-        """Returns whether ``validation`` is one of every n."""
+        """Return whether ``validation`` is one of every n."""
         return validation % self.n == 0
 
 
@@ -109,7 +109,7 @@ class AtSteps:
         object.__setattr__(self, "steps", tuple(rule("steps", step) for step in steps))
 
     def is_due(self, validation: int, step: int, last_step: int | None) -> bool:
-        """Returns whether a chosen step lies after the last measurement and not after now."""
+        """Return whether a chosen step lies after the last measurement and not after now."""
         done = -1 if last_step is None else last_step
         return any(done < chosen <= step for chosen in self.steps)
 

@@ -17,7 +17,7 @@ AVERAGED = (
 
 
 def refuse_surroundings(callback: Any, trainer: Any) -> None:
-    """Checks that a callback can work in a Trainer, before anything is trained.
+    """Check that a callback can work in a Trainer, before anything is trained.
 
     Raises:
         ValueError: Parameters are partitioned by DeepSpeed, or a second callback would log under
@@ -44,15 +44,16 @@ def averages_weights(trainer: Any) -> bool:
 
 
 def trainer_ranks(trainer: Any, pl_module: Any) -> Ranks:
-    """Returns the processes of the Trainer, as they measure together."""
+    """Return the processes of the Trainer, as they measure together."""
     if trainer.world_size == 1:
         return ALONE
     return Ranks.of(torch.distributed.group.WORLD, pl_module.device)
 
 
 def log_step(trainer: Any) -> int:
-    """Returns the step that Lightning's own epoch-end metrics are logged with."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    """Return the step that Lightning's own epoch-end metrics are logged with."""
+    found: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return found
 
 
 def unknown_metric(name: str, known: list[str]) -> str:

@@ -230,7 +230,7 @@ class _Line:
         self.last = time.monotonic()
 
     def show(self, num_products: int, num_converged: int | None) -> None:
-        """Shows the number of products and of eigenvalues known to have converged."""
+        """Show the number of products and of eigenvalues known to have converged."""
         if not sys.stderr.isatty() or time.monotonic() - self.last < 0.2:
             return
         self.last = time.monotonic()
@@ -239,7 +239,7 @@ class _Line:
 
 
 def _files(paths: Iterable[Path], folder: Path) -> dict[Path, Path]:
-    """Returns where each checkpoint's spectrum goes: by name, with folders where names repeat."""
+    """Return where each checkpoint's spectrum goes: by name, with folders where names repeat."""
     paths = list(paths)
     names = [path.stem for path in paths]
     found = {}

@@ -17,14 +17,14 @@ DESCRIPTION = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "--out", type=a_path, default=Path("demo_output"), help="folder to write to (%(default)s)"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
+    """Run the command."""
     from lightning_hessian.cli.digits import run_demo
     from lightning_hessian.results.output import check_folder
 

@@ -56,17 +56,17 @@ class DigitsClassifier(L.LightningModule):
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Returns the mean cross-entropy of a batch."""
+        """Return the mean cross-entropy of a batch."""
         loss = self._loss(batch)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Logs the validation loss."""
+        """Log the validation loss."""
         self.log("val_loss", self._loss(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Returns SGD with momentum."""
+        """Return SGD with momentum."""
         return torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -78,7 +78,7 @@ class DigitsData(L.LightningDataModule):
     """Scikit-learn's 1,797 handwritten digits: 1,400 to train, 397 to validate."""
 
     def setup(self, stage: str) -> None:
-        """Loads and splits the images."""
+        """Load and split the images."""
         try:
             from sklearn.datasets import load_digits
         except ModuleNotFoundError as error:
@@ -94,11 +94,11 @@ class DigitsData(L.LightningDataModule):
         self.val_set = TensorDataset(images[1400:], labels[1400:])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Returns shuffled batches of 64."""
+        """Return shuffled batches of 64."""
         return DataLoader(self.train_set, batch_size=64, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Returns the validation images in one batch."""
+        """Return the validation images in one batch."""
         return DataLoader(self.val_set, batch_size=len(self.val_set))
 
 
@@ -110,11 +110,11 @@ class Table(L.Callback):
         self.first: HessianSpectrum | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the head."""
+        """Print the head."""
         print("  ".join(f"{title:>9}" for _, title, _ in _COLUMNS))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the row that the Hessian callback, earlier in the list, has completed."""
+        """Print the row that the Hessian callback, earlier in the list, has completed."""
         rows = self.hessian.history
         if trainer.sanity_checking or not rows:
             return
@@ -186,14 +186,14 @@ def run_demo(
 
 
 def _wait_for_the_end(run_folder: Path, seconds: float = 20.0) -> None:
-    """Waits until W&B has written the end of the run, so that all who read it read the same."""
+    """Wait until W&B has written the end of the run, so that all who read it read the same."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and read_offline_run(run_folder).exit_code is None:
         time.sleep(0.1)
 
 
 def _print_correlations(report: CorrelationReport) -> None:
-    """Prints what the report and the page say, in the same words."""
+    """Print what the report and the page say, in the same words."""
     for monitor in report.monitors:
         pairs = [p for p in ranked(report.within) if p.monitor == monitor and not math.isnan(p.r)]
         if not pairs:

@@ -32,7 +32,7 @@ DATA_MODULES = tuple(library.LightningDataModule for library in LIBRARIES)
 
 
 def named(text: str) -> Any:
-    """Returns the object ``NAME`` of ``package.module:NAME`` or ``file.py:NAME``.
+    """Return the object ``NAME`` of ``package.module:NAME`` or ``file.py:NAME``.
 
     Raises:
         ValueError: There is no such thing; says what there is.
@@ -151,7 +151,7 @@ def _load(cls: Any, saved: Saved, arguments: Mapping[str, Any]) -> Any:
 
 
 def data_of(text: str | None, saved: Saved, options: argparse.Namespace) -> Any:
-    """Returns a datamodule that is set up, a loader, or batches; None for the module's own.
+    """Return a datamodule that is set up, a loader, or batches; None for the module's own.
 
     Raises:
         ValueError: It cannot be made.
@@ -189,7 +189,7 @@ def data_of(text: str | None, saved: Saved, options: argparse.Namespace) -> Any:
 def batches_of(
     module: Any, data: Any, options: argparse.Namespace, device: torch.device
 ) -> list[Any]:
-    """Returns the probe batches on a device, through the module's transfer hooks.
+    """Return the probe batches on a device, through the module's transfer hooks.
 
     Raises:
         ValueError: There is no such loader, or it is empty.
@@ -219,7 +219,7 @@ def batches_of(
 
 
 def validation_metrics(module: Any, data: Any) -> dict[str, float]:
-    """Returns what the module logs in a validation.
+    """Return what the module logs in a validation.
 
     Raises:
         ValueError: There is nothing to validate on.

@@ -13,7 +13,7 @@ COMMANDS = ("demo", "measure", "report", "workspace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, or 2 after printing one or two lines on what was wrong.
+    """Run a command; return 0, or 2 after printing one or two lines on what was wrong.
 
     1 stands for work that was done in part, which the command has said.
 

@@ -35,7 +35,7 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Add the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("checkpoints", nargs="+", type=a_path, metavar="CKPT",

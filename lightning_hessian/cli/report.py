@@ -34,7 +34,7 @@ OUTPUT = ("report.html", "report.md", "correlations.csv", "correlations.json")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Add the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("runs", nargs="+", type=a_text, metavar="RUN", help="where a run, or many, can be read")
@@ -119,7 +119,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command."""
+    """Run the command."""
     monitors = list(dict.fromkeys(options.monitor or ["val_loss", "gap"]))
     from lightning_hessian.results.output import check_folder
 
@@ -181,7 +181,7 @@ def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
 
 
 def _summary(report: Any) -> str:
-    """Returns the answer in a few lines for the terminal."""
+    """Return the answer in a few lines for the terminal."""
     from lightning_hessian.reports.verdicts import (
         answer_within,
         interval_text,
@@ -211,14 +211,14 @@ def _summary(report: Any) -> str:
 
 
 def _line(text: str) -> str:
-    """Returns one line that moves no cursor, whatever a run is called."""
+    """Return one line that moves no cursor, whatever a run is called."""
     from lightning_hessian.results.escaping import visible
 
     return visible(text.replace("\n", " ").replace("\r", " "))
 
 
 def _filters(texts: list[str]) -> dict[str, Any]:
-    """Returns ``KEY=VALUE`` as W&B takes it, numbers and booleans as such."""
+    """Return ``KEY=VALUE`` as W&B takes it, numbers and booleans as such."""
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")

@@ -17,7 +17,7 @@ DESCRIPTION = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "path", metavar="ENTITY/PROJECT", type=entity_and_project, help="where the view belongs"
     )
@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the command.
+    """Run the command.
 
     Raises:
         ConnectionError: The server was not reached, knows no key of ours, or refused the view.
@@ -63,9 +63,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _saved(workspace: Any, path: str) -> str:
-    """Saves a workspace, and returns its address."""
+    """Save a workspace, and return its address."""
     try:
-        return workspace.save().url
+        found: str = workspace.save().url
+        return found
     except Exception as error:  # wandb raises errors of many kinds, none of which it promises
         raise ConnectionError(
             f"W&B did not take the view of {path}: {_first_line(error)}. Check the network, "

@@ -36,7 +36,7 @@ class RunCache:
         self.folder = folder
 
     def get(self, key: tuple[Any, ...]) -> RunRecord | None:
-        """Returns the history kept under a key."""
+        """Return the history kept under a key."""
         if self.folder is None:
             return None
         path = self._path(key)
@@ -49,7 +49,7 @@ class RunCache:
         return run
 
     def put(self, key: tuple[Any, ...], run: RunRecord) -> None:
-        """Keeps a history under a key."""
+        """Keep a history under a key."""
         if self.folder is None:
             return
         plain = [f.name for f in fields(RunRecord) if f.name not in ("steps", "columns")]
@@ -61,7 +61,7 @@ class RunCache:
                 np.savez(file, meta=json.dumps(meta), steps=run.steps, values=values)
 
     def prune(self) -> None:
-        """Removes the histories beyond the 2000 used last."""
+        """Remove the histories beyond the 2000 used last."""
         if self.folder is None or not self.folder.is_dir():
             return
         with contextlib.suppress(OSError):

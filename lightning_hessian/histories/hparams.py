@@ -52,7 +52,7 @@ def _loader() -> Any:
     """Return PyYAML's safe loader with bounds on depth and unfolded size."""
     import yaml  # type: ignore[import-untyped,unused-ignore]
 
-    class Bounded(yaml.SafeLoader):
+    class Bounded(yaml.SafeLoader):  # type: ignore[misc]
         """A safe loader in which a node costs what it unfolds to."""
 
         def __init__(self, text: str) -> None:

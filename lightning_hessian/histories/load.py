@@ -48,12 +48,12 @@ class RunLeftOutWarning(UserWarning):
 
 
 def _cache(name: str, value: Any) -> Any:
-    """The rule of ``cache``: True, False, or a folder that may yet be made."""
+    """Apply the rule of ``cache``: True, False, or a folder that may yet be made."""
     return path_name(name, value) if isinstance(value, (str, PathLike)) else flag(name, value)
 
 
 def _filters(name: str, value: Any) -> Any:
-    """The rule of ``filters``."""
+    """Apply the rule of ``filters``."""
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return value
     raise ArgumentError(name, value, "Give a mapping such as {'config.optimizer': 'adam'}.")
@@ -79,7 +79,7 @@ def load_runs(
     progress: bool | None = None,
     workers: int | None = None,
 ) -> RunTable:
-    r"""Returns the histories of runs in one tidy table.
+    r"""Return the histories of runs in one tidy table.
 
     Read are W&B runs by ``entity/project``, ``entity/project/run`` or their address in the
     browser, through `wandb.Api` and all rows of `scan_history`; and on the disk, in a folder and

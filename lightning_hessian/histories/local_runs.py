@@ -38,7 +38,7 @@ class LocalRun:
     files: tuple[Path, ...]
 
     def state(self) -> tuple[Any, ...]:
-        """Returns what changes whenever a file of the run does."""
+        """Return what changes whenever a file of the run does."""
         files = (*self.files, self.folder / _HPARAMS)
         return tuple(
             (os.path.realpath(file), file.stat().st_size, file.stat().st_mtime_ns)
@@ -48,7 +48,7 @@ class LocalRun:
 
 
 def find_local_runs(path: Path) -> list[LocalRun]:
-    """Returns the runs in a folder and all folders below it, or the one of a file.
+    """Return the runs in a folder and all folders below it, or the one of a file.
 
     The parts of a W&B run that was resumed (same id, same parent folder) are one run. Where CSV and
     event files lie in one folder, they are the same run and the CSV is read.
@@ -202,7 +202,7 @@ def _read_offline(run: LocalRun) -> RunRecord:
 
 
 def find_all(paths: Iterable[Path]) -> list[LocalRun]:
-    """Returns the runs below several paths, each once."""
+    """Return the runs below several paths, each once."""
     found = {
         os.path.realpath(run.files[-1]): run for path in paths for run in find_local_runs(path)
     }

@@ -69,7 +69,7 @@ class OfflineRun:
     exit_code: int | None = None
 
     def history(self, keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The rows that hold a value for every one of ``keys``, all rows without ``keys``.
+        """Return the rows that hold a value for every one of ``keys``, all rows without ``keys``.
 
         That is the choice of rows that `wandb.apis.public.Run.scan_history` makes; the rows come
         whole, though, with the keys that were not asked for. Steps that repeat are all kept.
@@ -94,7 +94,7 @@ class OfflineRun:
 
 @arguments.checked({"path": path_name, "summary": arguments.flag})
 def read_offline_run(path: str | PathLike[str], *, summary: bool = True) -> OfflineRun:
-    """The offline run at ``path``, as far as its file is whole.
+    """Return the offline run at ``path``, as far as its file is whole.
 
     A run that is still writing can be read; wandb writes to the file when 32 KiB have come
     together, every 15 seconds (0.31), and at the end. Runs of other modes leave the same file.
@@ -159,7 +159,7 @@ def _read(file: BinaryIO, file_path: Path, summary: bool) -> OfflineRun:
 
 
 def _find_file(path: Path) -> Path:
-    """The one `.wandb` file that ``path`` means."""
+    """Return the one `.wandb` file that ``path`` means."""
     if path.is_file():
         return path
     if not path.exists():
@@ -211,7 +211,7 @@ class _Updates:
             self._texts[path] = text
 
     def nested(self, what: str, problems: list[str]) -> dict[str, Any]:
-        """The values as a nested dict, without the entry that W&B keeps for itself."""
+        """Return the values as a nested dict, without the entry that W&B keeps for itself."""
         root: dict[str, Any] = {}
         for path, text in self._texts.items():
             try:
@@ -244,7 +244,7 @@ def _check_path(path: Sequence[str]) -> None:
 
 
 def _row(history: Any, offset: int, problems: list[str]) -> tuple[dict[str, Any], int]:
-    """The row that one `HistoryRecord` holds, and the number of its values, those of lists too."""
+    """Return the row of one `HistoryRecord`, and the number of its values, those of lists too."""
     row: dict[str, Any] = {}
     values, count = _parsed_together(history.item)
     most, intern = bounds.DEPTH, sys.intern  # so few characters are no deep path either
@@ -269,7 +269,7 @@ def _row(history: Any, offset: int, problems: list[str]) -> tuple[dict[str, Any]
 
 
 def _parsed_together(items: Any) -> tuple[list[Any] | None, int]:
-    """The values of all items by one call of the parser, the usual case; None where it is not.
+    """Return the values of all items by one call of the parser; None where that cannot be.
 
     Also how many values there are at most; a comma stands between any two.
     """
@@ -286,7 +286,7 @@ def _parsed_together(items: Any) -> tuple[list[Any] | None, int]:
 
 
 def _item_value(item: Any) -> Any:
-    """The value of a `HistoryItem`, from its JSON or, where that is not set, its typed form.
+    """Return the value of a `HistoryItem`, from its JSON or, where that is not set, its typed form.
 
     The typed form (wandb 0.31, `x_history_value_encoding`) is read by the names of its fields, so
     that an older wandb, which lacks them, still reads the JSON.

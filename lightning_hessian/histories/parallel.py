@@ -27,7 +27,7 @@ class Progress:
         self.shown = sys.stderr.isatty() if shown is None else shown
 
     def count(self, what: str, done: int, total: int) -> None:
-        """Prints how far it is."""
+        """Print how far it is."""
         if self.shown and total >= _FEW:
             end = "\n" if done == total else ""
             print(f"\r{what}: {done} of {total} runs", end=end, file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ def map_runs(
     seconds: float | None = None,
     failed: Callable[[Item, str], Result] | None = None,
 ) -> list[Result]:
-    """Returns ``function(item)`` of every item, in order.
+    """Return ``function(item)`` of every item, in order.
 
     Args:
         function: Defined at the top of a module, so that processes find it.
@@ -96,7 +96,7 @@ def map_runs(
 
 
 def usable_cores() -> int:
-    """Returns how many cores this process may use."""
+    """Return how many cores this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
@@ -104,5 +104,5 @@ def usable_cores() -> int:
 
 
 def _method() -> str:
-    """Returns how processes start: forked, at once, while no other thread may hold a lock."""
+    """Return how processes start: forked, at once, while no other thread may hold a lock."""
     return "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"

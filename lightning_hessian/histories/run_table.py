@@ -55,7 +55,7 @@ class RunRecord:
         return len(self.steps)
 
     def series(self, key: str) -> FloatArray:
-        """Returns the values of a key [n], all NaN where the run never logged it."""
+        """Return the values of a key [n], all NaN where the run never logged it."""
         found = self.columns.get(key)
         return np.full(len(self.steps), np.nan) if found is None else found
 
@@ -87,11 +87,11 @@ class RunTable:
         return (*self.skipped, *of_runs)
 
     def keys(self) -> list[str]:
-        """Returns the names of all logged metrics, sorted."""
+        """Return the names of all logged metrics, sorted."""
         return sorted({key for run in self.runs for key in run.columns})
 
     def config_keys(self) -> list[str]:
-        """Returns the config keys, those that differ between runs first."""
+        """Return the config keys, those that differ between runs first."""
         keys = sorted({key for run in self.runs for key in run.config})
         return sorted(keys, key=lambda key: not self.varies(key))
 
@@ -100,7 +100,7 @@ class RunTable:
         return len({run.config.get(config_key) for run in self.runs}) > 1
 
     def require(self, key: str, *, config: bool = False, argument: str = "key") -> None:
-        """Raises ValueError, with the nearest names there are, where no run has a key."""
+        """Raise ValueError, with the nearest names there are, where no run has a key."""
         known = self.config_keys() if config else self.keys()
         if key in known:
             return
@@ -114,7 +114,7 @@ class RunTable:
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields tidy rows: run, name, step, ``config.<key>`` and the metrics that the row has."""
+        """Yield tidy rows: run, name, step, ``config.<key>`` and the metrics that the row has."""
         for run in self.runs:
             config = {f"config.{key}": value for key, value in run.config.items()}
             for index, step in enumerate(run.steps):
@@ -128,7 +128,7 @@ class RunTable:
                 }
 
     def write_csv(self, path: str | PathLike[str]) -> None:
-        """Writes the tidy rows to a CSV file; absent values are empty."""
+        """Write the tidy rows to a CSV file; absent values are empty."""
         columns = ["run", "name", *(f"config.{key}" for key in self.config_keys()), "step"]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -139,7 +139,7 @@ class RunTable:
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Returns the steps and the numeric columns of logged rows.
+    """Return the steps and the numeric columns of logged rows.
 
     Rows of one step become one row. Where a step comes again, as after a resume from a checkpoint,
     the value logged last wins. A row that does not say its step has that of the row before.
@@ -190,7 +190,7 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[FloatArray, dict[str,
 
 
 def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, ConfigValue]:
-    """Returns a nested configuration with its keys joined by dots.
+    """Return a nested configuration with its keys joined by dots.
 
     Example:
         >>> flat_config({"lr": 0.1, "model": {"width": 64, "sizes": [1, 2]}})
@@ -235,7 +235,7 @@ def cleaned(run: RunRecord) -> RunRecord:
 
 
 def with_unique_names(runs: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
-    """Returns the runs, in which those that share a name have their id (or source) added."""
+    """Return the runs, in which those that share a name have their id (or source) added."""
     listed = list(runs)
     for part in ("run_id", "source"):
         names = [run.name for run in listed]

@@ -27,7 +27,7 @@ Relation = Literal["same", "continued", "apart", "unrelated"]
 
 
 def identities_in(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Returns the identities among logged rows (keys ``identity/<callback>``), each once."""
+    """Return the identities among logged rows (keys ``identity/<callback>``), each once."""
     found = (
         value
         for row in rows
@@ -38,7 +38,7 @@ def identities_in(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def identities_beside(folder: Path) -> tuple[str, ...]:
-    """Returns the identities in the files ``identity_<callback>.jsonl`` of a run's folder."""
+    """Return the identities in the files ``identity_<callback>.jsonl`` of a run's folder."""
     rows = []
     for file in sorted(folder.glob("identity_*.jsonl")):
         if not file.is_file() or file.is_symlink() or file.stat().st_size > _MOST_BYTES:
@@ -53,7 +53,7 @@ def identities_beside(folder: Path) -> tuple[str, ...]:
 
 
 def each_run_once(table: RunTable, statistics: Sequence[str], monitors: Sequence[str]) -> RunTable:
-    """Returns the table with every run once, and warns of those that were there several times.
+    """Return the table with every run once, and warn of those that were there several times.
 
     Two records are one run where they have an identity in common and nothing against it, or where
     the steps and values (to float32) of all statistics and monitored metrics are equal; one of the
@@ -102,7 +102,7 @@ def each_run_once(table: RunTable, statistics: Sequence[str], monitors: Sequence
 
 
 def _candidates(runs: Sequence[RunRecord], statistics: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yields pairs of runs with an identity or a measured value in common, each pair once."""
+    """Yield pairs of runs with an identity or a measured value in common, each pair once."""
     holders: dict[Any, list[int]] = {}
     for index, run in enumerate(runs):
         marks: set[Any] = set(run.identities)
@@ -152,13 +152,13 @@ def _relation(
 
 
 def _measured(run: RunRecord, statistics: Sequence[str]) -> Any:
-    """Returns the steps at which a run has a statistic."""
+    """Return the steps at which a run has a statistic."""
     seen = [np.isfinite(run.series(key)) for key in statistics if key in run.columns]
     return run.steps[np.any(seen, axis=0)] if seen else run.steps[:0]
 
 
 def _at(run: RunRecord, key: str, steps: Any) -> Any:
-    """Returns the values of a key at steps that the run has, to float32."""
+    """Return the values of a key at steps that the run has, to float32."""
     return run.series(key)[np.searchsorted(run.steps, steps)].astype(np.float32)
 
 
@@ -183,7 +183,7 @@ def _sentence(
 def _together(
     group: Sequence[RunRecord], statistics: Sequence[str], monitors: Sequence[str]
 ) -> RunRecord:
-    """Returns the fullest record, with the rows of others before and after it."""
+    """Return the fullest record, with the rows of others before and after it."""
     kept = _fullest(group, statistics, monitors)
     for other in group:
         if other is kept or not len(other) or not len(kept):

@@ -141,7 +141,8 @@ def _claimed_end(block: bytes, position: int) -> int:
     if position + _CHUNK_HEADER.size > len(block):
         return position + _CHUNK_HEADER.size
     _, length, _ = _CHUNK_HEADER.unpack_from(block, position)
-    return position + _CHUNK_HEADER.size + length
+    found: int = position + _CHUNK_HEADER.size + length
+    return found
 
 
 def _chunk_end(block: bytes, position: int) -> int | None:

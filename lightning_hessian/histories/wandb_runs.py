@@ -37,7 +37,7 @@ class WandbPath:
 
 
 def parse_wandb_path(text: str) -> WandbPath | None:
-    """Returns what a path means, None where it cannot be one.
+    """Return what a path means, None where it cannot be one.
 
     Example:
         >>> parse_wandb_path("https://wandb.ai/ada/digits/runs/3kf8z")
@@ -55,7 +55,7 @@ def parse_wandb_path(text: str) -> WandbPath | None:
 
 
 def list_wandb_runs(path: WandbPath, filters: Mapping[str, Any] | None = None) -> list[Any]:
-    """Returns the runs of a path, as objects of `wandb.Api`.
+    """Return the runs of a path, as objects of `wandb.Api`.
 
     Args:
         path: A project, run or sweep.
@@ -82,14 +82,14 @@ def list_wandb_runs(path: WandbPath, filters: Mapping[str, Any] | None = None) -
 
 
 def wandb_state(run: Any) -> tuple[Any, ...] | None:
-    """Returns what changes whenever the history of a run does; None for one that still runs."""
+    """Return what changes whenever the history of a run does; None for one that still runs."""
     if run.state not in ENDED:
         return None
     return ("wandb", run.url, run.state, run.lastHistoryStep, getattr(run, "heartbeat_at", None))
 
 
 def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
-    """Returns the history of a run, by `scan_history`.
+    """Return the history of a run, by `scan_history`.
 
     Args:
         run: An object of `wandb.Api`.
@@ -142,7 +142,7 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
 
 
 def explained(error: Exception, path: WandbPath) -> Exception:
-    """Returns an error that says what to do; one that is not W&B's is handed back."""
+    """Return an error that says what to do; one that is not W&B's is handed back."""
     where = "/".join(filter(None, (path.project, path.run_id)))
     text = " ".join(str(error).split())
     kind = type(error).__name__

@@ -24,7 +24,7 @@ _MOST_VISITED = 10_000
 
 @contextmanager
 def isolated(module: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """A block in which ``module`` can be differentiated twice and after which nothing has changed.
+    """Open a block in which ``module`` can be differentiated twice; nothing has changed after it.
 
     Inside: gradients are enabled (also within inference mode), autocast is off, attention runs on
     kernels that have a double backward, compiled code runs uncompiled. Afterwards: random number
@@ -48,7 +48,7 @@ def isolated(module: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def preserved_generators(root: Any, seed: int) -> Iterator[Callable[[int], None]]:
-    """A block in which the generators that an object holds start from a seed, and end as before.
+    """Open a block in which an object's generators start from a seed; they end as before.
 
     A dataset or a sampler may draw from a generator of its own: it is looked for in attributes and
     containers. What the block is given starts them from another seed.
@@ -86,7 +86,7 @@ def _generator_state(generator: Any) -> Any:
 
 
 def _generators(root: Any) -> list[Any]:
-    """Returns the generators within reach; of large containers the first entries are looked at."""
+    """Return the generators within reach; of large containers the first entries are looked at."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     found: list[Any] = []
     seen: set[int] = set()
@@ -109,7 +109,7 @@ def _generators(root: Any) -> list[Any]:
 
 @contextmanager
 def muted(module: nn.Module) -> Iterator[None]:
-    """A block in which ``module.log``, the loggers of its Trainer and W&B's runs are silent.
+    """Open a block in which ``module.log``, the loggers of its Trainer and W&B's runs are silent.
 
     Afterwards all of them are as before, what the user put in their place among it.
     """
@@ -169,12 +169,12 @@ def _without_loggers(trainer: Any) -> Iterator[None]:
 
 
 def _ignore(*_: Any, **__: Any) -> None:
-    """Takes a logging call's place."""
+    """Take a logging call's place."""
 
 
 @contextmanager
 def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Sets the flags one by one: ``train()`` may be overridden and do more."""
+    """Set the flags one by one: ``train()`` may be overridden and do more."""
     flags = [(submodule, submodule.training) for submodule in module.modules()]
     trains = _training_modes(module)
     try:
@@ -187,7 +187,7 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _training_modes(module: nn.Module) -> dict[nn.Module, bool]:
-    """Returns which parts stand in training mode while ``module`` trains.
+    """Return which parts stand in training mode while ``module`` trains.
 
     A part that the user keeps in evaluation mode (a frozen backbone) stays there. In a validation
     all parts are in evaluation mode; Lightning has noted how they were.
@@ -237,7 +237,7 @@ def _twice_differentiable(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _dense_gradients(module: nn.Module) -> Iterator[None]:
-    """A block in which embeddings have dense gradients: sparse ones have no second derivative."""
+    """Open a block in which embeddings have dense gradients, which have second derivatives."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
     found = [m for m in module.modules() if isinstance(m, kinds) and m.sparse]
     try:

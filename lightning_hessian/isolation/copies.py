@@ -51,7 +51,7 @@ class StatefulDataError(ArgumentError):
 def copied(
     data: object, parts: tuple[Any, ...], seed: int
 ) -> Iterator[tuple[tuple[Any, ...], Callable[[Any], Any]]]:
-    """A block in which copies of ``parts`` may be read; the originals are as before after it.
+    """Open a block in which copies of ``parts`` may be read; the originals are as before after it.
 
     It is given the copies, and a function that takes a batch out of the originals' memory.
 

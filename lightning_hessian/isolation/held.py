@@ -198,7 +198,7 @@ class ModuleState:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """A block in which the module holds a copy of this; afterwards it is as it was before."""
+        """Open a block in which the module holds a copy of this; it is as before afterwards."""
         copied = Copier(self._given, parameters=self._parameters, flags=True)
         with kept([part for part, _ in self._parts]):
             for part, state in self._parts:
@@ -214,7 +214,7 @@ def _alike(first: Any, second: Any) -> bool:
 
 @contextmanager
 def kept(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """A block after which modules hold the same objects as before, whatever is in these."""
+    """Open a block after which modules hold the same objects as before, whatever is in these."""
     before = [(part, shallow(vars(part))) for part in parts]
     try:
         yield
@@ -248,7 +248,7 @@ def untouched(
     given: dict[int, Any] | None = None,
     parameters: bool = False,
 ) -> Iterator[None]:
-    """A block after which every attribute of ``module`` and its submodules is as before.
+    """Open a block after which every attribute of ``module`` and its submodules is as before.
 
     A ``training_step`` may append to lists, update metrics and set buffers. Inside the block it
     does so to copies: of tensors, of arrays, of random generators, and of containers and objects

@@ -47,7 +47,7 @@ def is_reentrant(error: Exception) -> bool:
 
 @contextmanager
 def recomputing(note: Note) -> Iterator[None]:
-    """A block in which segments under activation checkpointing note what they are computed with.
+    """Open a block in which segments under checkpointing note what they are computed with.
 
     Raises:
         MeasurementError: Inside, where a segment is reentrant.
@@ -115,7 +115,7 @@ def _is_transformed() -> bool:
 
 
 def _nothing() -> Iterator[None]:
-    """A segment that is an ordinary part of the forward pass."""
+    """Run a segment that is an ordinary part of the forward pass."""
     yield
 
 
@@ -165,7 +165,7 @@ def _put_generators(state: tuple[Any, ...]) -> None:
 
 @contextmanager
 def _as_drawn(state: tuple[Any, ...]) -> Iterator[None]:
-    """A block in which the global generators go on from a state; torch's checkpoint keeps its own.
+    """Open a block in which the global generators go on from a state; torch keeps its own.
 
     It knows of torch's generators only, and with ``preserve_rng_state=False`` not of these.
     """

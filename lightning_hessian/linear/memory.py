@@ -45,7 +45,7 @@ def short_of_memory(error: BaseException) -> OutOfMemoryError:
     return OutOfMemoryError(
         f"The measurement ran out of memory ({text[:200]}). Give the same samples as more and "
         "smaller batches (each is worked on as a whole), use hvp='recompute', select fewer "
-        "`parameters`, or let the basis lie elsewhere (`basis_storage='disk'`)."
+        "`parameters`, or let the basis lie elsewhere (`BasisStorage(tier='disk')`)."
     )
 
 
@@ -65,7 +65,7 @@ def memory_explained(measure: Callable[_Arguments, _Result]) -> Callable[_Argume
 
 
 def free_bytes(device: torch.device) -> float:
-    """Returns the memory that is free on a device, in bytes; 4e9 where it cannot be told."""
+    """Return the memory that is free on a device, in bytes; 4e9 where it cannot be told."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -83,7 +83,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def most_bytes() -> float:
-    """Returns the largest memory of any device here, used or free, in bytes; inf if unknown."""
+    """Return the largest memory of any device here, used or free, in bytes; inf if unknown."""
     sizes = []
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count())

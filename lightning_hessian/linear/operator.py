@@ -32,16 +32,16 @@ class SymmetricOperator(Protocol):
         """Where the vectors live."""
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [n_local], a new tensor [n_local]."""
+        """Return the product with a vector [n_local], a new tensor [n_local]."""
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, n_local], a new tensor [b, n_local]."""
+        """Return the products with the rows of [b, n_local], a new tensor [b, n_local]."""
 
 
 def check_finite(
     found: Tensor, norm: float = 0.0, what: str = "A product with the operator"
 ) -> None:
-    """Checks what came of a product.
+    """Check what came of a product.
 
     Args:
         found: The product, or what was computed from it.
@@ -75,11 +75,11 @@ class MatrixOperator:
         self.size, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [n], a new tensor [n]."""
+        """Return the product with a vector [n], a new tensor [n]."""
         return self.matrix @ vector
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, n], a new tensor [b, n]."""
+        """Return the products with the rows of [b, n], a new tensor [b, n]."""
         return vectors @ self.matrix
 
 
@@ -107,11 +107,11 @@ class RestrictedOperator:
         self.engine = getattr(operator, "engine", "")
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [m_local], a new tensor [m_local]."""
+        """Return the product with a vector [m_local], a new tensor [m_local]."""
         return self.matmat(vector[None])[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, m_local], a new tensor [b, m_local]."""
+        """Return the products with the rows of [b, m_local], a new tensor [b, m_local]."""
         whole = vectors.new_zeros(len(vectors), self.operator.shard.length)
         whole[:, self.coordinates] = vectors
         return self.operator.matmat(whole)[:, self.coordinates]

@@ -60,7 +60,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group: ProcessGroup | None, device: torch.device) -> Ranks:
-        """Returns the ranks of a process group whose tensors live on ``device``.
+        """Return the ranks of a process group whose tensors live on ``device``.
 
         Args:
             group: A process group; None for a process by itself.
@@ -100,32 +100,32 @@ class Ranks:
         return -(-number // self.world)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Returns the sum over the ranks, in place."""
+        """Return the sum over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def total(self, number: float) -> float:
-        """Returns the sum of the ranks' numbers, in float64."""
+        """Return the sum of the ranks' numbers, in float64."""
         if self.world == 1:
             return number
         precise = torch.float64 if self.device.type != "mps" else torch.float32
         return float(self.sum(torch.tensor(number, dtype=precise, device=self.device)))
 
     def joined(self, part: Tensor) -> Tensor:
-        """Returns the equally long parts [m] of all ranks one after the other, [world * m]."""
+        """Return the equally long parts [m] of all ranks one after the other, [world * m]."""
         whole = part.new_empty(self.world * len(part))
         getattr(dist, _GATHER)(whole, part.contiguous(), group=self.group)
         return whole
 
     def scattered(self, tensor: Tensor) -> Tensor:
-        """Returns this rank's part [m] of the sum of the ranks' tensors [world * m]."""
+        """Return this rank's part [m] of the sum of the ranks' tensors [world * m]."""
         part = tensor.new_empty(len(tensor) // self.world)
         getattr(dist, _SCATTER)(part, tensor, group=self.group)
         return part
 
     def exchanged(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Returns what each rank sends to this one, in the order of the ranks.
+        """Return what each rank sends to this one, in the order of the ranks.
 
         Args:
             parts: What this one sends to each, of one dtype; any of them may be empty.
@@ -146,7 +146,7 @@ class Ranks:
         return [block.view(shape) for block, shape in blocks]
 
     def agreed(self, tensor: Tensor) -> Tensor:
-        """Returns the first rank's tensor on all ranks, in place.
+        """Return the first rank's tensor on all ranks, in place.
 
         What decides a branch is agreed on where ranks might compute it differently: on unlike
         machines the same LAPACK call may end in other signs.
@@ -158,17 +158,18 @@ class Ranks:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Returns whether the flag is set on some rank."""
+        """Return whether the flag is set on some rank."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def least(self, number: float) -> float:
-        """Returns the smallest of the ranks' numbers."""
-        return min(self.gathered(number))
+        """Return the smallest of the ranks' numbers."""
+        found: float = min(self.gathered(number))
+        return found
 
     def gathered(self, thing: Any) -> list[Any]:
-        """Returns what every rank gives, in the order of the ranks; small things only."""
+        """Return what every rank gives, in the order of the ranks; small things only."""
         if self.world == 1:
             return [thing]
         things: list[Any] = [None] * self.world
@@ -177,7 +178,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that fails on all ranks if it fails on one.
+        """Open a block that fails on all ranks if it fails on one.
 
         The only collectives in it are those that `stay_together` stands before.
 
@@ -206,7 +207,7 @@ class Ranks:
             self.fail(None)
 
     def fail(self, failure: Exception | None) -> NoReturn:
-        """Raises the same error on all ranks, once all know that one has failed.
+        """Raise the same error on all ranks, once all know that one has failed.
 
         Raises:
             RankError: Always; it names the first rank that failed, and why.

@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """A block after which Python's, NumPy's and torch's generators are as they were before."""
+    """Open a block after which Python's, NumPy's and torch's generators are as they were before."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None

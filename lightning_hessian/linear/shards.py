@@ -39,7 +39,7 @@ class Shard:
 
     @classmethod
     def whole(cls, size: int) -> Shard:
-        """Returns the shard of a process that holds all entries."""
+        """Return the shard of a process that holds all entries."""
         return cls(size, slice(0, size))
 
     @classmethod
@@ -57,13 +57,13 @@ class Shard:
         return len(self.positions)
 
     def take(self, whole: Tensor) -> Tensor:
-        """Returns this rank's part [..., n_local] of whole vectors [..., n]."""
+        """Return this rank's part [..., n_local] of whole vectors [..., n]."""
         if isinstance(self.positions, slice):
             return whole[..., self.positions]
         return whole[..., self.positions.to(whole.device)]
 
     def gather(self, part: Tensor) -> Tensor:
-        """Returns whole vectors [..., n] on every rank, from the parts [..., n_local]."""
+        """Return whole vectors [..., n] on every rank, from the parts [..., n_local]."""
         if self.ranks.world == 1:
             return part
         whole = part.new_zeros(*part.shape[:-1], self.size)
@@ -72,16 +72,16 @@ class Shard:
         return self.ranks.sum(whole)
 
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
-        """Returns the scalar product of whole vectors, from parts [n_local]."""
+        """Return the scalar product of whole vectors, from parts [n_local]."""
         return self.ranks.sum(first @ second)
 
     def norm(self, part: Tensor) -> Tensor:
-        """Returns the norm of a whole vector, from its parts [n_local]."""
+        """Return the norm of a whole vector, from its parts [n_local]."""
         norm = torch.linalg.vector_norm(part)
         return norm if self.ranks.world == 1 else self.ranks.sum(norm.square_()).sqrt_()
 
     def restricted(self, coordinates: Tensor) -> tuple[Shard, Tensor]:
-        """Returns the shard of vectors on some coordinates only, and where this rank's lie.
+        """Return the shard of vectors on some coordinates only, and where this rank's lie.
 
         Args:
             coordinates: Positions in the whole vector, int64 [m].

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_hessian.measure.budget import a_budget
 from lightning_hessian.measure.options import loss_options, spectrum_protocol
-from lightning_hessian.operators.hessian import ENGINES
+from lightning_hessian.operators.engines import ENGINES
 from lightning_hessian.probe.arguments import a_module, batches, gradient_data, group, selection
 from lightning_hessian.probe.partition import partition_choice
 from lightning_hessian.results import ArgumentError
@@ -39,7 +39,7 @@ _LAYER_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 def layer_choice(name: str, value: Any) -> Any:
-    """The rule of ``layers``: ``"layer"``, or names with what selects each."""
+    """Apply the rule of ``layers``: ``"layer"``, or names with what selects each."""
     if isinstance(value, str) and value == "layer":
         return value
     remedy = "Give 'layer', or a mapping from names to globs such as {'head': 'head.*'}."
@@ -58,7 +58,7 @@ def layer_choice(name: str, value: Any) -> Any:
 
 
 def basis_storage(name: str, value: Any) -> BasisStorage:
-    """The rule of ``basis``."""
+    """Apply the rule of ``basis``."""
     if isinstance(value, BasisStorage):
         return value
     raise ArgumentError(name, value, "Give BasisStorage(memory=..., tier=..., dtype=...).")

@@ -85,7 +85,7 @@ def block_structure(
         exact: Compute all columns (True), none that can be probed (False), or choose (None).
         densities: Whether to estimate the spectral density of every diagonal block too, and from
             them the heterogeneity.
-        density_steps: Lanczos steps for each, at most; fewer where ``budget`` asks for it.
+        density_steps: Lanczos steps for each, at most; fewer where the budget asks for it.
         density_probes: Probes for each, at most.
         budget: Bounds on Hessian-vector products and seconds. The least probes come first, then 10
             steps for each density, then more probes, then more steps. Densities that do not fit
@@ -331,7 +331,8 @@ def _diagonal_block(
     coordinates = (cut.labels == block).nonzero().flatten()
     names = _whole_tensors(cut, block)
     if names is not None:
-        return session.operator(names)
+        found: SymmetricOperator = session.operator(names)
+        return found
     return RestrictedOperator(operator, coordinates)
 
 

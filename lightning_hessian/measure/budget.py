@@ -79,7 +79,7 @@ UNLIMITED = Budget()
 
 
 def a_budget(name: str, value: Any) -> Budget:
-    """The rule of ``budget``; None is for no bound."""
+    """Apply the rule of ``budget``; None is for no bound."""
     if value is None:
         return UNLIMITED
     if isinstance(value, Budget):

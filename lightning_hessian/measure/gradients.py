@@ -309,7 +309,7 @@ class GradientsInstrument:
 
 
 def check_number(num_gradients: int, tests: bool, memory_budget: float | None) -> None:
-    """Checks T by itself: enough for the tests, and no more than any memory here could hold.
+    """Check T by itself: enough for the tests, and no more than any memory here could hold.
 
     Whether they fit into what is free is known only at the measurement.
 
@@ -336,7 +336,7 @@ def _too_many(num_gradients: int, memory_budget: float) -> str:
 
 
 def check_space(space: ParameterSpace, tests: bool) -> None:
-    """Checks that parameters are whole, and gradients long enough for the tests.
+    """Check that parameters are whole, and gradients long enough for the tests.
 
     Raises:
         ValueError: They are not.
@@ -369,7 +369,7 @@ def _least(tests: bool) -> int:
 
 
 def _check_alike(minibatches: MiniBatches, space: ParameterSpace, ranks: Ranks) -> None:
-    """Checks that all ranks draw the same mini-batches for the same parameters.
+    """Check that all ranks draw the same mini-batches for the same parameters.
 
     Raises:
         RankError: They do not.
@@ -392,7 +392,7 @@ def _left_by_gram(
     tests: bool,
     ranks: Ranks,
 ) -> float:
-    """Returns what the Gram matrix leaves of the budget, the same on all ranks.
+    """Return what the Gram matrix leaves of the budget, the same on all ranks.
 
     Raises:
         MeasurementError: It leaves less than half.
@@ -411,7 +411,7 @@ def _left_by_gram(
 
 
 def _precondition(gradients: GradientRows) -> None:
-    """Makes the gradients those that Adam would step by."""
+    """Make the gradients those that Adam would step by."""
     if not isinstance(gradients, GradientHistory):  # computed by all ranks, piece by piece
         gradients.precondition(adam_preconditioner(gradients))
         return
@@ -438,7 +438,7 @@ def _check_count(count: int, wanted: int, tests: bool, ranks: Ranks) -> None:
 def _told(
     source: MiniBatchGradients | None, total: int, ranks: Ranks
 ) -> tuple[FloatArray, str, int]:
-    """Returns the losses [T], the engine, and how many gradients were computed, on all ranks."""
+    """Return the losses [T], the engine, and how many gradients were computed, on all ranks."""
     mine = None if source is None else (source.losses, source.engine, source.num_computed)
     losses = np.empty(total)
     engines, computed = [], 0
@@ -453,7 +453,7 @@ def _told(
 def _tests(
     history: GradientHistory, max_tested: int | None, significance: float, seed: int
 ) -> tuple[RowTests, RowTests]:
-    """Returns the tests over dimensions and over iterations."""
+    """Return the tests over dimensions and over iterations."""
     rng = np.random.default_rng(seed)
 
     def chosen(count: int) -> NDArray[np.int64] | None:
@@ -478,7 +478,7 @@ def _tests(
 def _rows_tested(
     blocks: Iterator[NDArray[Any]], rows: Shard, significance: float, seed: int
 ) -> RowTests:
-    """Returns the tests of all rows, of which each rank is given a share, block by block."""
+    """Return the tests of all rows, of which each rank is given a share, block by block."""
     ranks = rows.ranks
     results = torch.zeros(2, rows.length, dtype=torch.float64)
     places = torch.arange(rows.size)[rows.positions]
@@ -497,4 +497,5 @@ def _rows_tested(
     empty = np.empty(0)
     known = ranks.gathered(one and replace(one, ks_distances=empty, p_values=empty))
     one = next(found for found in known if found is not None)
-    return replace(one, ks_distances=whole[0], p_values=whole[1])
+    found: RowTests = replace(one, ks_distances=whole[0], p_values=whole[1])
+    return found

@@ -225,7 +225,7 @@ class LayersInstrument:
 
 
 def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelection]:
-    """Returns the selection of each layer by name.
+    """Return the selection of each layer by name.
 
     Raises:
         ValueError: As `layer_spectra`.
@@ -255,7 +255,7 @@ def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelecti
 
 
 def _by_module(model: nn.Module) -> dict[str, ParameterSelection]:
-    """Returns a group for each module with trainable parameters of its own."""
+    """Return a group for each module with trainable parameters of its own."""
     members: dict[str, set[str]] = {}
     for name in ParameterSpace.select(model).names:
         members.setdefault(name.replace("_orig_mod.", "").rpartition(".")[0], set()).add(

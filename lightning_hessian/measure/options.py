@@ -69,14 +69,14 @@ SpectrumProtocol: TypeAlias = Literal["converged"] | PooledSLQ
 
 
 def spectrum_protocol(name: str, value: Any) -> SpectrumProtocol:
-    """The rule of ``protocol``."""
+    """Apply the rule of ``protocol``."""
     if isinstance(value, PooledSLQ) or (isinstance(value, str) and value == "converged"):
         return value  # type: ignore[return-value]
     raise ArgumentError(name, value, "Give 'converged', or PooledSLQ(num_runs, num_steps).")
 
 
 def loss_options(name: str, value: Any) -> LossOptions:
-    """The rule of ``loss_options``; None is for the defaults."""
+    """Apply the rule of ``loss_options``; None is for the defaults."""
     if value is None:
         return LossOptions()
     if isinstance(value, LossOptions):

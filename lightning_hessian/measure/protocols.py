@@ -43,7 +43,7 @@ class Top:
 
 
 def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
-    """Returns the top of a spectrum as Lanczos has found it."""
+    """Return the top of a spectrum as Lanczos has found it."""
     # The converged ones before the first that has not; a view, for they may be large.
     good = len(ritz.values) if ritz.converged.all() else int(ritz.converged.argmin())
     lowest_found = ritz.lowest_residual <= tol * abs(ritz.lowest)
@@ -138,7 +138,7 @@ def check_protocol(
 
 
 def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> str | None:
-    """Returns what to say of eigenvalues that have not converged, None where all have."""
+    """Return what to say of eigenvalues that have not converged, None where all have."""
     found = int(ritz.converged.sum())
     if ritz.stopped in ("converged", "exhausted") or found == num_eigenvalues:
         return None

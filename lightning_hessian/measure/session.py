@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
-from lightning_hessian.linear.operator import SymmetricOperator
+from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.linear.shards import Shard
 from lightning_hessian.measure.options import LossOptions
 from lightning_hessian.operators.choose import hessian_operator
+from lightning_hessian.operators.engines import gradient_of
 from lightning_hessian.probe.objective import LossFunction, Objective
 from lightning_hessian.probe.objectives import objective_over
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
@@ -75,7 +78,7 @@ class Session:
         >>> def loss_fn(model, batch):
         ...     return nn.functional.mse_loss(model(batch[0]), batch[1])
         >>> with Session(model, loss_fn, batches) as session:
-        ...     session.operator().matvec(torch.ones(3)).shape
+        ...     session.operator().matvec(session.gradient()).shape
         torch.Size([3])
     """
 
@@ -109,6 +112,7 @@ class Session:
         self.seed = seed
         self._stack = ExitStack()
         self._operator: Any = None
+        self._gradient: Tensor | None = None
         self._views: dict[tuple[str, ...], SymmetricOperator] = {}
         self._allowance: Allowance = UNBOUNDED
         self._built = 0.0
@@ -146,12 +150,62 @@ class Session:
         """The mean loss over all probe samples."""
         return self.objective.value()
 
+    @cached_property
+    def shard(self) -> Shard:
+        """Which entries of vectors [n] this rank holds: of gradients, and of what H multiplies."""
+        if self.space.held is not None:
+            return self.space.shard(self.ranks)
+        return Shard.even(self.space.size, self.ranks)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the mean loss at the present parameters, [n_local].
+
+        It is computed at the first call. All ranks call it together.
+
+        Raises:
+            MeasurementError: The loss or the gradient is NaN or infinite.
+        """
+        if self._gradient is None:
+            _ = self.loss  # a loss that is NaN is told as that
+            space, objective = self.space, self.objective
+            total = torch.zeros(
+                space.shard(self.ranks).length, dtype=space.dtype, device=space.device
+            )
+            with self.ranks.together():
+                for index, weight in enumerate(objective.weights):
+                    total.add_(space.flatten(gradient_of(objective, index)), alpha=weight)
+            if space.held is None and self.ranks.world > 1:
+                # Each rank has the gradient of its own batches. Where parameters are in shards,
+                # differentiating through their all-gather has summed over ranks already.
+                total = self.shard.take(self.ranks.sum(total)).clone()
+            with self.ranks.together():
+                check_finite(total, what="The gradient")
+            self._gradient = total
+        return self._gradient.clone()
+
+    def loss_at(self, step: Tensor) -> float:
+        """Return the mean loss where the parameters are moved by a step; they stay as they are.
+
+        All ranks call it together.
+
+        Args:
+            step: What is added to the parameters, [n_local], in the layout of `gradient`.
+
+        Raises:
+            MeasurementError: The loss there is NaN or infinite.
+        """
+        whole = step if self.space.held is not None else self.shard.gather(step)
+        parts = self.space.split(whole.to(self.space.device, self.space.dtype))
+        point = self.objective.point()
+        moved = [value + part for value, part in zip(point, parts, strict=True)]
+        return self.objective.value(moved)
+
     def __exit__(self, *failure: object) -> bool | None:
         """Put everything back as it was, and remember what a product took."""
         if self._operator is not None and self._operator.num_products:
             spent = time.monotonic() - self._built
             self.known.seconds_a_product = spent / self._operator.num_products
-        self._operator = None
+        self._operator = self._gradient = None
         self._views.clear()
         return self._stack.__exit__(*failure)  # type: ignore[arg-type]
 

@@ -314,7 +314,7 @@ class SpectrumInstrument:
 def check_selection(
     model: nn.Module, parameters: ParameterSelection, num_eigenvalues: int
 ) -> ParameterSpace:
-    """Returns the selected parameters, having checked that K eigenvalues can be asked of them.
+    """Return the selected parameters, having checked that K eigenvalues can be asked of them.
 
     Raises:
         ValueError: The selection matches nothing, or has fewer than K parameters; or parameters
@@ -333,7 +333,7 @@ def check_selection(
 
 
 def split_bound(num_eigenvalues: int, max_hvps: int | None, trace_probes: int) -> tuple[int, int]:
-    """Returns how many products go to the trace and how many, at most, to the eigenvalues.
+    """Return how many products go to the trace and how many, at most, to the eigenvalues.
 
     Raises:
         ValueError: The bound is too small, or a single probe was asked for.

@@ -44,7 +44,7 @@ class BatchedProducts:
         self._checked = False
 
     def __call__(self, product: Product, vectors: Tensor) -> Tensor:
-        """Returns the products [b, n] of one probe batch with the rows of [b, n]."""
+        """Return the products [b, n] of one probe batch with the rows of [b, n]."""
         if self.size is None:
             self.size = self._size_for(product, vectors[0])
         parts, start = [], 0
@@ -54,7 +54,7 @@ class BatchedProducts:
         return torch.cat(parts)
 
     def _size_for(self, product: Product, vector: Tensor) -> int:
-        """Returns how many vectors a chunk has, by the cost of one product."""
+        """Return how many vectors a chunk has, by the cost of one product."""
         _, cost = counted(lambda: self._single(product, vector))
         fitting = int(free_bytes(self.space.device) / 4 // max(1, self._product_bytes()))
         return max(1, min(cost.vectors_at_once, fitting))

@@ -98,7 +98,7 @@ class Checks:
             seen.add(graph.structure)
 
     def precision(self, index: int) -> torch.dtype:
-        """Returns the coarsest precision in which a part of the loss of a batch is computed."""
+        """Return the coarsest precision in which a part of the loss of a batch is computed."""
         own = self._graphs[index].coarsest
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             if self._objective.anywhere(own == dtype):
@@ -110,7 +110,7 @@ class Checks:
         return self._objective.anywhere(self._graphs[index].skips_rows)
 
     def check(self, products: Sequence[Product], engines: Sequence[str]) -> float:
-        """Returns the largest relative difference from another way to the same product.
+        """Return the largest relative difference from another way to the same product.
 
         Args:
             products: Of each batch.
@@ -125,7 +125,7 @@ class Checks:
         return max((self._check(i, engines[i], products[i]) for i in self.to_check), default=0.0)
 
     def _check(self, index: int, engine: str, product: Product) -> float:
-        """Checks one batch by an engine with second derivatives."""
+        """Check one batch by an engine with second derivatives."""
         first, second = self.vectors
         with_first = self._apply(product, first)
         with_second = self._apply(product, second)
@@ -147,7 +147,7 @@ class Checks:
     # Differences ----------------------------------------------------------------------------------
 
     def _check_differences(self, products: Sequence[Product]) -> float:
-        """Checks that differences are linear and symmetric, over the batches to check together.
+        """Check that differences are linear and symmetric, over the batches to check together.
 
         One small batch may be rough where their mean is not.
         """
@@ -178,7 +178,7 @@ class Checks:
         return error
 
     def _check_against_differences(self, index: int, found: Tensor) -> None:
-        """Compares with finite differences, where these can be believed.
+        """Compare with finite differences, where these can be believed.
 
         Kinks (of rectifiers, of pooling) add curvature that a difference sees and no derivative,
         and of a batch of a million activations it comes out alike at both steps but for noise. So
@@ -220,7 +220,8 @@ class Checks:
         leaves = tuple(value.requires_grad_() for value in self._objective.point())
         with _Detached() as detached:
             self._objective.batch_loss(leaves, index)
-        return detached.found
+        result: bool = detached.found
+        return result
 
     def _hidden(self, graph: LossGraph, error: Tensor, apart: float) -> str:
         custom = ", ".join(graph.custom_functions)
@@ -245,7 +246,7 @@ class Checks:
     # Symmetry -------------------------------------------------------------------------------------
 
     def _check_symmetry(self, index: int, found: Tensor, asymmetry: float) -> None:
-        """Checks that u.Hv = v.Hu, to what rounding explains.
+        """Check that u.Hv = v.Hu, to what rounding explains.
 
         Raises:
             NoSecondDerivativeError: It is not.
@@ -270,7 +271,7 @@ class Checks:
         )
 
     def _asymmetry(self, with_first: Tensor, with_second: Tensor) -> float:
-        """Returns abs(u.Hv - v.Hu) over the larger of the norms of Hu and Hv."""
+        """Return abs(u.Hv - v.Hu) over the larger of the norms of Hu and Hv."""
         first, second = self.vectors
         scale = max(self._norm(with_first), self._norm(with_second))
         difference = self._dot(first, with_second) - self._dot(second, with_first)
@@ -279,7 +280,7 @@ class Checks:
     # What an engine does otherwise ----------------------------------------------------------------
 
     def _why_apart(self, index: int) -> str:
-        """Returns why a product differs from a graph built anew, and what to do."""
+        """Return why a product differs from a graph built anew, and what to do."""
         with _Draws() as draws, torch.no_grad():
             self._objective.batch_loss(self._objective.point(), index)
         if draws.names:
@@ -304,7 +305,7 @@ class Checks:
         )
 
     def _mean(self, products: Sequence[Product], vector: Tensor) -> Tensor:
-        """Returns the weighted sum of the products of the batches to check."""
+        """Return the weighted sum of the products of the batches to check."""
         total = torch.zeros_like(vector)
         for index in self.to_check:
             found = self._apply(products[index], vector)
@@ -316,7 +317,7 @@ class Checks:
         return space.flatten(product(space.split(vector)))
 
     def _apart(self, found: Tensor, reference: Tensor) -> float:
-        """Returns the norm of the difference, relative to the reference where that is not zero."""
+        """Return the norm of the difference, relative to the reference where that is not zero."""
         scale = self._norm(reference)
         return self._norm(found - reference) / scale if scale > 0 else self._norm(found)
 
@@ -325,7 +326,7 @@ class Checks:
         return float(self._shard.norm(vector))
 
     def _dot(self, first: Tensor, second: Tensor) -> float:
-        """Returns the scalar product, summed in float64: its rounding would pass for asymmetry."""
+        """Return the scalar product, summed in float64: its rounding would pass for asymmetry."""
         self._shard.ranks.stay_together()
         precise = torch.float32 if first.device.type == "mps" else torch.float64
         total = first.new_zeros((), dtype=precise)
@@ -346,7 +347,7 @@ class _Detached(TorchFunctionMode):
         self.found = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Runs a function, and notes if it leaves the graph."""
+        """Run a function, and note if it leaves the graph."""
         if not self.found and (func in _LEAVING or not torch.is_grad_enabled()):
             given = (t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor))
             # The module's own parameters are not what the loss is evaluated at.
@@ -358,11 +359,11 @@ class _Draws(TorchDispatchMode):
     """A block that notes which operations draw random numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Runs an operation, and notes it if it draws."""
+        """Run an operation, and note it if it draws."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.names.add(func._schema.name.removeprefix("aten::"))
         return func(*args, **(kwargs or {}))

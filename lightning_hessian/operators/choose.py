@@ -12,7 +12,7 @@ from lightning_hessian.probe.sharding.objective import ShardedObjective
 def hessian_operator(
     objective: Objective, engine: str = "auto", *, expected_products: int = 200
 ) -> HessianOperator | DataParallelHessian:
-    """Returns the Hessian of an objective, for however many ranks evaluate or hold it."""
+    """Return the Hessian of an objective, for however many ranks evaluate or hold it."""
     if isinstance(objective, ShardedObjective):
         return ShardedHessian(objective, engine, expected_products=expected_products)
     kind = HessianOperator if objective.ranks.world == 1 else DataParallelHessian

@@ -88,7 +88,7 @@ class Cost:
 
 
 def counted(work: Callable[[], Result]) -> tuple[Result, Cost]:
-    """Returns the result of some work, and what it cost."""
+    """Return the result of some work, and what it cost."""
     with _Counter() as counter:
         result = work()
     return result, Cost(counter.operations, counter.flops, counter.bytes)
@@ -98,13 +98,13 @@ class _Counter(TorchDispatchMode):
     """A block whose ATen operations are counted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations, self.flops, self.bytes = 0, 0, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs an operation, and counts it."""
+        """Run an operation, and count it."""
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):

@@ -84,11 +84,11 @@ class DataParallelHessian:
         return view
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns H v for this rank's part of a vector [n_local], a new tensor [n_local]."""
+        """Return H v for this rank's part of a vector [n_local], a new tensor [n_local]."""
         return self.matmat(vector[None])[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns H v for the rows v of [b, n_local], a new tensor [b, n_local].
+        """Return H v for the rows v of [b, n_local], a new tensor [b, n_local].
 
         Raises:
             MeasurementError: A product failed, or is NaN or infinite, on some rank; names it.
@@ -129,7 +129,7 @@ class DataParallelHessian:
             self.on_product(products)
 
     def _gathered(self, vectors: Tensor) -> Tensor:
-        """Returns whole vectors [b, n] from the ranks' parts."""
+        """Return whole vectors [b, n] from the ranks' parts."""
         count, world = len(vectors), self.shard.ranks.world
         part = torch.nn.functional.pad(vectors, (0, self._width - vectors.shape[1]))
         parts = self.shard.ranks.joined(part.reshape(-1))

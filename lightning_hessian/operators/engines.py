@@ -27,7 +27,7 @@ LINEARIZING_TO_GRAPH_MEMORY = 7
 
 
 def linearize(objective: Objective, index: int) -> Product:
-    """Returns a product that keeps the gradient linearised: forward over reverse, traced once.
+    """Return a product that keeps the gradient linearised: forward over reverse, traced once.
 
     What `torch.func.linearize` does, without two of its faults (torch 2.13). Its lazy zero
     tensors end the process with a segmentation fault where a derivative formula scales one
@@ -60,7 +60,8 @@ class _Linearised:
         self._folded = folded
 
     def __call__(self, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        return self._folded(*tangents)
+        found: Sequence[Tensor] = self._folded(*tangents)
+        return found
 
     @cached_property
     def batchable(self) -> Product:
@@ -78,14 +79,14 @@ class _Linearised:
 
 
 def compiled(objective: Objective, index: int) -> Product:
-    """Returns the linearised product, compiled by ``torch.compile``."""
+    """Return the linearised product, compiled by ``torch.compile``."""
     product = torch.compile(linearize(objective, index))
     product(tuple(torch.zeros_like(value) for value in objective.point()))
     return product
 
 
 def autograd(objective: Objective, index: int, *, at: tuple[Tensor, ...] | None = None) -> Product:
-    """Returns a product that keeps the graph of the gradient: reverse over reverse.
+    """Return a product that keeps the graph of the gradient: reverse over reverse.
 
     ``at`` are values of the parameters, instead of the present ones.
     """
@@ -136,7 +137,7 @@ class _Retained:
 def _check_flat(
     objective: Objective, index: int, gradient: Sequence[Tensor], flat: Sequence[int]
 ) -> None:
-    """Checks that gradients without a graph are constant, as where the loss is linear.
+    """Check that gradients without a graph are constant, as where the loss is linear.
 
     Raises:
         MeasurementError: One is not: an operation's backward hides its own derivative.
@@ -157,14 +158,14 @@ def _check_flat(
 
 
 def recompute(objective: Objective, index: int) -> Product:
-    """Returns a product that builds the graph anew each time and keeps nothing."""
+    """Return a product that builds the graph anew each time and keep nothing."""
     return lambda tangents: autograd(objective, index)(tangents)
 
 
 def finite_difference(
     objective: Objective, index: int, *, shrink: float = 1.0, eps: float | None = None
 ) -> Product:
-    """Returns a product by central differences of gradients, for losses without second derivative.
+    """Return a product by central differences of gradients, for losses without second derivative.
 
     The step is eps^(1/3) times norm(theta) / norm(v): rounding costs eps / step and the third
     derivative step^2, so about eps^(2/3) (2e-5 in float32) of the product is lost where the loss
@@ -208,7 +209,7 @@ def _gradient_at(
 
 
 def live_entries(objective: Objective, index: int) -> list[Tensor] | None:
-    """Returns which entries of each parameter the gradient of a batch reaches; None for all.
+    """Return which entries of each parameter the gradient of a batch reaches; None for all.
 
     Some entries move the loss and get no gradient: the padding row of an embedding, a part that is
     detached. A gradient that is zero around a point has a row of zeros in the Hessian, so, as that
@@ -278,7 +279,7 @@ def retained_bytes(objective: Objective) -> int:
 
 
 def explained(engine: str, error: Exception) -> MeasurementError:
-    """Returns what to tell the user of an error in building or applying an engine."""
+    """Return what to tell the user of an error in building or applying an engine."""
     exact = engine not in ("linearize", "compile", "finite_difference")
     return (NoSecondDerivativeError if exact else MeasurementError)(_explanation(engine, error))
 
@@ -308,7 +309,7 @@ def gradient_of(
     *,
     create_graph: bool = False,
 ) -> Sequence[Tensor]:
-    """Returns the gradient of the loss of a batch, with zeros where it depends on nothing.
+    """Return the gradient of the loss of a batch, with zeros where it depends on nothing.
 
     Args:
         objective: The loss.

@@ -126,7 +126,7 @@ class HessianOperator:
             self._build(["recompute"] * len(objective.batches))
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns H v for a vector [n_local], a new tensor [n_local]."""
+        """Return H v for a vector [n_local], a new tensor [n_local]."""
         tangents = self.objective.space.split(vector)
         total = torch.zeros_like(vector)
         for product, weight in zip(self.products, self.objective.weights, strict=True):
@@ -143,7 +143,7 @@ class HessianOperator:
         return HessianView(self, names)
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns H v for each row v of [b, n_local], a new tensor [b, n_local].
+        """Return H v for each row v of [b, n_local], a new tensor [b, n_local].
 
         Equal to `matvec` but for rounding. Costs less per vector where `BatchedProducts` makes
         several at once, and where graphs are recomputed: each is built once for all rows.
@@ -171,13 +171,13 @@ class HessianOperator:
             self.on_product(products)
 
     def _product_bytes(self) -> int:
-        """Returns the memory that a product of the largest batch takes in passing, about."""
+        """Return the memory that a product of the largest batch takes in passing, about."""
         if self._graph_bytes is None:
             self._graph_bytes = retained_bytes(self.objective)
         return self._graph_bytes
 
     def _build_within(self, budget: float, expected_products: int) -> None:
-        """Builds the best exact engine within a memory budget."""
+        """Build the best exact engine within a memory budget."""
         num_batches = len(self.objective.batches)
         with self._explained("autograd"):
             kept = max(1, self._product_bytes())
@@ -195,7 +195,7 @@ class HessianOperator:
         self._build(graphs, made)
 
     def _linearize_if_it_pays(self, graph: Product, index: int, expected_products: int) -> bool:
-        """Builds linearisations where they are cheaper than retained graphs, by what is counted.
+        """Build linearisations where they are cheaper than retained graphs, by what is counted.
 
         Args:
             graph: The product of a batch by its graph.
@@ -224,7 +224,7 @@ class HessianOperator:
         return counted(lambda: product(tangents))[1]
 
     def _build(self, engines: list[str], made: Mapping[int, Product] | None = None) -> None:
-        """Makes the product of each batch by its engine, and checks each kind.
+        """Make the product of each batch by its engine, and check each kind.
 
         Args:
             engines: Of each batch.
@@ -239,7 +239,7 @@ class HessianOperator:
             self.self_check_error = self._checks.check(self.products, engines)
 
     def _made(self, engine: str, index: int) -> Product:
-        """Returns the product of a batch by an engine."""
+        """Return the product of a batch by an engine."""
         if engine in ("autograd", "recompute"):
             return ENGINES[engine](self.objective, index)
         if engine == "finite_difference":
@@ -254,7 +254,7 @@ class HessianOperator:
 
     @contextmanager
     def _explained(self, engine: str) -> Iterator[None]:
-        """A block in which errors of differentiating become a MeasurementError with a remedy."""
+        """Open a block in which errors of differentiating are MeasurementErrors with a remedy."""
         try:
             yield
         except (RuntimeError, NotImplementedError, TypeError) as error:

@@ -54,7 +54,7 @@ class LossGraph:
 
 
 def read_graphs(objective: Objective) -> list[LossGraph]:
-    """Returns what the graph of the loss of each batch tells.
+    """Return what the graph of the loss of each batch tells.
 
     Takes a forward pass of every batch, and backward passes until a gradient has been seen.
 
@@ -112,7 +112,7 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
-    """Yields the nodes of a graph, always in the same order."""
+    """Yield the nodes of a graph, always in the same order."""
     seen = set()
     stack: list[Any] = [loss.grad_fn]
     while stack:

@@ -54,7 +54,7 @@ class ShardedHessian(HessianOperator):
             )
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns H v for this rank's part of a vector [n_local], a new tensor [n_local].
+        """Return H v for this rank's part of a vector [n_local], a new tensor [n_local].
 
         Raises:
             RankError: The product failed on some rank; names it.
@@ -77,11 +77,11 @@ class ShardedHessian(HessianOperator):
         return RestrictedOperator(self, torch.cat(parts))
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns H v for each row v of [b, n_local], one after the other: collectives in order."""
+        """Return H v for each row v of [b, n_local], one after the other: collectives in order."""
         return torch.stack([self.matvec(vector) for vector in vectors])
 
     def _build_within(self, budget: float, expected_products: int) -> None:
-        """Keeps as many graphs as fit on every rank.
+        """Keep as many graphs as fit on every rank.
 
         Raises:
             NoSecondDerivativeError: No rank can differentiate twice.

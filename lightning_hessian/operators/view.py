@@ -63,7 +63,8 @@ def _restricted(product: Product, which: Sequence[int], point: Sequence[Tensor])
     """Return a product for some of the parameters; where it cannot be cut down, with zeros."""
     restricted = getattr(product, "restricted", None)
     if restricted is not None:
-        return restricted(which, point)
+        found: Product = restricted(which, point)
+        return found
     zeros = [torch.zeros_like(value) for value in point]
 
     def embedded(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:

@@ -15,7 +15,7 @@ from lightning_hessian.results.arguments import function_of, glob, is_collection
 
 
 def a_module(name: str, value: Any) -> nn.Module:
-    """The rule of ``model``: an instance of ``nn.Module`` with something to differentiate by."""
+    """Apply the rule of ``model``: an ``nn.Module`` with something to differentiate by."""
     if isinstance(value, type) and issubclass(value, nn.Module):
         raise ArgumentError(name, value, f"It is a class; give an instance, {value.__name__}(...).")
     if not isinstance(value, nn.Module):
@@ -31,7 +31,7 @@ def a_module(name: str, value: Any) -> nn.Module:
 
 
 def selection(name: str, value: Any) -> Any:
-    """The rule of ``parameters``: what a `ParameterSelection` may be, but for None."""
+    """Apply the rule of ``parameters``: what a `ParameterSelection` may be, but for None."""
     if isinstance(value, (nn.Module, torch.Tensor, type)):
         raise ArgumentError(name, value, "Give a glob over parameter names, or a list of globs.")
     if callable(value):
@@ -47,7 +47,7 @@ _BATCHES = "Give a list of batches such as [(inputs, targets)], or a DataLoader.
 
 
 def batches(name: str, value: Any) -> Any:
-    """The rule of ``batches``: something that yields batches, none of them None or a number.
+    """Apply the rule of ``batches``: something that yields batches, none of them None or a number.
 
     One tensor would be walked row by row, a text letter by letter, and a mapping key by key, none
     of which anybody means.
@@ -78,14 +78,14 @@ def check_listed(name: str, value: list[Any] | tuple[Any, ...]) -> None:
 
 
 def gradient_data(name: str, value: Any) -> Any:
-    """The rule of ``data`` of `gradient_structure`: batches, or a map-style Dataset."""
+    """Apply the rule of ``data`` of `gradient_structure`: batches, or a map-style Dataset."""
     if isinstance(value, Dataset) and not isinstance(value, IterableDataset):
         return value
     return batches(name, value)
 
 
 def probe_data(name: str, value: Any) -> Any:
-    """The rule of ``data`` of a callback."""
+    """Apply the rule of ``data`` of a callback."""
     if isinstance(value, str):
         if value in ("train", "val"):
             return value
@@ -106,7 +106,7 @@ def probe_data(name: str, value: Any) -> Any:
 
 
 def group(name: str, value: Any) -> Any:
-    """The rule of ``process_group``."""
+    """Apply the rule of ``process_group``."""
     known = torch.distributed.is_available()
     if known and isinstance(value, torch.distributed.ProcessGroup):
         return value

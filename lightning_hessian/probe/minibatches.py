@@ -56,15 +56,15 @@ class MiniBatches:
         self.numbers = range(ranks.rank, self.total, ranks.world)
 
     def __len__(self) -> int:
-        """Returns how many are held here, T of a process by itself."""
+        """Return how many are held here, T of a process by itself."""
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> Any:
-        """Returns one of those held here."""
+        """Return one of those held here."""
         return self._fetched([self.numbers[index]])[0]
 
     def joined(self, start: int, stop: int) -> Any:
-        """Returns the samples of mini-batches ``start`` to ``stop - 1`` of those here as one batch.
+        """Return the samples of mini-batches ``start`` to ``stop - 1`` of those here as one batch.
 
         Each is what it is by itself, whichever others it is joined with.
 
@@ -78,7 +78,7 @@ class MiniBatches:
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def checksum(self) -> int:
-        """Returns a number that tells one draw from another."""
+        """Return a number that tells one draw from another."""
         return zlib.crc32(self._order.numpy().tobytes())
 
     def _fetched(self, numbers: Sequence[int]) -> list[Any]:
@@ -99,7 +99,7 @@ def draw_minibatches(
     seed: int = 0,
     ranks: Ranks = ALONE,
 ) -> MiniBatches:
-    """Returns T mini-batches of B samples, drawn in shuffled passes over the data.
+    """Return T mini-batches of B samples, drawn in shuffled passes over the data.
 
     Each pass is shuffled anew and its ragged end is left out, as with
     ``DataLoader(shuffle=True, drop_last=True)``. Neither training's order nor its generators are
@@ -219,7 +219,7 @@ def _shuffled(size: int, generator: torch.Generator) -> Iterator[list[int]]:
 
 
 def _passes_of(sampler: Any, dataset: Any, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yields the order of one pass after the other, as the sampler of a loader would."""
+    """Yield the order of one pass after the other, as the sampler of a loader would."""
     while True:
         order = _order(sampler, dataset, generator, None)
         yield list(order)
@@ -228,7 +228,7 @@ def _passes_of(sampler: Any, dataset: Any, generator: torch.Generator) -> Iterat
 
 
 def _in_passes(passes: Iterable[list[int]], batch_size: int, num: int | None) -> Tensor:
-    """Returns the indices [T, B] of mini-batches that lie within one pass each."""
+    """Return the indices [T, B] of mini-batches that lie within one pass each."""
     chunks: list[Tensor] = []
     count = 0
     for indices in passes:
@@ -246,7 +246,7 @@ def _in_passes(passes: Iterable[list[int]], batch_size: int, num: int | None) ->
 
 
 def _pool(batches: Sequence[Any]) -> Fetch:
-    """Returns what fetches samples by their index in all batches joined."""
+    """Return what fetches samples by their index in all batches joined."""
     whole = _joined(batches)
 
     def fetch(indices: list[int]) -> Any:
@@ -258,7 +258,7 @@ def _pool(batches: Sequence[Any]) -> Fetch:
 
 
 def _joined(batches: Sequence[Any]) -> Any:
-    """Returns the samples of all batches as one; what is no tensor is the first one's.
+    """Return the samples of all batches as one; what is no tensor is the first one's.
 
     Raises:
         ValueError: They differ in shape.
@@ -280,7 +280,7 @@ def _joined(batches: Sequence[Any]) -> Any:
 
 
 def _size(batch: Any) -> int | None:
-    """Returns the number of samples, None where the tensors of a batch do not agree on it."""
+    """Return the number of samples, None where the tensors of a batch do not agree on it."""
     sizes: set[float] = set()
     apply_to_collection(batch, Tensor, lambda t: sizes.add(t.shape[0] if t.ndim else math.nan))
     return int(sizes.pop()) if len(sizes) == 1 and math.nan not in sizes else None

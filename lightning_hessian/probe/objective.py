@@ -97,7 +97,7 @@ class Objective:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """The block in which all evaluations take place; see `isolation.isolated`.
+        """Open the block in which all evaluations take place; see `isolation.isolated`.
 
         Afterwards all that the module holds is as before, whoever wrote to it.
         """
@@ -133,7 +133,7 @@ class Objective:
         return first
 
     def batch_loss(self, parameters: Sequence[Tensor], index: int) -> Tensor:
-        """Returns the mean loss of one batch, a scalar, at the given parameter values.
+        """Return the mean loss of one batch, a scalar, at the given parameter values.
 
         Raises:
             MeasurementError: The loss is not a scalar tensor.
@@ -185,7 +185,7 @@ class Objective:
     def _surroundings(
         self, given: dict[int, Tensor], parameters: Sequence[Tensor]
     ) -> Iterator[None]:
-        """The block in which the loss function is called; what it does to the module is undone."""
+        """Open the block in which the loss is called; what it does to the module is undone."""
         hidden = [] if self._snapshot is None else self._snapshot.hidden
         parts = [*self._module.modules(), *hidden]
         writes = self._writes or self._snapshot is None
@@ -205,20 +205,20 @@ class Objective:
     def _again(
         self, state: ModuleState, parts: Sequence[nn.Module], parameters: Sequence[Tensor]
     ) -> Iterator[None]:
-        """The block in which a segment under activation checkpointing is computed again."""
+        """Open the block in which a segment under activation checkpointing is computed again."""
         with kept(parts), self._whole_units(parameters), state.in_place(), muted(self._module):
             yield
 
     def _whole_units(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """A block in which units find their parameters whole; here all parameters are."""
+        """Open a block in which units find their parameters whole; here all parameters are."""
         return nullcontext()
 
     def norm(self, parts: Sequence[Tensor]) -> float:
-        """Returns the norm of a whole vector, from tensors in the shapes of the parameters."""
+        """Return the norm of a whole vector, from tensors in the shapes of the parameters."""
         return math.sqrt(sum(float(part.square().sum()) for part in parts))
 
     def anywhere(self, flag: bool) -> bool:
-        """Returns whether a flag is set where this gradient is computed: here alone."""
+        """Return whether a flag is set where this gradient is computed: here alone."""
         return flag
 
     def _prepared(self, batch: Any, index: int) -> tuple[Any, int]:
@@ -229,15 +229,18 @@ class Objective:
             batch = apply_to_collection(batch, Tensor, upcast)
         return batch, index
 
-    def value(self) -> float:
-        """Returns the mean loss over all probe samples.
+    def value(self, parameters: Sequence[Tensor] | None = None) -> float:
+        """Return the mean loss over all probe samples.
+
+        Args:
+            parameters: Values to evaluate it at; None for the present ones.
 
         Raises:
             MeasurementError: The loss of a batch is NaN or infinite.
         """
         total = 0.0
         with self.ranks.together():
-            point = self.point()
+            point = self.point() if parameters is None else parameters
             for index, weight in enumerate(self.weights):
                 loss = float(self.batch_loss(point, index).detach())
                 if not math.isfinite(loss):
@@ -250,12 +253,12 @@ class Objective:
         return self.ranks.total(total)
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Returns copies of the buffers, for the loss to write to."""
+        """Return copies of the buffers, for the loss to write to."""
         own = dict(self._module.named_buffers())
         return {name: buffer.clone() for name, buffer in (self._agreed_buffers or own).items()}
 
     def _state(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Returns what to evaluate the module with: parameters given, all others constant."""
+        """Return what to evaluate the module with: parameters given, all others constant."""
         state = {n: upcast(b) for n, b in self._buffers().items()}
         for name, parameter in self._module.named_parameters():
             constant = parameter.data
@@ -265,7 +268,7 @@ class Objective:
 
 
 def checked_loss(loss: Any, index: int) -> Tensor:
-    """Returns a loss as a scalar.
+    """Return a loss as a scalar.
 
     Raises:
         MeasurementError: It is none.
@@ -295,7 +298,7 @@ class _LossModule(nn.Module):
 def resolve_loss(
     module: nn.Module, loss_fn: LossFunction | None = None
 ) -> Callable[[Any, Any, int], Tensor]:
-    """Returns ``loss(module, batch, index)``: ``loss_fn``, else ``hessian_loss``, else training.
+    """Return ``loss(module, batch, index)``: ``loss_fn``, else ``hessian_loss``, else training.
 
     Args:
         module: For ``loss_fn=None``, a module with ``hessian_loss(batch)``, or a LightningModule
@@ -346,13 +349,13 @@ def _training_loss(module: Any, batch: Any, extra: tuple[int, ...]) -> Tensor:
 
 
 def _cloned(batch: Any, device: torch.device) -> Any:
-    """Copies outside inference mode, so that autograd may save the tensors."""
+    """Copy outside inference mode, so that autograd may save the tensors."""
     with torch.inference_mode(False):
         return apply_to_collection(batch, Tensor, lambda t: t.to(device, copy=True))
 
 
 def _dealt(batches: Iterable[Any], ranks: Ranks) -> list[Any]:
-    """Returns the batches of this rank, which may be none.
+    """Return the batches of this rank, which may be none.
 
     Raises:
         ValueError: There is none on any rank.

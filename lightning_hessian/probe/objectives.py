@@ -24,7 +24,7 @@ def objective_over(
     space: ParameterSpace,
     **options: Any,
 ) -> Objective:
-    """Returns the objective that fits how the module lies: whole or in shards, on how many ranks.
+    """Return the objective that fits how the module lies: whole or in shards, on how many ranks.
 
     Args:
         group: Processes that evaluate together. Where parameters are sharded, theirs.

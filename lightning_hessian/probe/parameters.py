@@ -53,7 +53,7 @@ class ParameterSpace:
 
     @classmethod
     def select(cls, module: nn.Module, selection: ParameterSelection = None) -> ParameterSpace:
-        """Returns the space of the parameters that require grad and match ``selection``.
+        """Return the space of the parameters that require grad and match ``selection``.
 
         A tied parameter matches by any of its names. The ``_orig_mod.`` that ``torch.compile``
         puts into names is ignored when matching.
@@ -131,7 +131,7 @@ class ParameterSpace:
         return self.shapes if self.held is None else tuple(part.shape for part in self.held)
 
     def shard(self, ranks: Ranks) -> Shard:
-        """Returns which entries of a vector [n] are held here."""
+        """Return which entries of a vector [n] are held here."""
         if self.held is None:
             return Shard.whole(self.size)
         offsets = itertools.accumulate(self.sizes, initial=0)
@@ -141,7 +141,7 @@ class ParameterSpace:
         return Shard(self.size, torch.cat(positions), ranks)
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Returns the parts of a vector [n_local] in the shapes of the parameters held here.
+        """Return the parts of a vector [n_local] in the shapes of the parameters held here.
 
         The parts are views, but for parameters of lower precision than the vector.
         """
@@ -150,11 +150,11 @@ class ParameterSpace:
         return tuple(part.view(shape).to(dtype) for part, shape, dtype in parts)
 
     def flatten(self, parts: Iterable[Tensor]) -> Tensor:
-        """Returns one vector [n_local] from a tensor for each parameter; the inverse of `split`."""
+        """Return one vector [n_local] from a tensor for each parameter; the inverse of `split`."""
         return torch.cat([part.reshape(-1).to(self.device, self.dtype) for part in parts])
 
     def values(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """Returns the present values: detached, sharing memory unless the precision differs."""
+        """Return the present values: detached, sharing memory unless the precision differs."""
         wanted = set(self.names)
         found = {
             name: local(parameter.detach())
@@ -165,12 +165,12 @@ class ParameterSpace:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Returns what this rank holds of a tensor that may be distributed."""
+    """Return what this rank holds of a tensor that may be distributed."""
     return getattr(tensor, "to_local", lambda: tensor)()
 
 
 def _held(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...] | None:
-    """Returns the positions of the entries of each parameter that this rank holds."""
+    """Return the positions of the entries of each parameter that this rank holds."""
     sharded = ("device_mesh", "positions")
     if not any(hasattr(parameter, name) for parameter in parameters for name in sharded):
         return None
@@ -178,12 +178,14 @@ def _held(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...] | None:
 
 
 def _whole_shape(parameter: Any) -> torch.Size:
-    return getattr(parameter, "whole_shape", parameter.shape)
+    result: torch.Size = getattr(parameter, "whole_shape", parameter.shape)
+    return result
 
 
 def _positions(parameter: Any) -> Tensor:
     if hasattr(parameter, "positions"):  # a piece
-        return parameter.positions
+        found: Tensor = parameter.positions
+        return found
     positions = torch.arange(parameter.numel()).view(parameter.shape)
     mesh: Any = getattr(parameter, "device_mesh", None)
     if mesh is None:
@@ -196,7 +198,7 @@ def _positions(parameter: Any) -> Tensor:
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """Returns half-precision tensors as float32 and all others as they are."""
+    """Return half-precision tensors as float32 and all others as they are."""
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 

@@ -59,7 +59,7 @@ class Partition:
 def partition(
     module: nn.Module, blocks: Blocks, parameters: ParameterSelection = None
 ) -> Partition:
-    """Returns the blocks that ``blocks`` makes of the selected parameters.
+    """Return the blocks that ``blocks`` makes of the selected parameters.
 
     Args:
         module: Any module.
@@ -104,7 +104,7 @@ def partition(
 
 
 def partition_choice(name: str, value: Any) -> Any:
-    """The rule of ``blocks``: a named partition, names with globs, or rules."""
+    """Apply the rule of ``blocks``: a named partition, names with globs, or rules."""
     if isinstance(value, str) and value in NAMED:
         return value
     if isinstance(value, Mapping) and value:
@@ -219,7 +219,7 @@ def _by_mapping(
 
 
 def _indexed(tensor: Tensor, index: str, text: str) -> Tensor:
-    """Returns a view by an index such as ``"0:4, :"``; the whole by an empty one."""
+    """Return a view by an index such as ``"0:4, :"``; the whole by an empty one."""
     try:
         return tensor[tuple(_as_slice(part) for part in index.split(",") if part.strip())]
     except (ValueError, IndexError, TypeError) as error:

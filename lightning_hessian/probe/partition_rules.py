@@ -44,7 +44,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def _unit(name: str, value: Any) -> Any:
-    """The rule of ``unit``: a size from 1 on, None, or a tuple of these."""
+    """Apply the rule of ``unit``: a size from 1 on, None, or a tuple of these."""
     size = optional(
         whole_number(least=1, because="A block needs at least one index."), "for a single block"
     )
@@ -131,7 +131,7 @@ class BlockRule:
 
 @checked({"module": a_module, "name": lambda name, value: one_of(*NAMED)(name, value)})
 def partition_rules(module: nn.Module, name: str) -> list[BlockRule]:
-    """Returns the rules that a named partition stands for in ``module``.
+    """Return the rules that a named partition stands for in ``module``.
 
     - ``"layer"``: a block for each module that holds parameters (weight with bias).
     - ``"neuron"``: a block for each output of a linear, recurrent or fused attention layer and
@@ -260,7 +260,7 @@ NAMED: dict[str, Callable[[nn.Module], Iterator[BlockRule]]] = {
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
-    """Yields each submodule with its name and its own trainable parameters: local to full name."""
+    """Yield each submodule with its name and its own trainable parameters: local to full name."""
     first = {parameter: _clean(name) for name, parameter in module.named_parameters()}
     for prefix, layer in module.named_modules():
         own = layer.named_parameters(recurse=False)
@@ -268,17 +268,17 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, str]]
 
 
 def _clean(name: str) -> str:
-    """Returns a name without what `torch.compile` puts into it."""
+    """Return a name without what `torch.compile` puts into it."""
     return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
 
 
 def _layer_name(prefix: str, layer: nn.Module, local: str) -> str:
-    """Returns the name of a layer; parameters of an unknown module itself stand for themselves."""
+    """Return the name of a layer; parameters of an unknown module itself stand for themselves."""
     return prefix or (type(layer).__name__ if _output_dims(layer) else local)
 
 
 def _output_dims(layer: nn.Module) -> dict[str, int]:
-    """Returns along which dimension of each parameter the outputs of a layer lie."""
+    """Return along which dimension of each parameter the outputs of a layer lie."""
     if isinstance(layer, _ROWS):
         return {"weight": 0, "bias": 0}
     if isinstance(layer, _TRANSPOSED) and layer.groups == 1:

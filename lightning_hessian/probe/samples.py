@@ -123,11 +123,12 @@ def _order(
         size = len(source) if first_samples is None else min(first_samples, len(source))
         return torch.randperm(size, generator=generator).tolist()
     # A sampler of the user's own (a subset, weights) says what training sees: follow a copy of it.
-    return _copied(sampler, dataset)
+    found: Iterable[int] = _copied(sampler, dataset)
+    return found
 
 
 def _copied(sampler: Any, dataset: Any) -> Any:
-    """Returns a copy with generators of its own, without copying the dataset."""
+    """Return a copy with generators of its own, without copying the dataset."""
     return copy.deepcopy(sampler, memo={id(dataset): dataset})
 
 

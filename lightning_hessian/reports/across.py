@@ -102,7 +102,7 @@ def choose_points(
     group: str | None = None,
     size: str | None = None,
 ) -> Points:
-    """Returns one point of each run.
+    """Return one point of each run.
 
     Args:
         table: The runs.
@@ -149,7 +149,7 @@ def choose_points(
 def _row(
     run: RunRecord, statistics: Sequence[str], monitors: Sequence[str], at: str | float, mode: str
 ) -> int | None:
-    """Returns the index of the row that stands for a run."""
+    """Return the index of the row that stands for a run."""
     measured = np.any([np.isfinite(run.series(key)) for key in statistics], axis=0)
     monitor = run.series(monitors[0])
     usable = np.flatnonzero(measured & np.isfinite(monitor))
@@ -179,7 +179,7 @@ def _size(value: Any) -> float:
 def across_runs(
     points: Points, statistics: Sequence[str], monitors: Sequence[str]
 ) -> list[AcrossRuns]:
-    """Returns every pair across runs, corrected for their number."""
+    """Return every pair across runs, corrected for their number."""
     pairs = [_across(points, s, m) for m in monitors for s in statistics]
     p_values = [pair.p_value for pair in pairs]
     corrected = zip(holm(p_values), benjamini_hochberg(p_values), strict=True)
@@ -222,5 +222,5 @@ def _across(points: Points, statistic: str, monitor: str) -> AcrossRuns:
 
 
 def scaling_fits(points: Points, keys: Sequence[str], size: str) -> list[Scaling]:
-    """Returns how each key scales with the size of the run."""
+    """Return how each key scales with the size of the run."""
     return [Scaling(key, size, fit_scaling(points.sizes, points.values[key])) for key in keys]

@@ -52,7 +52,7 @@ _MOST_GROUPS = 8  # columns of the table of groups
 
 
 def compose(report: CorrelationReport) -> Document:
-    """Returns the report in words, tables and figures."""
+    """Return the report in words, tables and figures."""
     monitors = " and ".join(report.monitors)
     blocks: list[Block] = [Text(_lead(report))]
     if report.across:
@@ -70,7 +70,7 @@ def compose(report: CorrelationReport) -> Document:
 
 
 def _told_apart(blocks: Sequence[Block]) -> Iterator[Block]:
-    """Yields the blocks, with no two drawings of one name: they are files in one folder."""
+    """Yield the blocks, with no two drawings of one name: they are files in one folder."""
     seen: set[str] = set()
     for block in blocks:
         if isinstance(block, Drawing):
@@ -144,7 +144,7 @@ def _across(report: CorrelationReport) -> Iterator[Block]:
 
 
 def _more_across(pairs: Sequence[AcrossRuns], group: str | None) -> Table:
-    """Returns the further coefficients, and r in each group with its number of runs."""
+    """Return the further coefficients, and r in each group with its number of runs."""
     names = sorted({name for pair in pairs for name in pair.groups})
     names = names if len(names) <= _MOST_GROUPS else []
     rows = tuple(
@@ -198,7 +198,7 @@ def _scaling_words(interval: tuple[float, float], reason: str, size: str) -> str
 
 
 def _which_of_two(report: CorrelationReport) -> Iterator[Block]:
-    """Yields which of the metric and the generalization gap each statistic goes with."""
+    """Yield which of the metric and the generalization gap each statistic goes with."""
     few = len(report.table) <= _SINGLY
     within = which_goes_with(report.within) if few else []
     found = [*which_goes_with(report.across), *which_goes_with(report.over), *within]
@@ -306,7 +306,7 @@ def _run_table(pairs: Sequence[WithinRun]) -> Table:
 
 
 def _more_within(pairs: Sequence[WithinRun]) -> Table:
-    """Returns the further coefficients of one run."""
+    """Return the further coefficients of one run."""
     rows = tuple(
         (
             code(p.statistic),

@@ -99,17 +99,17 @@ class Document:
 
 
 def code(text: str) -> str:
-    """Returns a key or a path, marked as such, whatever it holds."""
+    """Return a key or a path, marked as such, whatever it holds."""
     return f"{_CODE}{visible(text)}{_END_CODE}"
 
 
 def bold(text: str) -> str:
-    """Returns words that stand out."""
+    """Return words that stand out."""
     return f"{_BOLD}{text}{_END_BOLD}"
 
 
 def marked(text: str) -> str:
-    """Returns our own words with ``**bold**`` and backticks made into marks.
+    """Return our own words with ``**bold**`` and backticks made into marks.
 
     Never give it text from outside: what that holds would become markup.
     """
@@ -124,7 +124,7 @@ def to_html(document: Document) -> str:
 
 
 def to_markdown(document: Document, figure_folder: str = "figures") -> str:
-    """Returns the report in GitHub's Markdown; figures are files in a folder beside it."""
+    """Return the report in GitHub's Markdown; figures are files in a folder beside it."""
     parts = [f"# {markdown_text(document.title)}"]
     parts += [_markdown_block(block, figure_folder) for block in document.blocks]
     return "\n\n".join(parts) + "\n"
@@ -169,7 +169,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _markdown_inline(text: str) -> str:
-    """Returns text in which what a run was called cannot become markup."""
+    """Return text in which what a run was called cannot become markup."""
     parts = _MARKED.split(" ".join(text.split()))
     return "".join(
         _spaced_markdown(part)
@@ -182,7 +182,7 @@ def _markdown_inline(text: str) -> str:
 
 
 def _spaced_markdown(text: str) -> str:
-    """Returns `markdown_text` of a part of a line, with the spaces at its ends kept."""
+    """Return `markdown_text` of a part of a line, with the spaces at its ends kept."""
     if not text.strip():
         return text
     before, after = len(text) - len(text.lstrip()), len(text) - len(text.rstrip())
@@ -190,5 +190,5 @@ def _spaced_markdown(text: str) -> str:
 
 
 def _markdown_code(text: str) -> str:
-    """Returns a code span, or words where a span could end before its text does."""
+    """Return a code span, or words where a span could end before its text does."""
     return f"`{text}`" if _PLAIN_CODE.fullmatch(text) else markdown_text(text)

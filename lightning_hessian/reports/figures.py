@@ -66,7 +66,7 @@ class Drawing:
 def across_figure(
     points: Points, statistics: Sequence[str], monitor: str, group: str | None
 ) -> Drawing:
-    """Returns one panel for each statistic: the monitor against it, one dot a run.
+    """Return one panel for each statistic: the monitor against it, one dot a run.
 
     Args:
         points: One point a run.
@@ -109,7 +109,7 @@ def across_figure(
 
 
 def scaling_figure(points: Points, scalings: Sequence[Scaling]) -> Drawing:
-    """Returns one log-log panel for each quantity that scales, with its line and 95 % band."""
+    """Return one log-log panel for each quantity that scales, with its line and 95 % band."""
     with _style():
         columns = min(3, len(scalings))
         lines = -(-len(scalings) // columns)
@@ -140,7 +140,7 @@ def scaling_figure(points: Points, scalings: Sequence[Scaling]) -> Drawing:
 def over_runs_figure(
     pairs: Sequence[WithinRun], statistics: Sequence[str], monitor: str
 ) -> Drawing:
-    """Returns r of the levels and of first differences, one dot a run, a line a statistic."""
+    """Return r of the levels and of first differences, one dot a run, a line a statistic."""
     with _style():
         figure, (left, right) = new_figure(
             7.6, 0.42 * len(statistics) + 1.1, nrows=1, ncols=2, sharey=True
@@ -169,7 +169,7 @@ def over_runs_figure(
 
 
 def run_figure(run: RunRecord, pairs: Sequence[WithinRun], monitor: str) -> Drawing:
-    """Returns, for one run, each statistic with the monitor over the steps, and lead and lag.
+    """Return, for one run, each statistic with the monitor over the steps, and lead and lag.
 
     Args:
         run: The run.
@@ -223,7 +223,7 @@ def _lags(axes: Axes, pair: WithinRun) -> None:
 
 
 def _groups(points: Points) -> Iterator[tuple[str, str, str, Any]]:
-    """Yields label, colour, marker and mask of each group; the rarest share the last look."""
+    """Yield label, colour, marker and mask of each group; the rarest share the last look."""
     labels = np.array(points.groups, dtype=str)
     names = sorted(set(labels.tolist()), key=_natural)
     for place, name in enumerate(names[: _MOST_GROUPS - 1]):
@@ -242,7 +242,7 @@ def _natural(label: str) -> tuple[bool, float, str]:
 
 
 def _log_if_wide(axes: Axes, x: Any, y: Any) -> None:
-    """Makes an axis logarithmic where positive values span more than a factor of 20."""
+    """Make an axis logarithmic where positive values span more than a factor of 20."""
     for values, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
         finite = values[np.isfinite(values)]
         if len(finite) and finite.min() > 0 and finite.max() > 20 * finite.min():
@@ -271,7 +271,7 @@ def _drawing(figure: Figure, name: str, caption: str) -> Drawing:
 
 
 def _plain(key: str) -> str:
-    """Returns a key that matplotlib takes for words, dollar signs and all."""
+    """Return a key that matplotlib takes for words, dollar signs and all."""
     return visible(key).replace("$", r"\$")
 
 

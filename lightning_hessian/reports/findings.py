@@ -47,7 +47,7 @@ class CorrelationReport:
 
     @checked({"out": path_name})
     def write(self, out: str | PathLike[str]) -> Path:
-        """Writes report.html, report.md with its figures, correlations.csv and .json.
+        """Write report.html, report.md with its figures, correlations.csv and .json.
 
         Args:
             out: Folder; made if missing.

@@ -59,7 +59,7 @@ _OURS = re.compile(r"(hessian|layers|gradient|correlation)/")
 def follow(
     folder: Path, out: Path, *, monitor: Sequence[str], interval: float = 15.0, once: bool = False
 ) -> Path:
-    """Writes the page of an offline run, again and again until the run has ended; returns its path.
+    """Write the page of an offline run, again and again until the run has ended; return its path.
 
     wandb writes to the disk when 32 KiB have come together and every 15 seconds, so that a shorter
     interval shows nothing sooner. A file that is still empty is waited for.
@@ -105,7 +105,7 @@ def live_page(
     media: Path | None = None,
     refresh: float | None = None,
 ) -> str:
-    """Returns the page of a run.
+    """Return the page of a run.
 
     Args:
         run: What was read.
@@ -151,7 +151,7 @@ def live_page(
 
 
 def judged_pairs(run: OfflineRun, monitors: Sequence[str]) -> list[WithinRun]:
-    """Returns every pair that the report of this run has, with the same verdicts.
+    """Return every pair that the report of this run has, with the same verdicts.
 
     Args:
         run: What was read.
@@ -163,7 +163,7 @@ def judged_pairs(run: OfflineRun, monitors: Sequence[str]) -> list[WithinRun]:
 
 
 def measurements(run: OfflineRun) -> list[Row]:
-    """Returns one row for each measurement of the Hessian, with statistics by their bare names.
+    """Return one row for each measurement of the Hessian, with statistics by their bare names.
 
     Beside them stand the step and what else was logged in the same row, by its full name. Of steps
     that repeat, as they do after a resume, the last is kept.
@@ -197,7 +197,7 @@ class _Change:
 def cards(
     rows: Sequence[Row], pairs: Sequence[WithinRun], monitors: Sequence[str]
 ) -> list[dict[str, str]]:
-    """Returns what the page says first: a question, the numbers, and what they say, each.
+    """Return what the page says first: a question, the numbers, and what they say, each.
 
     Args:
         rows: The measurements.
@@ -225,7 +225,7 @@ def cards(
 
 
 def _strongest(monitor: str, pairs: Sequence[WithinRun], logged: bool) -> dict[str, str]:
-    """Returns the card of the statistic for which the evidence is strongest."""
+    """Return the card of the statistic for which the evidence is strongest."""
     question = f"What goes with {monitor}?"
     mine = [pair for pair in pairs if pair.monitor == monitor and not math.isnan(pair.r)]
     if not mine:
@@ -243,7 +243,7 @@ def _card(question: str, numbers: str, says: str) -> dict[str, str]:
 
 
 def _rows_by_step(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Returns the numbers of rows that have a step, merged by it, in its order; the last wins."""
+    """Return the numbers of rows that have a step, merged by it, in its order; the last wins."""
     found: dict[int, Row] = {}
     for row in rows:
         step = _number(row.get(STEP))
@@ -259,7 +259,7 @@ def _rows_by_step(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def _number(value: Any) -> float | None:
-    """Returns a number as a float, None for what is none or has no place in one."""
+    """Return a number as a float, None for what is none or has no place in one."""
     try:
         return float(value) if isinstance(value, (int, float)) else None
     except OverflowError:  # JSON knows whole numbers of any length
@@ -267,7 +267,7 @@ def _number(value: Any) -> float | None:
 
 
 def _panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns the charts of the dashboard's sections that have points, and of other layers."""
+    """Return the charts of the dashboard's sections that have points, and of other layers."""
     drawn = []
     plans = {name: list(panels) for name, panels in sections(monitors).items()}
     known = {
@@ -304,7 +304,7 @@ def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[s
 
 
 def _labels(keys: Sequence[str], monitors: Sequence[str]) -> list[str]:
-    """Returns what the legend calls keys: without their section, if they share it.
+    """Return what the legend calls keys: without their section, if they share it.
 
     Of correlations with one metric only the statistic is left, and which end of an interval it is.
     """
@@ -321,7 +321,7 @@ def _labels(keys: Sequence[str], monitors: Sequence[str]) -> list[str]:
 
 
 def _correlation(pair: WithinRun) -> dict[str, Any]:
-    """Returns a row of the page's table; ``low`` and ``high`` are Fisher's."""
+    """Return a row of the page's table; ``low`` and ``high`` are Fisher's."""
     return {
         "statistic": pair.statistic.removeprefix("hessian/"),
         "monitor": pair.monitor,
@@ -339,12 +339,12 @@ def _correlation(pair: WithinRun) -> dict[str, Any]:
 
 
 def _with_gap(row: Row) -> Row:
-    """Returns a row that has the gap under the name by which it is asked for, too."""
+    """Return a row that has the gap under the name by which it is asked for, too."""
     return row if "gap" in row or GAP not in row else {**row, "gap": row[GAP]}
 
 
 def _missing(rows: Sequence[Row], monitors: Sequence[str]) -> list[str]:
-    """Returns a sentence for each monitored metric that no row has."""
+    """Return a sentence for each monitored metric that no row has."""
     known = sorted({key for row in rows for key in row if not _OURS.match(key)} - {"step", "epoch"})
     return [
         f"{name} is not logged; there are "
@@ -361,14 +361,14 @@ def _status(run: OfflineRun) -> str:
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """Returns at most so many items, evenly chosen, the first and the last among them."""
+    """Return at most so many items, evenly chosen, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
 def _finite(value: Any) -> Any:
-    """Returns JSON's own null for NaN and infinities, and texts that show what they are."""
+    """Return JSON's own null for NaN and infinities, and texts that show what they are."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):

@@ -24,7 +24,7 @@ MOST_FIGURES = 40
 def figures_of(
     rows: Sequence[Mapping[str, Any]], media: Path | None
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """Returns the last figure of each kind, and a sentence for each that was left out.
+    """Return the last figure of each kind, and a sentence for each that was left out.
 
     Args:
         rows: Those of the run.
@@ -51,7 +51,7 @@ def figures_of(
 
 
 def read_png(folder: Path, path: str) -> bytes | None:
-    """Returns a PNG file in a folder; None where the folder has no such file (not written yet).
+    """Return a PNG file in a folder; None where the folder has no such file (not written yet).
 
     Args:
         folder: The only folder that files may come from.
@@ -85,7 +85,7 @@ def read_png(folder: Path, path: str) -> bytes | None:
 
 
 def media_folder(folder: Path) -> Path | None:
-    """Returns the ``files`` folder of the one run at a path, as `read_offline_run` takes it."""
+    """Return the ``files`` folder of the one run at a path, as `read_offline_run` takes it."""
     if folder.is_file():
         return folder.parent / "files"
     for place in ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb"):
@@ -95,5 +95,5 @@ def media_folder(folder: Path) -> Path | None:
 
 
 def _why(error: Exception) -> str:
-    """Returns the cause without a path: what lies outside is not even named."""
+    """Return the cause without a path: what lies outside is not even named."""
     return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)

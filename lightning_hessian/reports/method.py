@@ -42,7 +42,7 @@ _PAPER = (
 
 
 def how_to_read(report: CorrelationReport) -> Bullets:
-    """Returns what the numbers of this report mean."""
+    """Return what the numbers of this report mean."""
     items = [*_ALWAYS]
     if report.across:
         items += _across(report)

@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def write_csv(report: CorrelationReport, path: Path) -> None:
-    """Writes one line for each pair: across runs, then within each run."""
+    """Write one line for each pair: across runs, then within each run."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
@@ -43,7 +43,7 @@ def write_csv(report: CorrelationReport, path: Path) -> None:
 
 
 def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
-    """Yields the lines of correlations.csv, with NaN where a number does not exist."""
+    """Yield the lines of correlations.csv, with NaN where a number does not exist."""
     for pair in report.across:
         yield {
             "scope": "across",
@@ -94,7 +94,7 @@ def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
 
 
 def write_json(report: CorrelationReport, path: Path) -> None:
-    """Writes everything that the report knows; a number that does not exist is null."""
+    """Write everything that the report knows; a number that does not exist is null."""
     points = report.points
     content = {
         "format": FORMAT,
@@ -153,7 +153,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Returns what JSON can hold: None for what is not finite."""
+    """Return what JSON can hold: None for what is not finite."""
     if isinstance(value, dict):
         return {str(key): _plain(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):

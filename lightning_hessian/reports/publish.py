@@ -15,7 +15,7 @@ _PANELS = 4
 
 
 def wandb_report(report: CorrelationReport, project: str) -> Any:
-    """Returns a W&B Report that is not saved yet; building it needs no server.
+    """Return a W&B Report that is not saved yet; building it needs no server.
 
     Tables and words are those of report.md, as numbers at the time of writing; the scatter plots
     are W&B's own, live over the runs of the project.
@@ -73,7 +73,7 @@ def wandb_report(report: CorrelationReport, project: str) -> Any:
 
 
 def publish(report: CorrelationReport, project: str) -> str:
-    """Saves a W&B Report and returns its address.
+    """Save a W&B Report and return its address.
 
     Args:
         report: What was found.

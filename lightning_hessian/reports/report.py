@@ -50,7 +50,7 @@ MIN_RUNS = 4
 
 
 def _runs(name: str, value: Any) -> Any:
-    """The rule of ``runs``: a table, or what `load_runs` takes."""
+    """Apply the rule of ``runs``: a table, or what `load_runs` takes."""
     return value if isinstance(value, RunTable) else RULES["source"](name, value)
 
 
@@ -81,7 +81,7 @@ def correlation_report(
     progress: bool | None = None,
     workers: int | None = None,
 ) -> CorrelationReport:
-    r"""Returns which statistics go with the monitored metrics, within runs and across them.
+    r"""Return which statistics go with the monitored metrics, within runs and across them.
 
     A run that was logged twice, or copied, counts once; a warning names it.
 
@@ -143,7 +143,7 @@ def correlation_report(
 
 
 def resolved_monitors(monitor: str | Sequence[str], keys: Collection[str]) -> tuple[str, ...]:
-    """Returns the keys under which monitored metrics were logged.
+    """Return the keys under which monitored metrics were logged.
 
     Args:
         monitor: The metric, or metrics, as they were asked for; ``"gap"`` is ``hessian/gap``.
@@ -169,7 +169,7 @@ def resolved_monitors(monitor: str | Sequence[str], keys: Collection[str]) -> tu
 
 
 def logged_statistics(keys: Collection[str], monitors: Sequence[str]) -> tuple[str, ...]:
-    """Returns the default statistics among the keys that were logged, monitors left out."""
+    """Return the default statistics among the keys that were logged, monitors left out."""
     return tuple(key for key in DEFAULT_STATISTICS if key in keys and key not in monitors)
 
 

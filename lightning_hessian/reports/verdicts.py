@@ -52,7 +52,7 @@ MINUS, NOTHING = "\u2212", "\u2013"
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Returns a coefficient as text: a true minus sign, an en dash for NaN.
+    """Return a coefficient as text: a true minus sign, an en dash for NaN.
 
     Example:
         >>> number(-0.5), number(float("nan"))
@@ -62,7 +62,7 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def p_text(value: float) -> str:
-    """Returns a p-value as text.
+    """Return a p-value as text.
 
     Example:
         >>> p_text(0.04), p_text(0.00004)
@@ -74,7 +74,7 @@ def p_text(value: float) -> str:
 
 
 def interval_text(interval: tuple[float, float], digits: int = 2) -> str:
-    """Returns an interval as text.
+    """Return an interval as text.
 
     Example:
         >>> interval_text((-0.25, 0.5))
@@ -86,7 +86,7 @@ def interval_text(interval: tuple[float, float], digits: int = 2) -> str:
 
 
 def ranked(pairs: Sequence[Pair]) -> list[Pair]:
-    """Returns pairs with the strongest evidence first, then the largest abs(r); NaN last."""
+    """Return pairs with the strongest evidence first, then the largest abs(r); NaN last."""
 
     def key(pair: Pair) -> tuple[bool, int, float]:
         if isinstance(pair, WithinRun):
@@ -98,7 +98,7 @@ def ranked(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def judged(pair: WithinRun) -> Verdict:
-    """Returns the verdict of one run on a statistic and a monitored metric."""
+    """Return the verdict of one run on a statistic and a monitored metric."""
     return verdict(pair.movement, pair.monitor)
 
 
@@ -108,7 +108,7 @@ def answer_within(
     name: Callable[[str], str] = str,
     stress: Callable[[str], str] = str,
 ) -> str:
-    """Returns what runs say of all their pairs in one sentence, as `statistics.verdict.answer`."""
+    """Return what runs say of all their pairs in one sentence, as `statistics.verdict.answer`."""
     found = [(pair.statistic, pair.monitor, pair.movement) for pair in pairs]
     return answer(found, name=name, stress=stress)
 
@@ -119,7 +119,7 @@ def is_sure(pair: AcrossRuns) -> bool:
 
 
 def which_goes_with(pairs: Sequence[WithinRun | AcrossRuns | OverRuns]) -> list[GoesWith]:
-    """Returns, for each statistic and each metric beside the gap, which of the two it goes with.
+    """Return, for each statistic and each metric beside the gap, which of the two it goes with.
 
     Args:
         pairs: Those with metrics and those with the gap, all of one kind.
@@ -144,7 +144,7 @@ def _run(pair: Any) -> str:
 
 
 def _brief(pair: WithinRun | AcrossRuns | OverRuns) -> tuple[Verdict | bool | None, str]:
-    """Returns whether a relation is shown, and the same in a few words."""
+    """Return whether a relation is shown, and the same in a few words."""
     if isinstance(pair, WithinRun):
         found = judged(pair)
         return found, found.label
@@ -162,7 +162,7 @@ def _why(reason: str) -> str:
 
 
 def verdict_across(pair: AcrossRuns, num_tests: int, group: str | None = None) -> str:
-    """Returns what the runs say of a statistic and a monitored metric, one point a run.
+    """Return what the runs say of a statistic and a monitored metric, one point a run.
 
     Args:
         pair: The numbers.
@@ -204,7 +204,7 @@ def _groups(pair: AcrossRuns, group: str | None) -> str:
 
 
 def verdict_over(pair: OverRuns, num_tests: int) -> str:
-    """Returns what the runs say together of movements within them.
+    """Return what the runs say together of movements within them.
 
     Args:
         pair: The numbers.

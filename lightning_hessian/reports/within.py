@@ -124,7 +124,7 @@ def within_runs(
     progress: Progress,
     workers: int | None = None,
 ) -> list[WithinRun]:
-    """Returns every pair of every run; pairs without two common rows are left out.
+    """Return every pair of every run; pairs without two common rows are left out.
 
     Args:
         table: The runs.
@@ -141,7 +141,7 @@ def within_runs(
 def within_run(
     run: RunRecord, statistics: Sequence[str], monitors: Sequence[str]
 ) -> list[WithinRun]:
-    """Returns every pair of one run that has two rows in common, corrected for their number."""
+    """Return every pair of one run that has two rows in common, corrected for their number."""
     pairs = [
         _pair(run, statistic, monitor)
         for monitor in monitors
@@ -183,7 +183,7 @@ def _pair(run: RunRecord, statistic: str, monitor: str) -> WithinRun:
 
 
 def over_runs(pairs: Sequence[WithinRun]) -> list[OverRuns]:
-    """Returns a summary over runs of every pair that at least two runs have."""
+    """Return a summary over runs of every pair that at least two runs have."""
     grouped: dict[tuple[str, str], list[WithinRun]] = {}
     for pair in pairs:
         grouped.setdefault((pair.statistic, pair.monitor), []).append(pair)

@@ -225,4 +225,5 @@ class SpectralDensity:
             width: Standard deviation of the Gaussian.
         """
         distance = (np.asarray(grid)[:, None] - self.nodes) / width
-        return np.exp(-0.5 * distance**2) @ self.weights / (width * np.sqrt(2 * np.pi))
+        found: FloatArray = np.exp(-0.5 * distance**2) @ self.weights / (width * np.sqrt(2 * np.pi))
+        return found

@@ -55,20 +55,20 @@ class KrylovBasis:
         self.recent: dict[int, Tensor] = {}  # rows by index, exact, where `rows` are not
 
     def __getitem__(self, index: int) -> Tensor:
-        """Returns this rank's part of one vector [n_local]; a view, if the rows are at hand."""
+        """Return this rank's part of one vector [n_local]; a view, if the rows are at hand."""
         if index in self.recent:
             return self.recent[index]
         return self.rows[index].to(self.device, self.dtype)
 
     def __setitem__(self, index: int, vector: Tensor) -> None:
-        """Stores a vector [n_local]."""
+        """Store a vector [n_local]."""
         self.rows[index].copy_(vector)
         if not self._at_hand:
             self.recent = {i: row for i, row in self.recent.items() if i == index - 1}
             self.recent[index] = vector.clone()
 
     def orthogonalize(self, vector: Tensor, count: int) -> tuple[Tensor, float]:
-        """Removes from ``vector``, in place, its part in the span of the first ``count`` rows.
+        """Remove from ``vector``, in place, its part in the span of the first ``count`` rows.
 
         First what lies along the last two rows, which in a Lanczos step is almost all, then
         classical Gram-Schmidt against all, and once more unless most was left ("twice is
@@ -97,7 +97,7 @@ class KrylovBasis:
     def _remove(
         self, vector: Tensor, count: int, near: slice, recent: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Removes the part along all rows once.
+        """Remove the part along all rows once.
 
         Returns:
             The coefficients [count], and the norms before and after, [1] each.
@@ -127,7 +127,7 @@ class KrylovBasis:
         return torch.stack([self[i] for i in range(near.start, near.stop)])
 
     def blocks(self, count: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the first rows in blocks, on the device and in the precision of vectors.
+        """Yield the first rows in blocks, on the device and in the precision of vectors.
 
         From pinned memory, the next block is on its way while one is worked on.
         """
@@ -157,7 +157,7 @@ class KrylovBasis:
             return self.rows[part].to(self.device, non_blocking=True)
 
     def combined(self, weights: Tensor) -> Tensor:
-        """Returns the combination of the first rows with weights [count], a vector [n_local]."""
+        """Return the combination of the first rows with weights [count], a vector [n_local]."""
         weights = weights.to(self.device, self.dtype)
         vector = torch.zeros(self.rows.shape[1], dtype=self.dtype, device=self.device)
         for part, rows in self.blocks(len(weights)):
@@ -165,7 +165,7 @@ class KrylovBasis:
         return vector
 
     def rotate(self, coefficients: Tensor) -> None:
-        """Replaces the first rows by combinations of them, block of columns by block of columns.
+        """Replace the first rows by combinations of them, block of columns by block of columns.
 
         Args:
             coefficients: [count, kept] with orthonormal columns; the first ``kept`` rows become

@@ -74,7 +74,7 @@ def block_norms(
     seed: int = 0,
     allowance: Allowance = UNBOUNDED,
 ) -> BlockNorms:
-    """Returns the Frobenius norms of the blocks that ``labels`` cut a symmetric operator into.
+    """Return the Frobenius norms of the blocks that ``labels`` cut a symmetric operator into.
 
     A probe z_j of random signs on block j and zeros elsewhere gives the whole block column at
     once: E norm(H_ij z_j)^2 = norm_F(H_ij)^2, Hutchinson's estimate of the trace of
@@ -160,17 +160,17 @@ def block_norms(
 
 
 def least_probes(num_blocks: int) -> int:
-    """Returns how many probes every block gets at least."""
+    """Return how many probes every block gets at least."""
     return max(2, 1 + -(-_LEAST_DEGREES // num_blocks))
 
 
 def least_products(sizes: Sequence[int]) -> int:
-    """Returns how many products the norms take at least, for blocks of the given sizes."""
+    """Return how many products the norms take at least, for blocks of the given sizes."""
     return sum(min(size, least_probes(len(sizes))) for size in sizes)
 
 
 def _members(labels: Tensor, size: int) -> list[Tensor]:
-    """Returns the coordinates of each block."""
+    """Return the coordinates of each block."""
     if labels.shape != (size,):
         raise ValueError(f"The labels have shape {tuple(labels.shape)}; the order is {size}.")
     count = int(labels.max()) + 1 if size else 0
@@ -188,7 +188,7 @@ def _members(labels: Tensor, size: int) -> list[Tensor]:
 def _dense_columns(
     sizes: Sequence[int], max_products: int | None, exact: bool | None
 ) -> NDArray[np.bool_]:
-    """Returns which block columns to compute rather than to probe.
+    """Return which block columns to compute rather than to probe.
 
     Raises:
         ValueError: What has to be done exceeds the bound.
@@ -235,7 +235,7 @@ class _Columns:
         self.chunk = max(1, min(_MOST_IN_CHUNK, _CHUNK_BYTES // (2 * vector_bytes)))
 
     def compute(self, dense: NDArray[np.bool_], *, keep: bool) -> Tensor | None:
-        """Takes the products with all unit vectors of the dense columns."""
+        """Take the products with all unit vectors of the dense columns."""
         jobs = [(j, i) for j in np.flatnonzero(dense) for i in range(self.sizes[j])]
         rows = []
         for start in range(0, len(jobs), self.chunk):
@@ -254,7 +254,7 @@ class _Columns:
         return torch.cat(rows) if keep else None
 
     def probe(self, probed: Sequence[int]) -> bool:
-        """Adds a sample for each of the given columns; returns whether there is time for more."""
+        """Add a sample for each of the given columns; return whether there is time for more."""
         for start in range(0, len(probed), self.chunk):
             chunk = list(probed[start : start + self.chunk])
             vectors = self._zeros(len(chunk))
@@ -282,13 +282,13 @@ class _Columns:
         return torch.zeros(count, length, dtype=dtype, device=device)
 
     def _products(self, vectors: Tensor) -> Tensor:
-        """Returns the products, restricted to the blocks' coordinates, block after block."""
+        """Return the products, restricted to the blocks' coordinates, block after block."""
         products = self.operator.matmat(vectors)
         self.num_products += len(vectors)
         return products if self.order is None else products[:, self.order]
 
     def _squares(self, products: Tensor) -> FloatArray:
-        """Returns the squared norms of the blocks of each row, [b, B]."""
+        """Return the squared norms of the blocks of each row, [b, B]."""
         precise = torch.float64 if products.device.type != "mps" else torch.float32
         parts = torch.split(products, [held.length for held, _ in self.parts], dim=1)
         norms = [torch.linalg.vector_norm(part, dim=1, dtype=precise) for part in parts]

@@ -33,7 +33,7 @@ _SAME = 0.02
 
 
 def file_of(path: str | os.PathLike[str], operator: SymmetricOperator) -> Path:
-    """Returns where this rank keeps its part: ``path``, or beside it with the rank's number."""
+    """Return where this rank keeps its part: ``path``, or beside it with the rank's number."""
     ranks, path = operator.shard.ranks, Path(path)
     if ranks.world == 1:
         return path
@@ -41,7 +41,7 @@ def file_of(path: str | os.PathLike[str], operator: SymmetricOperator) -> Path:
 
 
 def identity(run: ThickRestart) -> dict[str, Any]:
-    """Returns what must agree for a run to be continued."""
+    """Return what must agree for a run to be continued."""
     return {
         "n": run.operator.size,
         "dtype": str(run.operator.dtype),
@@ -60,7 +60,7 @@ def _digits_of(engine: str) -> str:
 
 
 def save(run: ThickRestart, path: Path) -> None:
-    """Writes the state of a run; the file of before stays until the new one is complete.
+    """Write the state of a run; the file of before stays until the new one is complete.
 
     The basis goes to disk block by block: no second copy of it is made in memory.
     """
@@ -102,7 +102,7 @@ def save(run: ThickRestart, path: Path) -> None:
 
 
 def header_of(path: Path) -> dict[str, Any]:
-    """Returns what a file says of a run, without its basis.
+    """Return what a file says of a run, without its basis.
 
     Raises:
         UnreadableFileError: The file is none of ours, or damaged; a ValueError.
@@ -122,7 +122,7 @@ def header_of(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(packed) as archive:
             require_stored(archive, path)
         packed.seek(0)
-        header = torch.load(packed, weights_only=True)
+        header: dict[str, Any] = torch.load(packed, weights_only=True)
         dtype = _basis_dtype(header["identity"])
         rows, columns = (int(number) for number in header["shape"])
         if size - begin != rows * columns * dtype.itemsize:
@@ -146,7 +146,7 @@ def _basis_dtype(identity: dict[str, Any]) -> torch.dtype:
 
 
 def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> None:
-    """Checks that a file belongs to the same problem.
+    """Check that a file belongs to the same problem.
 
     Raises:
         ValueError: It does not; says what differs.
@@ -207,7 +207,7 @@ def _load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
 
 
 def check_operator(run: ThickRestart, path: Path) -> None:
-    """Checks by one product, which is not counted, that the operator is the one of before.
+    """Check by one product, which is not counted, that the operator is the one of before.
 
     Raises:
         ValueError: Its product with the first basis vector is another.
@@ -233,7 +233,7 @@ def check_operator(run: ThickRestart, path: Path) -> None:
 
 @contextmanager
 def saved_on_error(run: ThickRestart, path: Path | None) -> Iterator[None]:
-    """A block whose run is saved if an exception ends it; that exception is the one to see."""
+    """Open a block whose run is saved if an exception ends it; that exception is the one to see."""
     try:
         yield
     except BaseException:
@@ -243,7 +243,7 @@ def saved_on_error(run: ThickRestart, path: Path | None) -> Iterator[None]:
 
 
 def try_to_save(run: ThickRestart, path: Path) -> None:
-    """Saves a run, or warns: a full disk must hide neither a result nor the cause of an error."""
+    """Save a run, or warns: a full disk must hide neither a result nor the cause of an error."""
     try:
         save(run, path)
     except OSError as error:
@@ -257,7 +257,7 @@ def try_to_save(run: ThickRestart, path: Path) -> None:
 def every(
     seconds: float, save: Callable[[], None], ranks: Ranks, ending: Callable[[], bool]
 ) -> Callable[[], None]:
-    """Returns a function that saves where this was last done so many seconds ago, on all ranks.
+    """Return a function that saves where this was last done so many seconds ago, on all ranks.
 
     Args:
         seconds: How many.

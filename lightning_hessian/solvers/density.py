@@ -20,7 +20,7 @@ def spectral_density(
     seed: int = 0,
     allowance: Allowance = UNBOUNDED,
 ) -> SpectralDensity | None:
-    """Returns the density of the eigenvalues, by Lanczos from probes of random signs.
+    """Return the density of the eigenvalues, by Lanczos from probes of random signs.
 
     From each probe, m steps with full reorthogonalisation give m Ritz values and, as the squares
     of the first components of the projected eigenvectors, their weights: a Gauss quadrature whose

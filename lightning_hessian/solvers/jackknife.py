@@ -54,14 +54,14 @@ class BlockEstimate:
         self.weight = weight
 
     def _relative_variance(self) -> FloatArray:
-        """Returns the squared standard errors over the squared norms, [B, B].
+        """Return the squared standard errors over the squared norms, [B, B].
 
         With few probes the variance of one entry is known badly. A relative variance does not
         differ much between entries (for one probe it lies between 0 and 2 for any matrix), so
         each is drawn to the mean of its kind, as if that had been seen `_PRIOR_DEGREES` times.
         """
         squared = np.square(self.frobenius)
-        own = np.divide(
+        own: FloatArray = np.divide(
             _symmetric(self._variance(self.change)), squared, where=squared > 0,
             out=np.zeros_like(squared),
         )  # fmt: skip
@@ -75,11 +75,12 @@ class BlockEstimate:
         return own
 
     def _variance(self, changes: FloatArray) -> FloatArray:
-        """Returns the jackknife variance over the probes, the first axis, for [k, ..., B]."""
+        """Return the jackknife variance over the probes, the first axis, for [k, ..., B]."""
         counts = np.maximum(1, self.counts)
         taken = self.taken if changes.ndim == 2 else self.taken[:, None]
         spread = np.where(taken, changes - (changes * taken).sum(0) / counts, 0.0)
-        return (counts - 1) / counts * np.square(spread).sum(0)
+        found: FloatArray = (counts - 1) / counts * np.square(spread).sum(0)
+        return found
 
     def is_known_to(self, rel_error: float) -> bool:
         """Whether the ratio is known well enough, and its error too; or there is no ratio.
@@ -95,7 +96,7 @@ class BlockEstimate:
         return error <= rel_error * ratio and bool(degrees >= _LEAST_DEGREES)
 
     def worth_more(self, max_probes: int) -> list[int]:
-        """Returns the probed columns on which a further probe is worth most, the best first.
+        """Return the probed columns on which a further probe is worth most, the best first.
 
         At most a quarter of them, each at least a quarter as worth while as the best.
         """
@@ -105,7 +106,7 @@ class BlockEstimate:
         return [int(j) for j in best if gain[j] > 0 and gain[j] >= gain.max() / 4]
 
     def _expected_variance(self) -> FloatArray:
-        """Returns what one probe on each column adds to the variance of the ratio, up to a factor.
+        """Return what one probe on each column adds to the variance of the ratio, up to a factor.
 
         Judged by the norms, not by the scatter of the samples: else columns whose scatter is small
         by chance would be left alone, and the error look small.
@@ -117,7 +118,7 @@ class BlockEstimate:
         return np.where(self.dense, 0.0, np.square(weights))
 
     def ratio(self) -> tuple[float | None, float | None]:
-        """Returns the mean off the diagonal over the mean on it, with its standard error."""
+        """Return the mean off the diagonal over the mean on it, with its standard error."""
         size = len(self.frobenius)
         on = float(np.trace(self.frobenius))
         off = float(self.frobenius.sum()) - on
@@ -128,7 +129,7 @@ class BlockEstimate:
         return off / on / (size - 1), float(np.sqrt(self._variance(leaving_out).sum()))
 
     def share(self) -> tuple[float | None, float | None]:
-        """Returns the share of the squared norm off the diagonal, with its standard error."""
+        """Return the share of the squared norm off the diagonal, with its standard error."""
         on, total = float(np.trace(self.squared)), float(self.squared.sum())
         if total <= 0:
             return None, None
@@ -138,13 +139,13 @@ class BlockEstimate:
 
 
 def _symmetric(by_column: FloatArray) -> FloatArray:
-    """Returns the sum of what the columns i and j do to an entry; on the diagonal they are one."""
-    total = by_column + by_column.T
+    """Return the sum of what the columns i and j do to an entry; on the diagonal they are one."""
+    total: FloatArray = by_column + by_column.T
     np.fill_diagonal(total, np.diagonal(by_column))
     return total
 
 
 def _on_and_off(change: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Returns by how much each probe changes the sums on and off the diagonal, [k, B] each."""
+    """Return by how much each probe changes the sums on and off the diagonal, [k, B] each."""
     on = np.diagonal(change, axis1=1, axis2=2)
     return on, 2 * (change.sum(1) - on)

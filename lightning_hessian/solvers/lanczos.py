@@ -30,7 +30,7 @@ def lanczos(
     seed: int = 0,
     allowance: Allowance = UNBOUNDED,
 ) -> RitzPairs:
-    """Returns the K largest (algebraic) eigenvalues of an operator with their residual bounds.
+    """Return the K largest (algebraic) eigenvalues of an operator with their residual bounds.
 
     Lanczos with full reorthogonalisation and thick restart (Wu and Simon 2000). The projected
     problem is solved in float64 on the CPU, by torch's LAPACK: SciPy brings threads of its own,
@@ -144,7 +144,7 @@ def _room(
     max_basis: int | None,
     storage: BasisStorage,
 ) -> tuple[BasisStorage, int]:
-    """Returns where the basis goes, and how many vectors it holds at a restart.
+    """Return where the basis goes, and how many vectors it holds at a restart.
 
     The bound on products has no say in the latter: a run that is taken up with a higher bound has
     to restart where one without interruption does.
@@ -182,7 +182,7 @@ def _begun(
     max_products: int,
     file: Path | None,
 ) -> ThickRestart:
-    """Returns a run in its first state, or in the one that the file holds.
+    """Return a run in its first state, or in the one that the file holds.
 
     Raises:
         ValueError: The file is of another run, or damaged.
@@ -199,10 +199,10 @@ def _begun(
 
 
 def default_basis(num_eigenvalues: int) -> int:
-    """Returns how many vectors are held before a restart."""
+    """Return how many vectors are held before a restart."""
     return 4 * num_eigenvalues + 40
 
 
 def default_bound(num_eigenvalues: int) -> int:
-    """Returns how many products are spent at most."""
+    """Return how many products are spent at most."""
     return 40 * num_eigenvalues + 400

@@ -52,7 +52,7 @@ def pooled_ritz_values(
     max_products: int | None = None,
     allowance: Allowance = UNBOUNDED,
 ) -> PooledRitzValues:
-    """Returns the Ritz values of some runs of m Lanczos steps from vectors of random signs.
+    """Return the Ritz values of some runs of m Lanczos steps from vectors of random signs.
 
     What HPL takes for eigenvalues of Transformers (C.1.5, C.2.2; stochastic Lanczos quadrature
     after PyHessian): no convergence is asked for, and an eigenvalue that every run has found
@@ -125,7 +125,7 @@ def pooled_ritz_values(
 def copies(
     values: FloatArray, residuals: FloatArray, runs: NDArray[np.int64], tol: float
 ) -> NDArray[np.bool_]:
-    """Returns which of pooled Ritz values (descending) another run has found too, further up.
+    """Return which of pooled Ritz values (descending) another run has found too, further up.
 
     Going down the list, a converged value belongs to the eigenvalue that was met last, if it is
     within both bounds of it and this run has not had its share of that one; else it is a new one.

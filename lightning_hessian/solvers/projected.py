@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -68,7 +67,7 @@ class Projected:
         self.off_diagonal: list[float] | None = []
 
     def add(self, column: Tensor, expected: Tensor) -> None:
-        """Takes the coefficients measured at a step [m + 1], and those that were expected [m]."""
+        """Take the coefficients measured at a step [m + 1], and those that were expected [m]."""
         j = self.count
         if j == len(self.numbers):
             self._grow(max(64, j + j // 4))
@@ -81,7 +80,7 @@ class Projected:
         self.count = j + 1
 
     def lose(self, coupling: Tensor) -> None:
-        """Counts as rounding what products with the basis vectors hold outside it, at most [m]."""
+        """Count as rounding what products with the basis vectors hold outside it, at most [m]."""
         before = torch.zeros_like(coupling)
         before[: len(self.rounded)] = self.rounded
         self.rounded = torch.hypot(before, coupling.abs())
@@ -119,7 +118,7 @@ class Projected:
     def solve(
         self, couplings: list[Tensor], top: int, *, eps: float, scale: float, ranks: Ranks
     ) -> Ritz:
-        """Returns the lowest and the ``top`` largest Ritz pairs, all m if there are no more.
+        """Return the lowest and the ``top`` largest Ritz pairs, all m if there are no more.
 
         A large problem is solved as a tridiagonal one (by relatively robust representations) as
         long as it is one: at m = 2000, measured, in 0.4 s instead of 1 to 5.
@@ -148,12 +147,13 @@ class Projected:
     def _eigenpairs(self, top: int) -> tuple[Tensor, Tensor]:
         m = self.count
         if self.is_tridiagonal and self.off_diagonal is not None:
+            from scipy.linalg import eigh_tridiagonal
+
             diagonal = self.numbers.diagonal()[:m].numpy()
             beside = np.array(self.off_diagonal)
             ends = [(0, 0), (m - top, m - 1)] if top < m else [(0, m - 1)]
             found = [
-                scipy.linalg.eigh_tridiagonal(diagonal, beside, select="i", select_range=end)
-                for end in ends
+                eigh_tridiagonal(diagonal, beside, select="i", select_range=end) for end in ends
             ]
             values = np.concatenate([pair[0] for pair in found])
             rotation = np.concatenate([pair[1] for pair in found], axis=1)
@@ -165,7 +165,7 @@ class Projected:
         return values[chosen], rotation[:, chosen]
 
     def _departure(self, rotation: Tensor) -> Tensor:
-        """Returns the squared norms of (departure) s for the columns s of a rotation [m, t].
+        """Return the squared norms of (departure) s for the columns s of a rotation [m, t].
 
         The symmetric problem mirrors what was measured above the diagonal, so that it departs from
         the recurrence below; the tridiagonal one takes the recurrence's, and departs above.

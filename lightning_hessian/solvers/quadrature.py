@@ -38,7 +38,7 @@ def gauss_rule(
     num_steps: int,
     allowance: Allowance = UNBOUNDED,
 ) -> GaussRule:
-    """Returns the rule of m Lanczos steps with full reorthogonalisation, each one product.
+    """Return the rule of m Lanczos steps with full reorthogonalisation, each one product.
 
     Args:
         operator: Symmetric operator of order n.
@@ -83,6 +83,6 @@ def gauss_rule(
 
 
 def random_signs(operator: SymmetricOperator, generator: torch.Generator) -> Tensor:
-    """Returns this rank's part [n_local] of a vector of independent signs."""
+    """Return this rank's part [n_local] of a vector of independent signs."""
     signs = torch.randint(0, 2, (operator.size,), generator=generator)
     return (2 * operator.shard.take(signs) - 1).to(operator.device, operator.dtype)

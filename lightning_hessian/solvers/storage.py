@@ -86,17 +86,17 @@ class BasisStorage:
         return self.dtype is None
 
     def element_bytes(self, dtype: torch.dtype) -> int:
-        """Returns the bytes of one number of a basis of an operator in ``dtype``."""
+        """Return the bytes of one number of a basis of an operator in ``dtype``."""
         return torch.empty((), dtype=self.stored(dtype)).element_size()
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
-        """Returns the precision of storage for an operator in ``dtype``."""
+        """Return the precision of storage for an operator in ``dtype``."""
         return dtype if self.dtype is None else torch.bfloat16
 
     def allocate(
         self, capacity: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Returns room for vectors, [capacity, length], not initialised.
+        """Return room for vectors, [capacity, length], not initialised.
 
         Raises:
             MeasurementError: There is no room in the folder.
@@ -121,7 +121,7 @@ def placed(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[BasisStorage, int]:
-    """Returns where to hold a basis, ``"auto"`` resolved, and how many vectors.
+    """Return where to hold a basis, ``"auto"`` resolved, and how many vectors.
 
     Args:
         storage: What is allowed.
@@ -150,7 +150,7 @@ def placed(
 def _fitting(
     storage: BasisStorage, tier: str, vector_bytes: int, shard: Shard, device: torch.device
 ) -> int:
-    """Returns how many vectors fit into a tier on this rank."""
+    """Return how many vectors fit into a tier on this rank."""
     place = device if tier == "device" else torch.device("cpu")
     if storage.memory is None:
         if tier.startswith("disk"):
@@ -175,7 +175,7 @@ def _no_room(
     shard: Shard,
     dtype: torch.dtype,
 ) -> str:
-    """Returns what to say where a basis does not fit, with what would."""
+    """Return what to say where a basis does not fit, with what would."""
     fitting = max(fitting, 0)
     limit = (
         "half of the free memory"
@@ -205,7 +205,7 @@ def _free_on_disk(folder: str | None) -> float:
 
 
 def _in_a_file(capacity: int, length: int, dtype: torch.dtype, folder: str | None) -> Tensor:
-    """Returns a tensor whose memory is a file; the file has no name and goes with the tensor."""
+    """Return a tensor whose memory is a file; the file has no name and goes with the tensor."""
     numbers = max(1, capacity * length)
     needed = numbers * torch.empty((), dtype=dtype).element_size()
     if needed > _free_on_disk(folder):

@@ -18,7 +18,7 @@ class Terminated(BaseException):
 def keeps_state_on_sigterm(
     may_end_now: Callable[[], bool], save: Callable[[], None]
 ) -> Iterator[Callable[[], bool]]:
-    """A block that SIGTERM leaves as an exception, so that what saves on exceptions saves.
+    """Open a block that SIGTERM leaves as an exception, so that what saves on exceptions saves.
 
     Where the default action of SIGTERM stands, the process ends by SIGTERM after all once the
     block is left, as whoever sent it expects. A handler that stands there (Lightning's, which ends

@@ -79,7 +79,7 @@ class ThickRestart:
         after_step: Callable[[], Any] | None,
         on_stop: Callable[[], Any],
     ) -> RitzPairs:
-        """Iterates until converged, searches for missed copies, and returns the pairs.
+        """Iterate until converged, search for missed copies, and return the pairs.
 
         Args:
             max_products: Bound on products.
@@ -156,7 +156,7 @@ class ThickRestart:
         return None
 
     def _so_far(self, stopped: str) -> RitzPairs:
-        """Returns the pairs of a run that ends before its time; it cannot go on afterwards."""
+        """Return the pairs of a run that ends before its time; it cannot go on afterwards."""
         ritz = self._ritz(self.wanted)
         self.allowance.note_converged(self._num_converged(ritz))
         if self.found is not None and not self._has_more(ritz, self.found):
@@ -166,11 +166,11 @@ class ThickRestart:
         return self._result(ritz, stopped)
 
     def _confirmed(self, found: RitzPairs) -> RitzPairs:
-        """Returns what a search that is over was to confirm."""
+        """Return what a search that is over was to confirm."""
         return dataclasses.replace(found, num_products=self.num_products, trace=self._trace())
 
     def _trace(self) -> float | None:
-        """Returns the trace of the operator where the basis spans the whole space.
+        """Return the trace of the operator where the basis spans the whole space.
 
         It is the sum of v^T A v over any orthonormal basis, whatever has converged; vectors that
         are rounded when stored are not orthonormal enough to say so.
@@ -180,12 +180,12 @@ class ThickRestart:
         return float(self.projected.numbers.diagonal()[: self.count].sum())
 
     def _plan_search(self) -> None:
-        """Sets the next check to the end of the search, or to where the basis is full."""
+        """Set the next check to the end of the search, or to where the basis is full."""
         left = self.search_until - self.num_products
         self.next_check = min(self.count + left, self.capacity)
 
     def _step(self) -> None:
-        """Takes a pending vector into the basis; the rest of its product becomes pending."""
+        """Take a pending vector into the basis; the rest of its product becomes pending."""
         j = self.count
         joining = self.pending[0]
         if len(self.pending) > 1 and j and not joining.is_fresh:
@@ -217,7 +217,7 @@ class ThickRestart:
         self.between_steps = True
 
     def _join(self, joining: Pending) -> Tensor:
-        """Puts a vector into the basis, and makes the pending ones orthogonal to it.
+        """Put a vector into the basis, and make the pending ones orthogonal to it.
 
         Returns:
             The coefficients that its product is expected to have with the older vectors [j].
@@ -243,7 +243,7 @@ class ThickRestart:
         return expected
 
     def _random(self) -> Pending:
-        """Returns a random unit vector orthogonal to the basis, which no product leans on."""
+        """Return a random unit vector orthogonal to the basis, which no product leans on."""
         vector = torch.randn(self.operator.size, generator=self.generator, dtype=torch.float64)
         vector = self.shard.take(vector).to(self.operator.device, self.operator.dtype)
         for _ in range(2):  # a second time after normalising, should little have been left
@@ -260,7 +260,7 @@ class ThickRestart:
         )  # fmt: skip
 
     def _verdict(self, ritz: Ritz) -> str | None:
-        """Returns why to stop, or None."""
+        """Return why to stop, or None."""
         if self.count == self.operator.size:
             return "exhausted"
         if self.count < self.wanted:
@@ -278,7 +278,7 @@ class ThickRestart:
         return None
 
     def _num_converged(self, ritz: Ritz) -> int:
-        """Returns how many of the wanted pairs have converged."""
+        """Return how many of the wanted pairs have converged."""
         size = ritz.values[-self.wanted :].abs()
         return int((ritz.residuals[-self.wanted :] <= self.tol * size).sum())
 
@@ -289,11 +289,11 @@ class ThickRestart:
         return bool((ritz.values[-self.wanted :] > values + allowed).any())
 
     def _restart_size(self) -> int:
-        """Returns how many Ritz vectors to keep: a third more than are wanted."""
+        """Return how many Ritz vectors to keep: a third more than are wanted."""
         return self.wanted + max(0, self.count - self.wanted) // 3
 
     def _restart(self, ritz: Ritz, kept: int) -> None:
-        """Keeps the best Ritz vectors and what is pending, and goes on from there.
+        """Keep the best Ritz vectors and what is pending, and go on from there.
 
         Args:
             ritz: The Ritz pairs.
@@ -314,7 +314,7 @@ class ThickRestart:
             pending.is_fresh = False
 
     def _result(self, ritz: Ritz, stopped: str) -> RitzPairs:
-        """Makes the record; the wanted vectors are the first rows of the basis."""
+        """Make the record; the wanted vectors are the first rows of the basis."""
         values = ritz.values[-self.wanted :].flip(0)
         residuals = ritz.residuals[-self.wanted :].flip(0)
         return RitzPairs(

@@ -39,7 +39,7 @@ def trace(
     seed: int = 0,
     allowance: Allowance = UNBOUNDED,
 ) -> TraceEstimate | None:
-    """Returns tr(A) = sum of Ritz values + Hutchinson's estimate on their complement.
+    """Return tr(A) = sum of Ritz values + Hutchinson's estimate on their complement.
 
     With orthonormal Y and Ritz values theta_i = y_i^T A y_i,
     tr(A) = sum_i theta_i + E[(P z)^T A (P z)], P = I - Y Y^T, z of independent signs. This is

@@ -296,13 +296,15 @@ def _standardised(series: FloatArray) -> FloatArray:
     """Return the series at mean 0 and standard deviation 1."""
     centred = unit_scale(series)
     centred = centred - centred.mean()
-    return centred / centred.std()
+    result: FloatArray = centred / centred.std()
+    return result
 
 
 def _columns_at_scale_one(columns: FloatArray) -> FloatArray:
     centred = columns - columns.mean(axis=0)
     largest = np.abs(centred).max(axis=0, initial=0.0)
-    return centred / np.where(largest > 0, largest, 1.0)
+    found: FloatArray = centred / np.where(largest > 0, largest, 1.0)
+    return found
 
 
 def _persistence(series: FloatArray) -> float:
@@ -324,7 +326,8 @@ def _block_length(num_points: int, persistence: float) -> int:
     if length > 8:  # steps of an eighth: nearly equal series then share their draws
         step = 2 ** (length.bit_length() - 4)
         length = -(-length // step) * step
-    return max(1, min(length, int(num_points * _LONGEST)))
+    found: int = max(1, min(length, int(num_points * _LONGEST)))
+    return found
 
 
 def _forgotten(persistence: float, length: int) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from lightning_hessian.results import ArgumentError, Eigengaps, FloatArray, array_arguments
 from lightning_hessian.results.arguments import (
@@ -90,7 +89,9 @@ def eigengaps(
             f"all {len(kept)} positive eigengaps are equal to {kept[0]:g}, within what they are "
             "known to, so no power law fits them; compute more eigenvalues."
         )
-    line = stats.linregress(np.log(np.flatnonzero(fitted) + 1), np.log(kept))
+    from scipy.stats import linregress
+
+    line = linregress(np.log(np.flatnonzero(fitted) + 1), np.log(kept))
     return Eigengaps(
         gaps=gaps,
         fit=fit_power_law(kept, significance=significance),

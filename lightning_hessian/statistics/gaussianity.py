@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from lightning_hessian.results import FloatArray, RowTests
 from lightning_hessian.statistics.significance import critical_value, exponential_distances
@@ -148,8 +147,10 @@ def normal_p_values(points: NDArray[Any]) -> FloatArray:
     varies = (np.ptp(points, axis=1) > 0) & (spread[:, 0] > 0)
     p_values = np.full(len(points), np.nan)
     if varies.any():
+        from scipy.stats import normaltest
+
         white = (points[varies] - centre[varies]) / spread[varies]
-        p_values[varies] = stats.normaltest(white, axis=1).pvalue
+        p_values[varies] = normaltest(white, axis=1).pvalue
     return p_values
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import linalg
 
 from lightning_hessian.results import FloatArray, array_arguments
 from lightning_hessian.results.arguments import checked, significance_level
@@ -64,8 +63,11 @@ def principal_angles(first: ArrayLike, second: ArrayLike) -> FloatArray:
         >>> np.degrees(principal_angles(plane, tilted)).round(6)
         array([ 0., 45.])
     """
+    from scipy.linalg import subspace_angles
+
     one, other = _rows(first, second)
-    return linalg.subspace_angles(one.T, other.T)[::-1].copy()
+    found: FloatArray = subspace_angles(one.T, other.T)[::-1].copy()
+    return found
 
 
 @checked(_RULES)
@@ -100,7 +102,8 @@ def overlaps(first: ArrayLike, second: ArrayLike) -> FloatArray:
     count = min(len(one), len(other))
     squares = np.square(one[:count] @ other[:count].T)
     within = squares.cumsum(axis=0).cumsum(axis=1).diagonal()
-    return np.minimum(within / np.arange(1, count + 1), 1.0)
+    found: FloatArray = np.minimum(within / np.arange(1, count + 1), 1.0)
+    return found
 
 
 @checked(_RULES)

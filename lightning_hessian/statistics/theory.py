@@ -163,7 +163,8 @@ def _hidden_hessian(
     vv = np.einsum("nac,nk,nl->akcl", curvature, hidden, hidden, optimize=True)
     top = np.hstack([ww.reshape(m * d, m * d), wv.reshape(m * d, c * m)])
     bottom = np.hstack([wv.reshape(m * d, c * m).T, vv.reshape(c * m, c * m)])
-    return np.vstack([top, bottom]) / count
+    found: FloatArray = np.vstack([top, bottom]) / count
+    return found
 
 
 def _output_blocks(features: FloatArray, p: FloatArray) -> FloatArray:
@@ -172,7 +173,8 @@ def _output_blocks(features: FloatArray, p: FloatArray) -> FloatArray:
     blocks = np.einsum("na,nc,nk,nl->akcl", -p, p, features, features, optimize=True)
     for i in range(c):
         blocks[i, :, i] += (features * p[:, i : i + 1]).T @ features
-    return blocks.reshape(c * d, c * d) / count
+    found: FloatArray = blocks.reshape(c * d, c * d) / count
+    return found
 
 
 # Static force: many classes -----------------------------------------------------------------------
@@ -337,4 +339,5 @@ def _require_shape(name: str, array: NDArray[np.float64], shape: tuple[int, ...]
 
 def _softmax(logits: FloatArray) -> FloatArray:
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
-    return exponentials / exponentials.sum(1, keepdims=True)
+    found: FloatArray = exponentials / exponentials.sum(1, keepdims=True)
+    return found

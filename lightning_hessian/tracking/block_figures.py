@@ -182,4 +182,5 @@ def _largest_of_tiles(values: FloatArray, side: int) -> NDArray[np.float64]:
     padding = -len(values) % side
     padded = np.pad(values, (0, padding))
     tiles = len(padded) // side
-    return padded.reshape(tiles, side, tiles, side).max(axis=(1, 3))
+    found: FloatArray = padded.reshape(tiles, side, tiles, side).max(axis=(1, 3))
+    return found

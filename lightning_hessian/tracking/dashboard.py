@@ -235,4 +235,5 @@ def workspace_json(workspace: Any) -> dict[str, Any]:
         workspace: That of `build_workspace`.
     """
     spec = workspace._to_model().spec
-    return json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))
+    found: dict[str, Any] = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))
+    return found

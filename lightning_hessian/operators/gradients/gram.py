@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from scipy import linalg
 from torch import Tensor
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
@@ -44,7 +43,7 @@ def gram_matrix(
     memory_budget: float,
     allowance: Allowance = UNBOUNDED,
 ) -> Tensor:
-    """Returns the inner products g_s . g_t of T gradients, float64 [T, T].
+    """Return the inner products g_s . g_t of T gradients, float64 [T, T].
 
     Products and sums are in float64, whatever the gradients' precision: an eigenvalue is then
     good to the rounding of the gradients themselves. Gradients that are computed when asked for
@@ -80,7 +79,7 @@ def _products(
     stop_now: Callable[[], bool],
     agreed: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
-    """Returns the inner products of this rank's slices, on and below the diagonal tiles."""
+    """Return the inner products of this rank's slices, on and below the diagonal tiles."""
     total = gradients.num_gradients
     block, piece = _plan(gradients, memory_budget)
     with agreed():
@@ -108,7 +107,7 @@ def _products(
 
 
 def _plan(gradients: GradientRows, memory_budget: float) -> tuple[int, int]:
-    """Returns how many gradients are held, and how many are computed anew at a time."""
+    """Return how many gradients are held, and how many are computed anew at a time."""
     if isinstance(gradients, GradientHistory) and gradients.at_hand:
         return gradients.num_gradients, gradients.num_gradients
     row, stride = bytes_of_row(gradients), gradients.stride
@@ -129,7 +128,7 @@ def _plan(gradients: GradientRows, memory_budget: float) -> tuple[int, int]:
 def _held(
     gradients: GradientRows, start: int, stop: int, piece: int, stop_now: Callable[[], bool]
 ) -> tuple[Tensor, int]:
-    """Returns gradients ``start`` to the second value - 1, fewer than asked where time is up."""
+    """Return gradients ``start`` to the second value - 1, fewer than asked where time is up."""
     if isinstance(gradients, GradientHistory):
         return gradients.rows(start, stop), stop
     shape = (stop - start, gradients.shard.length)
@@ -144,7 +143,7 @@ def _held(
 
 
 def _add_products(target: Tensor, rows: Tensor, others: Tensor) -> None:
-    """Adds ``rows @ others.T`` to ``target`` in float64, slice of parameters by slice.
+    """Add ``rows @ others.T`` to ``target`` in float64, slice of parameters by slice.
 
     Where both are the same, what lies above the diagonal tiles is left out.
     """
@@ -166,7 +165,7 @@ def _add_products(target: Tensor, rows: Tensor, others: Tensor) -> None:
 
 
 def _mirrored(gram: Tensor) -> Tensor:
-    """Copies what lies below the diagonal above it, in place, and returns the matrix."""
+    """Copy what lies below the diagonal above it, in place, and return the matrix."""
     for start in range(0, len(gram), _TILE):
         stop = start + _TILE
         gram[:start, start:stop] = gram[start:stop, :start].T
@@ -200,7 +199,7 @@ class GramSpectra:
 def spectra(
     gram: Tensor, num_eigenvalues: int, size: int, num_vectors: int = 0, *, ranks: Ranks = ALONE
 ) -> GramSpectra:
-    """Returns the largest eigenvalues of second moment and covariance, exact to rounding.
+    """Return the largest eigenvalues of second moment and covariance, exact to rounding.
 
     Args:
         gram: g_s . g_t, float64 [T, T], T >= 2; overwritten.
@@ -257,24 +256,28 @@ def spectra(
 
 
 def _eigenvalues(gram: Tensor) -> FloatArray:
-    """Returns the eigenvalues, descending, and leaves the matrix as it was.
+    """Return the eigenvalues, descending, and leave the matrix as it was.
 
     On the CPU by SciPy, which works in place: torch copies the matrix twice.
     """
     if gram.device.type != "cpu":
-        return torch.linalg.eigvalsh(gram).flip(0).cpu().numpy()
+        result: FloatArray = torch.linalg.eigvalsh(gram).flip(0).cpu().numpy()
+        return result
+    from scipy.linalg import eigh
+
     diagonal = gram.diagonal().clone()
-    values = linalg.eigh(
+    values = eigh(
         gram.numpy().T, eigvals_only=True, overwrite_a=True, check_finite=False, driver="ev"
     )
     # LAPACK has used up the diagonal and what lies above it.
     gram.diagonal().copy_(diagonal)
     _mirrored(gram)
-    return values[::-1].copy()
+    found: FloatArray = values[::-1].copy()
+    return found
 
 
 def combinations(gradients: GradientRows, weights: Tensor) -> Tensor:
-    """Returns ``weights @ G`` with rows brought to norm 1, [k, n]: eigenvectors of the covariance.
+    """Return ``weights @ G`` with rows brought to norm 1, [k, n]: eigenvectors of the covariance.
 
     Args:
         gradients: Read once; all ranks get whole eigenvectors of them.

@@ -66,7 +66,7 @@ class GradientHistory:
         directory: str | Path | None = None,
         allowance: Allowance = UNBOUNDED,
     ) -> GradientHistory:
-        """Returns all T gradients, each computed once.
+        """Return all T gradients, each computed once.
 
         Args:
             gradients: Where they come from.
@@ -97,7 +97,7 @@ class GradientHistory:
         return self.device.type == "cpu" and not isinstance(self.values, np.memmap)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Returns gradients ``start`` to ``stop - 1``, [stop - start, n_local], to be read only."""
+        """Return gradients ``start`` to ``stop - 1``, [stop - start, n_local], to be read only."""
         return torch.from_numpy(self.values[start:stop]).to(self.device)
 
     def precondition(self, scale: Tensor) -> None:
@@ -107,7 +107,7 @@ class GradientHistory:
             row *= factors
 
     def by_gradient(self, chosen: NDArray[np.int64] | None = None) -> Iterator[NDArray[Any]]:
-        """Yields G's columns in SG's sense, the gradients, in blocks [b, n] of those chosen.
+        """Yield G's columns in SG's sense, the gradients, in blocks [b, n] of those chosen.
 
         Of several ranks each is given its even share of them, which it must take together with
         the others: all get the same number of blocks, and some may be empty.
@@ -122,7 +122,7 @@ class GradientHistory:
             yield self.values[wanted[0]] if ranks.world == 1 else self._exchanged(wanted)
 
     def by_parameter(self, chosen: NDArray[np.int64] | None = None) -> Iterator[NDArray[Any]]:
-        """Yields G's rows in SG's sense, one parameter over the iterations, in blocks [b, T].
+        """Yield G's rows in SG's sense, one parameter over the iterations, in blocks [b, T].
 
         Of several ranks each is given those of its slice of the parameters; all get the same
         number of blocks, and some may be empty.
@@ -139,7 +139,7 @@ class GradientHistory:
             yield np.ascontiguousarray(self.values[:, columns].T)
 
     def _exchanged(self, wanted: list[NDArray[np.int64]]) -> NDArray[Any]:
-        """Returns this rank's of the whole gradients that each rank wants, [b, n]."""
+        """Return this rank's of the whole gradients that each rank wants, [b, n]."""
         ranks = self.shard.ranks
         count = len(wanted[ranks.rank])
         shapes = [(count, length) for length in lengths(self.shard)]
@@ -178,11 +178,11 @@ class GradientCovariance:
         self.shard = history.shard
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Returns the product with a vector [n_local], a new tensor [n_local]."""
+        """Return the product with a vector [n_local], a new tensor [n_local]."""
         return self.matmat(vector.unsqueeze(0))[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of [b, n_local], a new tensor [b, n_local]."""
+        """Return the products with the rows of [b, n_local], a new tensor [b, n_local]."""
         history = self.history
         spans = list(pieces(history))
         shares = torch.cat([history.rows(*span) @ vectors.T for span in spans])
@@ -200,7 +200,7 @@ class GradientCovariance:
 def _storage(
     gradients: GradientRows, memory_budget: float, directory: str | Path | None
 ) -> NDArray[Any]:
-    """Returns an array [T, n_local], in memory if it fits and else in a file that has no name."""
+    """Return an array [T, n_local], in memory if it fits and else in a file that has no name."""
     shape = (gradients.num_gradients, gradients.shard.length)
     dtype = np.dtype(str(gradients.dtype).removeprefix("torch."))
     needed = shape[0] * shape[1] * dtype.itemsize

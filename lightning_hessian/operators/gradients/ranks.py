@@ -43,7 +43,7 @@ class DealtGradients:
         self._scale = scale
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Returns the slices of gradients ``start`` to ``stop - 1``, [stop - start, n_local].
+        """Return the slices of gradients ``start`` to ``stop - 1``, [stop - start, n_local].
 
         All ranks call it together. Each computes those of its mini-batches among them, sends of
         every one to each rank its slice, and so receives its own slice of all.

@@ -61,7 +61,7 @@ class GradientRows(Protocol):
         """Where `rows` puts them."""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Returns gradients ``start`` to ``stop - 1``, [stop - start, n_local], to be read only.
+        """Return gradients ``start`` to ``stop - 1``, [stop - start, n_local], to be read only.
 
         Where gradients are computed all ranks call it together.
         """
@@ -125,7 +125,7 @@ class MiniBatchGradients:
         self._scale = scale
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Returns gradients ``start`` to ``stop - 1``, a new tensor [stop - start, n].
+        """Return gradients ``start`` to ``stop - 1``, a new tensor [stop - start, n].
 
         Raises:
             MeasurementError: A gradient is NaN or infinite, or the loss has none.
@@ -156,7 +156,7 @@ class MiniBatchGradients:
         return max(1, min(_LARGEST_CHUNK, _PER_SAMPLE_BYTES // bytes_each))
 
     def _fill(self, row: Tensor, index: int) -> None:
-        """Writes the gradient of one mini-batch into ``row`` [n]."""
+        """Write the gradient of one mini-batch into ``row`` [n]."""
         leaves = tuple(value.requires_grad_() for value in self._objective.point())
         number = self._minibatches.numbers[index]
         loss = self._objective.loss(leaves, self._minibatches[index], number)
@@ -174,7 +174,7 @@ class MiniBatchGradients:
         self.losses[index] = float(loss.detach())
 
     def _fill_per_sample(self, rows: Tensor, start: int, stop: int) -> None:
-        """Writes the gradients of single samples into ``rows``, or turns to autograd for good.
+        """Write the gradients of single samples into ``rows``, or turns to autograd for good.
 
         The first one of all is compared with autograd's: what vmap cannot do, or does otherwise,
         is not taken from it.
@@ -232,7 +232,7 @@ class MiniBatchGradients:
 
 
 def adam_preconditioner(gradients: GradientRows, *, eps: float = 1e-8) -> Tensor:
-    """Returns what Adam multiplies a gradient by, ``1 / (sqrt(v) + eps)``, by entry [n_local].
+    """Return what Adam multiplies a gradient by, ``1 / (sqrt(v) + eps)``, by entry [n_local].
 
     v is the mean of the squares of the T gradients: what Adam's running average tends to while
     the parameters are fixed. It does not depend on the order of the gradients, and a first step
@@ -256,7 +256,7 @@ def adam_preconditioner(gradients: GradientRows, *, eps: float = 1e-8) -> Tensor
 
 
 def pieces(gradients: GradientRows, piece_bytes: float = _PIECE_BYTES) -> Iterator[tuple[int, int]]:
-    """Yields (start, stop) of runs of gradients that take at most so many bytes, if possible.
+    """Yield (start, stop) of runs of gradients that take at most so many bytes, if possible.
 
     They are the same on all ranks.
     """
@@ -273,7 +273,7 @@ def bytes_of_row(gradients: GradientRows) -> int:
 
 
 def accumulator(device: torch.device) -> torch.device:
-    """Returns where float64 sums are kept: on the device, unless it has no float64."""
+    """Return where float64 sums are kept: on the device, unless it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -284,7 +284,7 @@ def lengths(shard: Shard) -> list[int]:
 
 
 def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """Returns the sum over the ranks, where the tensor is."""
+    """Return the sum over the ranks, where the tensor is."""
     if ranks.world == 1:
         return tensor
     return ranks.sum(tensor.to(ranks.device).contiguous()).to(tensor.device)

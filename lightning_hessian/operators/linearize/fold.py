@@ -66,7 +66,7 @@ _ELSEWHERE: dict[Any, Any] = {
 
 
 def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """Returns the traced function with its constants evaluated and the rest simplified.
+    """Return the traced function with its constants evaluated and the rest simplified.
 
     Args:
         traced: A graph of ATen operations, linear in its inputs.
@@ -115,7 +115,7 @@ def fold_restricted(
 
 
 def batchable(product: fx.GraphModule) -> fx.GraphModule:
-    """Returns the same with products added up in new memory, as ``torch.vmap`` can do at once.
+    """Return the same with products added up in new memory, as ``torch.vmap`` can do at once.
 
     It has no rule for doing so in place, and would go through the vectors one by one.
     """
@@ -153,7 +153,7 @@ def _drop_zero(graph: LinearGraph, node: fx.Node) -> None:
 
 
 def _accumulate(graph: LinearGraph, node: fx.Node) -> None:
-    """Adds a product to the other summand where that lies, without a sum of its own."""
+    """Add a product to the other summand where that lies, without a sum of its own."""
     if node.target is not aten.add.Tensor or node.kwargs:
         return
     for other, product in (node.args, node.args[::-1]):
@@ -172,7 +172,7 @@ def _accumulate(graph: LinearGraph, node: fx.Node) -> None:
 
 
 def _overwrite(graph: LinearGraph, node: fx.Node) -> None:
-    """Writes a result over an operand that has no other reader: no memory is taken anew."""
+    """Write a result over an operand that has no other reader: no memory is taken anew."""
     if node.target not in _POINTWISE or not graph.is_settled(node, *node.args):
         return
     first, *rest = node.args

@@ -64,7 +64,7 @@ class LinearGraph:
         self._evaluate(traced, iter(inputs))
 
     def _evaluate(self, traced: fx.GraphModule, inputs: Iterator[Tensor]) -> None:
-        """Runs the graph once, and copies what is not constant.
+        """Run the graph once, and copy what is not constant.
 
         A constant that the traced code writes to is evaluated with all its writes, in their order.
         What is not constant and reads it in between is given a copy of it as it is then.
@@ -109,7 +109,7 @@ class LinearGraph:
                 del values[read]
 
     def _note_owner(self, node: fx.Node) -> None:
-        """Notes whose memory a node of the trace shares, and whose it writes to."""
+        """Note whose memory a node of the trace shares, and whose it writes to."""
         if (source := _aliased(node)) is not None:
             self._owners[node] = self._owners.get(source, source)
         self._written.update(self._owners.get(target, target) for target in _targets(node))
@@ -120,7 +120,7 @@ class LinearGraph:
         return self._written.isdisjoint(found)
 
     def constant(self, value: Tensor) -> fx.Node:
-        """Returns the node, before all others, that holds a constant; the same for the same one."""
+        """Return the node, before all others, that holds a constant; the same for the same one."""
         kind = _kind(value)
         key = (value.data_ptr(), kind)
         if key not in self._nodes:
@@ -133,14 +133,14 @@ class LinearGraph:
         return self._nodes[key]
 
     def put(self, node: fx.Node, target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
-        """Puts an operation before a node; its result is of the same kind as another."""
+        """Put an operation before a node; its result is of the same kind as another."""
         with self.graph.inserting_before(node):
             new = self.graph.call_function(target, arguments)
         self.kinds[new] = self.kinds[like]
         return new
 
     def replace(self, node: fx.Node, target: Any, *arguments: Any, **keywords: Any) -> fx.Node:
-        """Puts another operation, with the same kind of result, in the place of a node."""
+        """Put another operation, with the same kind of result, in the place of a node."""
         new = self.put(node, target, *arguments, like=node)
         new.kwargs = keywords
         node.replace_all_uses_with(new)
@@ -162,7 +162,7 @@ class LinearGraph:
         return [node for node in self.graph.nodes if node.op == "call_function"]
 
     def sweep(self) -> None:
-        """Removes what nothing reads."""
+        """Remove what nothing reads."""
         for node in reversed(list(self.graph.nodes)):
             if node.op == "call_function" and not node.users and not _writes(node):
                 self.graph.erase_node(node)
@@ -172,7 +172,7 @@ class LinearGraph:
             self.graph.erase_node(node)
 
     def module(self) -> fx.GraphModule:
-        """Returns the graph with its constants, ready to be called."""
+        """Return the graph with its constants, ready to be called."""
         root = nn.Module()
         for node in self.graph.nodes:
             if node.op == "get_attr":
@@ -211,7 +211,7 @@ class _Memory:
         return self._writes_left.get(self._roots[node], 0) > 0
 
     def written_by(self, node: fx.Node) -> list[fx.Node]:
-        """Notes that a node has run, and returns the nodes in the memory that it wrote to."""
+        """Note that a node has run, and return the nodes in the memory that it wrote to."""
         owners = [self._roots[target] for target in _targets(node)]
         for owner in owners:
             self._writes_left[owner] -= 1
@@ -219,7 +219,7 @@ class _Memory:
 
 
 def _roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Returns for each node the one that made the memory in which its result lies."""
+    """Return for each node the one that made the memory in which its result lies."""
     roots: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         source = _aliased(node)
@@ -235,7 +235,7 @@ def _copy_first(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _varying(graph: fx.Graph, roots: dict[fx.Node, fx.Node]) -> set[fx.Node]:
-    """Returns the nodes that depend on the inputs or on random draws."""
+    """Return the nodes that depend on the inputs or on random draws."""
     varying: set[fx.Node] = set()
     while True:
         before = len(varying)
@@ -251,7 +251,7 @@ def _varying(graph: fx.Graph, roots: dict[fx.Node, fx.Node]) -> set[fx.Node]:
 
 
 def _aliased(node: fx.Node) -> fx.Node | None:
-    """Returns the argument whose memory the result of a node shares."""
+    """Return the argument whose memory the result of a node shares."""
     if node.target in _PASSING:
         return node.all_input_nodes[0]
     found = _arguments(node, lambda alias: True)
@@ -259,12 +259,12 @@ def _aliased(node: fx.Node) -> fx.Node | None:
 
 
 def _targets(node: fx.Node) -> list[fx.Node]:
-    """Returns the arguments that an operation writes to."""
+    """Return the arguments that an operation writes to."""
     return _arguments(node, lambda alias: alias.is_write)
 
 
 def _arguments(node: fx.Node, wanted: Callable[[Any], bool]) -> list[fx.Node]:
-    """Returns the tensors among the arguments whose alias in the schema is wanted."""
+    """Return the tensors among the arguments whose alias in the schema is wanted."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     found = []
@@ -288,7 +288,7 @@ def _is_impure(node: fx.Node) -> bool:
 
 
 def _kind(tensor: Tensor) -> _Kind:
-    """Returns what an operation may rely on of a tensor."""
+    """Return what an operation may rely on of a tensor."""
     return _Kind(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 

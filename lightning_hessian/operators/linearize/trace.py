@@ -18,7 +18,7 @@ _DEVICE_GUARDS = (torch.ops.prim.device.default,)
 
 
 def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """Returns the graph of what a function does with some inputs, on tensors without derivative.
+    """Return the graph of what a function does with some inputs, on tensors without derivative.
 
     As `torch.fx.experimental.proxy_tensor.make_fx` with real tensors, in a third of its time: that
     notes for every tensor what a compiler needs to know.
@@ -52,23 +52,24 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.nodes: Any = WeakIdKeyDictionary()
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """Returns the node of a tensor; for one from outside a new one."""
+        """Return the node of a tensor; for one from outside a new one."""
         if tensor not in self.nodes:
             name = f"constant_{len(list(self.root.buffers()))}"
             self.root.register_buffer(name, tensor.detach())
             self.nodes[tensor] = self.graph.create_node("get_attr", name)
-        return self.nodes[tensor]
+        found: fx.Node = self.nodes[tensor]
+        return found
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs an operation, and writes it down."""
+        """Run an operation, and write it down."""
         kwargs = kwargs or {}
         if func in _DEVICE_GUARDS:
             return func(*args, **kwargs)

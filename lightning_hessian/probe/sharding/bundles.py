@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
 
 from lightning_hessian.probe.parameters import local
+from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_fully_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 Place = tuple[nn.Module, str]
 """Where a parameter is registered: a module and an attribute of it."""
@@ -73,26 +76,26 @@ class Bundle(ABC):
         return self.distributed(self.joined([local(member) for member in self.members])).numel()
 
     def place(self, tensors: Sequence[Tensor]) -> None:
-        """Registers a tensor for each member."""
+        """Register a tensor for each member."""
         for tensor, places in zip(tensors, self.places, strict=True):
             for part, attribute in places:
                 part._parameters[attribute] = tensor  # type: ignore[assignment]
 
     @abstractmethod
     def joined(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Returns this rank's shard, from what it holds of each member."""
+        """Return this rank's shard, from what it holds of each member."""
 
     @abstractmethod
     def distributed(self, shard: Tensor) -> DTensor:
-        """Returns the whole as the ranks hold it."""
+        """Return the whole as the ranks hold it."""
 
     @abstractmethod
     def parts(self, whole: Tensor) -> list[Tensor]:
-        """Returns the members, views of the whole."""
+        """Return the members, views of the whole."""
 
     @abstractmethod
     def outside(self, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns what stands in the members' places while they are not whole."""
+        """Return what stands in the members' places while they are not whole."""
 
 
 class SingleBundle(Bundle):
@@ -101,11 +104,13 @@ class SingleBundle(Bundle):
     members: list[DTensor]  # type: ignore[assignment]
 
     def joined(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Returns the parameter's shard."""
+        """Return the parameter's shard."""
         return leaves[0]
 
     def distributed(self, shard: Tensor) -> DTensor:
-        """Returns the parameter with another shard."""
+        """Return the parameter with another shard."""
+        from torch.distributed.tensor import DTensor
+
         (member,) = self.members
         return DTensor.from_local(
             shard, self.mesh, member.placements, run_check=False,
@@ -113,11 +118,11 @@ class SingleBundle(Bundle):
         )  # fmt: skip
 
     def parts(self, whole: Tensor) -> list[Tensor]:
-        """Returns the whole parameter."""
+        """Return the whole parameter."""
         return [whole]
 
     def outside(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the distributed tensor."""
+        """Return the distributed tensor."""
         return [self.distributed(leaves[0])]
 
 
@@ -127,7 +132,7 @@ class FlatBundle(Bundle):
     members: list[Piece]  # type: ignore[assignment]
 
     def joined(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Returns the shard of the flat parameter, with zeros where no parameter lies."""
+        """Return the shard of the flat parameter, with zeros where no parameter lies."""
         filled, parts = 0, []
         for member, leaf in sorted(zip(self.members, leaves, strict=True), key=_held_at):
             if len(leaf):
@@ -137,26 +142,28 @@ class FlatBundle(Bundle):
         return torch.cat([*parts, rest])
 
     def distributed(self, shard: Tensor) -> DTensor:
-        """Returns the flat parameter."""
+        """Return the flat parameter."""
+        from torch.distributed.tensor import DTensor, Shard
+
         whole = torch.Size([self.mesh.size() * len(shard)])
         return DTensor.from_local(
             shard, self.mesh, [Shard(0)], run_check=False, shape=whole, stride=(1,)
         )
 
     def parts(self, whole: Tensor) -> list[Tensor]:
-        """Returns the whole parameters."""
+        """Return the whole parameters."""
         return [
             whole.narrow(0, member.offset, member.whole_shape.numel()).view(member.whole_shape)
             for member in self.members
         ]
 
     def outside(self, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns the pieces."""
+        """Return the pieces."""
         return leaves
 
 
 def bundles_of(module: nn.Module) -> list[Bundle]:
-    """Returns the bundles of a module's parameters, in the order of its submodules.
+    """Return the bundles of a module's parameters, in the order of its submodules.
 
     A parameter that is not in shards is in no bundle.
     """
@@ -168,7 +175,7 @@ def bundles_of(module: nn.Module) -> list[Bundle]:
             if isinstance(parameter, Piece):
                 flat = parameter.flat
                 bundle = bundles.setdefault(flat, FlatBundle(flat.unit, flat.mesh))
-            elif isinstance(parameter, DTensor):
+            elif is_distributed_tensor(parameter):
                 unit = units.get(part, part)
                 bundle = bundles.setdefault(parameter, SingleBundle(unit, parameter.device_mesh))
             else:
@@ -186,9 +193,9 @@ def bundles_of(module: nn.Module) -> list[Bundle]:
 
 
 def _units_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yields every submodule with the innermost unit of ``fully_shard`` that it belongs to."""
+    """Yield every submodule with the innermost unit of ``fully_shard`` that it belongs to."""
     parts = dict(module.named_modules())
-    units = {name: part for name, part in parts.items() if isinstance(part, FSDPModule)}
+    units = {name: part for name, part in parts.items() if is_fully_sharded(part)}
     for name, part in parts.items():
         above = [u for u in units if u in ("", name) or name.startswith(f"{u}.")]
         if above:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.probe.sharding.bundles import FlatShards, Piece
+from lightning_hessian.probe.sharding.kinds import is_wrapper
 from lightning_hessian.probe.sharding.tensor_parallel import untied_from_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[nn.Module]:
-    """A block in which a module under FSDP1 is a plain module, without its wrappers.
+    """Open a block in which a module under FSDP1 is a plain module, without its wrappers.
 
     FSDP's forward has no double backward. So the wrappers are taken out of the tree of modules, and
     all parameters are gathered, where that takes no more than half of the memory that is free on
@@ -37,11 +39,13 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: Parameters must stay in shards, and do not lie in memory row by row.
     """
-    wrappers = [part for part in module.modules() if isinstance(part, FullyShardedDataParallel)]
+    wrappers = [part for part in module.modules() if is_wrapper(part)]
     if not wrappers:
         with untied_from_tensors(module):
             yield module
         return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     with ExitStack() as stack:
         if _fits(wrappers):
             stack.enter_context(
@@ -50,17 +54,17 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
         else:
             stack.enter_context(_in_pieces(wrappers))
         stack.enter_context(_unwrapped(module))
-        yield module.module if isinstance(module, FullyShardedDataParallel) else module
+        yield module.module if is_wrapper(module) else module
 
 
 @contextmanager
 def _unwrapped(module: nn.Module) -> Iterator[None]:
-    """A block in which what is wrapped stands in the places of the wrappers below the root."""
+    """Open a block in which what is wrapped stands in the places of the wrappers below the root."""
     places = [
         (parent, name, part)
         for parent in module.modules()
         for name, part in parent._modules.items()
-        if isinstance(part, FullyShardedDataParallel)
+        if is_wrapper(part)
     ]
     try:
         for parent, name, part in places:
@@ -83,7 +87,7 @@ def _fits(wrappers: list[FullyShardedDataParallel]) -> bool:
 
 @contextmanager
 def _in_pieces(wrappers: list[FullyShardedDataParallel]) -> Iterator[None]:
-    """A block in which the parameters of the wrapped modules are the pieces held here."""
+    """Open a block in which the parameters of the wrapped modules are the pieces held here."""
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
     hidden: list[tuple[nn.Module, str, Any]] = []
     try:
@@ -108,7 +112,9 @@ def _in_pieces(wrappers: list[FullyShardedDataParallel]) -> Iterator[None]:
 
 
 def _pieces(unit: nn.Module, handle: Any) -> dict[tuple[nn.Module, str], Piece]:
-    """Returns what this rank holds of the parameters of a flat one, by their places."""
+    """Return what this rank holds of the parameters of a flat one, by their places."""
+    from torch.distributed.device_mesh import DeviceMesh
+
     flat = handle.flat_param
     mesh = DeviceMesh.from_group(handle.process_group, handle.device.type)
     # Before the first forward there is no other than the present one.

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.probe.objective import LossFunction, Mode, Objective, checked_loss
 from lightning_hessian.probe.parameters import ParameterSpace, local, upcast
 from lightning_hessian.probe.sharding.bundles import Piece, bundles_of
+from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_fully_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
-    """Returns the ranks that a module's parameters are sharded over; None where they are not.
+    """Return the ranks that a module's parameters are sharded over; None where they are not.
 
     Raises:
         ValueError: Parameters are distributed in several ways, or over several meshes.
@@ -33,11 +33,11 @@ def ranks_of(module: nn.Module, device: torch.device) -> Ranks | None:
     found = [
         (name, parameter)
         for name, parameter in module.named_parameters()
-        if isinstance(parameter, (DTensor, Piece))
+        if is_distributed_tensor(parameter) or isinstance(parameter, Piece)
     ]
     if not found:
         return None
-    units = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    units = [name for name, part in module.named_modules() if is_fully_sharded(part)]
     mesh = _mesh_of(found[0][1])
     for name, parameter in found:
         in_unit = any(name.startswith(f"{unit}." if unit else "") for unit in units)
@@ -115,7 +115,7 @@ class ShardedObjective(Objective):
         self._plan()
 
     def _plan(self) -> None:
-        """Notes what is gathered in the forward of which unit."""
+        """Note what is gathered in the forward of which unit."""
         self._bundles = bundles_of(self._module)
         self._units: dict[nn.Module, list[int]] = {}
         for i, bundle in enumerate(self._bundles):
@@ -132,7 +132,7 @@ class ShardedObjective(Objective):
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """The block in which all evaluations take place: FSDP's own hooks rest."""
+        """Open the block in which all evaluations take place: FSDP's own hooks rest."""
         with ExitStack() as stack:
             stack.enter_context(super().isolated())
             stack.enter_context(_resting(self._module))
@@ -142,7 +142,7 @@ class ShardedObjective(Objective):
 
     @contextmanager
     def counting(self) -> Iterator[dict[int, int]]:
-        """A block that counts what autograd keeps: bytes by the address of the memory."""
+        """Open a block that counts what autograd keeps: bytes by the address of the memory."""
         self._kept = {}
         try:
             yield self._kept
@@ -150,17 +150,17 @@ class ShardedObjective(Objective):
             self._kept = None
 
     def norm(self, parts: Sequence[Tensor]) -> float:
-        """Returns the norm of all shards of all ranks together."""
+        """Return the norm of all shards of all ranks together."""
         self.ranks.stay_together()
         return math.sqrt(self.ranks.total(super().norm(parts) ** 2))
 
     def anywhere(self, flag: bool) -> bool:
-        """Returns whether the flag is set on some rank."""
+        """Return whether the flag is set on some rank."""
         self.ranks.stay_together()
         return self.ranks.any(flag)
 
     def loss(self, parameters: Sequence[Tensor], batch: Any, index: int) -> Tensor:
-        """Returns the weighted loss of this rank's batch at the given shards."""
+        """Return the weighted loss of this rank's batch at the given shards."""
         buffers = {name: upcast(buffer) for name, buffer in self._buffers().items()}
         call = self._prepared(batch, index)
         with self._whole_units(parameters):
@@ -169,7 +169,7 @@ class ShardedObjective(Objective):
 
     @contextmanager
     def _whole_units(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """A block in which the forward of a unit gathers its parameters, and lets them go."""
+        """Open a block in which the forward of a unit gathers its parameters, and lets them go."""
         given = dict(zip(self._selected, parameters, strict=True))
 
         def leaf(member: nn.Parameter) -> Tensor:
@@ -185,7 +185,7 @@ class ShardedObjective(Objective):
     def _gathering(
         self, unit: nn.Module, numbers: Sequence[int], leaves: Sequence[Sequence[Tensor]]
     ) -> Iterator[None]:
-        """A block in which a unit's forward finds its parameters whole, and others find shards."""
+        """Open a block in which a unit's forward finds whole parameters, and others find shards."""
         bundles = {i: self._bundles[i] for i in numbers}
         outside = {i: bundle.outside(leaves[i]) for i, bundle in bundles.items()}
 
@@ -214,10 +214,13 @@ class ShardedObjective(Objective):
                 bundle.place(bundle.members)
 
     def _gathered(self, shard: Tensor, i: int) -> Tensor:
-        """Returns a whole bundle; its derivative is summed over ranks and scattered."""
-        distributed = self._bundles[i].distributed(_Asking.apply(shard, self.ranks))
+        """Return a whole bundle; its derivative is summed over ranks and scattered."""
+        from torch.distributed.tensor import Partial, Replicate
+
+        distributed = self._bundles[i].distributed(_Asking.apply(shard, self.ranks))  # type: ignore[no-untyped-call]
         whole = distributed.redistribute(placements=[Replicate()])
-        return _Passing.apply(whole.to_local(grad_placements=[Partial()]), self.ranks)
+        found: Tensor = _Passing.apply(whole.to_local(grad_placements=[Partial()]), self.ranks)  # type: ignore[no-untyped-call]
+        return found
 
     def _note(self, tensor: Tensor, shard: Tensor, i: int) -> None:
         """Remembers that the memory of a tensor holds a whole bundle, while it lives."""
@@ -227,7 +230,7 @@ class ShardedObjective(Objective):
         self._whole[storage.cdata] = (storage, _View(i, shard))
 
     def _pack(self, tensor: Tensor) -> Any:
-        """Returns what autograd keeps of a tensor: of a whole parameter, only which view it is."""
+        """Return what autograd keeps of a tensor: of a whole parameter, only which view it is."""
         if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter):
             return tensor
         storage = tensor.untyped_storage()
@@ -239,8 +242,8 @@ class ShardedObjective(Objective):
         view = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         return dataclasses.replace(noted[1], view=view)
 
-    def _unpack(self, kept: Any) -> Tensor:
-        """Returns what was kept; gathers the parameter again where only the view was."""
+    def _unpack(self, kept: Tensor | _View) -> Tensor:
+        """Return what was kept; gather the parameter again where only the view was."""
         if not isinstance(kept, _View):
             return kept
         with torch.no_grad():
@@ -254,7 +257,7 @@ class _Asking(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        """Returns the tensor."""
+        """Return the tensor."""
         ctx.ranks = ranks
         ranks.stay_together()
         return tensor.view_as(tensor)
@@ -262,7 +265,7 @@ class _Asking(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Comes after the collective of a backward pass, and so before that of the next."""
-        return _Passing.apply(gradient, ctx.ranks), None
+        return _Passing.apply(gradient, ctx.ranks), None  # type: ignore[no-untyped-call]
 
 
 class _Passing(torch.autograd.Function):
@@ -270,14 +273,14 @@ class _Passing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        """Returns the tensor."""
+        """Return the tensor."""
         ctx.ranks = ranks
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Comes before the collective of a backward pass."""
-        return _Asking.apply(gradient, ctx.ranks), None
+        return _Asking.apply(gradient, ctx.ranks), None  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,11 +294,11 @@ class _View:
 
 @contextmanager
 def _resting(module: nn.Module) -> Iterator[None]:
-    """A block in which FSDP's own forward hooks are out of the way; all others stay."""
+    """Open a block in which FSDP's own forward hooks are out of the way; all others stay."""
     registries = [
         registry
         for part in module.modules()
-        if isinstance(part, FSDPModule)
+        if is_fully_sharded(part)
         for registry in (part._forward_pre_hooks, part._forward_hooks)
     ]
     before = [list(registry.items()) for registry in registries]

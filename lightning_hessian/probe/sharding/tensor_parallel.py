@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from lightning_hessian.probe.parameters import local
 from lightning_hessian.probe.sharding.bundles import FlatShards, Piece
+from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_fully_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 @contextmanager
 def untied_from_tensors(module: nn.Module) -> Iterator[None]:
-    """A block in which a module under tensor parallelism computes as on one device.
+    """Open a block in which a module under tensor parallelism computes as on one device.
 
     The hooks that turn inputs and outputs into distributed tensors rest. Parameters in shards stay
     as they are, and of all others each rank holds a `Piece`: so `ShardedObjective` gathers every
@@ -59,15 +60,15 @@ def untied_from_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def _mesh_of(module: nn.Module) -> DeviceMesh | None:
-    """Returns the mesh of a module's parameters, where it is a line for tensor parallelism alone.
+    """Return the mesh of a module's parameters, where it is a line for tensor parallelism alone.
 
     What lies in another way is left as it is, to be refused.
     """
-    if any(isinstance(part, FSDPModule) for part in module.modules()):
+    if any(is_fully_sharded(part) for part in module.modules()):
         return None
     if any(isinstance(parameter, Piece) for parameter in module.parameters()):
         return None  # it stands in such a block already
-    distributed = [part for part in module.parameters() if isinstance(part, DTensor)]
+    distributed = [part for part in module.parameters() if is_distributed_tensor(part)]
     meshes = {part.device_mesh for part in distributed}
     alone = all(len(p.placements) == 1 and not p.placements[0].is_partial() for p in distributed)
     return meshes.pop() if alone and len(meshes) == 1 else None
@@ -75,11 +76,11 @@ def _mesh_of(module: nn.Module) -> DeviceMesh | None:
 
 def _is_in_shards(parameter: Tensor) -> bool:
     """Whether a parameter is distributed along one of its dimensions."""
-    return isinstance(parameter, DTensor) and parameter.placements[0].is_shard()
+    return is_distributed_tensor(parameter) and parameter.placements[0].is_shard()
 
 
 def _piece(part: nn.Module, parameter: nn.Parameter, mesh: DeviceMesh) -> Piece:
-    """Returns this rank's share of a parameter that every rank holds."""
+    """Return this rank's share of a parameter that every rank holds."""
     whole = local(parameter.detach()).reshape(-1)
     width = -(-len(whole) // mesh.size())
     start = min(mesh.get_local_rank() * width, len(whole))
