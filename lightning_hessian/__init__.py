@@ -9,7 +9,7 @@ from lightning_hessian.measure.gradients import gradient_structure
 from lightning_hessian.measure.layers import layer_spectra
 from lightning_hessian.measure.spectrum import hessian_spectrum
 from lightning_hessian.probe.partition_rules import BlockRule, partition_rules
-from lightning_hessian.reports.report import correlation_report
+from lightning_hessian.reports.report import correlation_report, write_report
 from lightning_hessian.results import (
     ArgumentError,
     BlockStructure,
@@ -46,4 +46,5 @@ __all__ = [
     "layer_spectra",
     "load_runs",
     "partition_rules",
+    "write_report",
 ]

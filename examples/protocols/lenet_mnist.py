@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hessian import PowerLawFit, fit_power_law, hessian_spectrum
+from lightning_hessian.measure.options import PooledSLQ
 from lightning_hessian.results import FloatArray, HessianSpectrum, load_spectrum, save_spectrum
 from lightning_hessian.statistics.power_law import (
     critical_value,
@@ -117,13 +118,14 @@ def train(
 
 
 def measure(
-    protocol: str, model: nn.Module, data: tuple[Tensor, Tensor], folder: Path
+    name: str, model: nn.Module, data: tuple[Tensor, Tensor], folder: Path
 ) -> HessianSpectrum:
     """Returns the top 1000 by a protocol: from the folder, where it has been measured before."""
-    name = f"{protocol}_{len(data[1])}_{str(data[0].dtype).removeprefix('torch.')}"
-    file = folder / f"{name}.npz"
+    label = f"{name}_{len(data[1])}_{str(data[0].dtype).removeprefix('torch.')}"
+    file = folder / f"{label}.npz"
     if not file.exists():
-        checkpoint = folder / f"{name}.lanczos" if protocol == "converged" else None
+        checkpoint = folder / f"{label}.lanczos" if name == "converged" else None
+        protocol = "converged" if name == "converged" else PooledSLQ()
         spectrum = hessian_spectrum(
             model, loss_fn, [data], num_eigenvalues=1000, protocol=protocol, trace_probes=0,
             checkpoint=checkpoint,

@@ -146,9 +146,9 @@ def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> str | Non
         "bound": "the bound on products was reached; allow more or lower num_eigenvalues",
         "interrupted": "the time was up; allow more or lower num_eigenvalues",
         "precision": "the others are too small beside lambda_1 for this precision (or zero); "
-        "lower num_eigenvalues, raise tol, or use float64 (or basis_dtype=None, if it was given)",
-        "memory": "the basis is full, and in bfloat16 it cannot restart; raise basis_memory, or "
-        "lower num_eigenvalues",
+        "lower num_eigenvalues, raise tol, or use float64 (and a basis in full precision)",
+        "memory": "the basis is full, and in bfloat16 it cannot restart; allow it more memory, "
+        "or lower num_eigenvalues",
     }[ritz.stopped]
     return (
         f"{found} of {num_eigenvalues} eigenvalues converged to tol={tol:g} after "

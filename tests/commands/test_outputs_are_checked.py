@@ -85,10 +85,10 @@ def test_what_can_be_written_to_is_left_as_it_was(tmp_path):
 
 
 def test_a_report_from_python_is_checked_before_it_is_drawn(tmp_path, monkeypatch):
-    from lightning_hessian import correlation_report
+    from lightning_hessian import correlation_report, write_report
 
     (tmp_path / "metrics.csv").write_text(CSV)
     report = correlation_report(tmp_path)
-    monkeypatch.setattr("lightning_hessian.reports.compose.compose", forbidden)
+    monkeypatch.setattr("lightning_hessian.reports.report.compose", forbidden)
     with pytest.raises(ArgumentError, match="can be written to"):
-        report.write("/dev/null/x")
+        write_report(report, "/dev/null/x")
