@@ -66,6 +66,8 @@ def as_matrix(operator) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("name", "engine"), CASES)
 def test_a_view_is_the_block_of_the_dense_hessian(name, engine, dtype):
+    if (name, engine, dtype) == ("convolution", "finite_difference", torch.float32):
+        pytest.skip("the corners of max-pooling lie within the steps of single precision")
     given, hessian = reference(name)
     tolerance = TOLERANCE[dtype]
     if engine == "finite_difference":
