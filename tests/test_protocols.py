@@ -104,7 +104,7 @@ def test_what_makes_no_sense_is_refused(given, options, message):
     ("make", "message"),
     [
         (lambda: PooledSLQ(num_steps=0), "num_steps=0.*at least 1"),
-        (lambda: PooledSLQ(num_runs=0), "num_runs=0.*at least 1"),
+        (lambda: PooledSLQ(num_runs=0), "num_runs=0.*from 1 to 1,000"),
         (lambda: BasisStorage(tier="tape"), "tier='tape'.*'disk'"),
         (lambda: BasisStorage(dtype="int8"), "dtype='int8'.*'bfloat16'"),
         (lambda: LossOptions(mode="test"), "mode='test'.*'eval', 'train'"),

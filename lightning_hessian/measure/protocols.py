@@ -66,6 +66,7 @@ def pooled_top(
     protocol: PooledSLQ,
     tol: float,
     storage: BasisStorage,
+    max_products: int | None,
     allowance: Allowance,
     seed: int,
 ) -> Top:
@@ -75,7 +76,7 @@ def pooled_top(
         num_runs=protocol.num_runs,
         num_steps=protocol.num_steps,
         tol=tol,
-        max_products=allowance.products_left,
+        max_products=max_products,
         storage=storage,
         seed=seed,
         allowance=allowance,
