@@ -48,9 +48,9 @@ def test_a_place_that_cannot_be_written_to_is_found_first(
     (runs / "metrics.csv").write_text(CSV)
     (runs / "a.ckpt").write_text("no checkpoint")
     bad = str(BAD[where](tmp_path))
-    for work in ("reports.load.load_runs", "reports.live.follow", "demo.run_demo",
+    for work in ("histories.load.load_runs", "reports.live.follow", "cli.digits.run_demo",
                  "tracking.dashboard.build_workspace",
-                 "commands.checkpoint_spectra.read_checkpoint"):  # fmt: skip
+                 "cli.checkpoint_spectra.read_checkpoint"):  # fmt: skip
         monkeypatch.setattr(f"lightning_hessian.{work}", forbidden)
     arguments = {
         "report": ["report", str(runs), "--out", bad],

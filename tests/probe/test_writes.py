@@ -291,7 +291,7 @@ def test_a_retained_graph_keeps_its_digits_when_a_later_batch_writes():
             first = HessianOperator(objective, "autograd")
             for i in range(len(batch)):
                 objective.batch_loss(objective.point(), i)
-            product = first._products[0](space.split(vector))
+            product = first.products[0](space.split(vector))
             found.append(space.flatten(product))
     assert torch.allclose(*found, rtol=1e-5, atol=1e-7)
 
