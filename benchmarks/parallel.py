@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_hessian import hessian_spectrum
 from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.operators.choose import hessian_operator
 from lightning_hessian.probe.objectives import objective_over
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -104,9 +105,15 @@ def time_lenet(rank: int, world: int, folder: str, data_dir: str | None) -> None
         dist.barrier()
         start = time.perf_counter()
         spectrum = hessian_spectrum(
-            problem.model, problem.loss_fn, problem.batches, num_eigenvalues=40,
-            max_hvps=PRODUCTS, trace_probes=2, hvp="autograd", process_group=dist.group.WORLD,
-        )  # fmt: skip
+            problem.model,
+            problem.loss_fn,
+            problem.batches,
+            num_eigenvalues=40,
+            trace_probes=2,
+            hvp="autograd",
+            process_group=dist.group.WORLD,
+            budget=Budget(products=PRODUCTS),
+        )
         seconds.append(time.perf_counter() - start)
     if rank == 0:
         found = {"seconds": min(seconds), "num_hvps": spectrum.num_hvps}

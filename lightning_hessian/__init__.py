@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_hessian.measure.session import Session
     from lightning_hessian.measure.spectrum import SpectrumInstrument, hessian_spectrum
     from lightning_hessian.probe.partition_rules import BlockRule, partition_rules
-    from lightning_hessian.reports.report import correlation_report
+    from lightning_hessian.reports.report import correlation_report, write_report
     from lightning_hessian.results import (
         ArgumentError,
         BlockStructure,
@@ -70,6 +70,7 @@ __all__ = [
     "layer_spectra",
     "load_runs",
     "partition_rules",
+    "write_report",
 ]
 
 _HOMES = {
@@ -107,6 +108,7 @@ _HOMES = {
     "layer_spectra": "measure.layers",
     "load_runs": "histories.load",
     "partition_rules": "probe.partition_rules",
+    "write_report": "reports.report",
 }
 """Where each public name lives. A module is imported when one of its names is first asked for, so
 that measuring without Lightning does not import Lightning (PEP 562)."""

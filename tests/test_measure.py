@@ -25,6 +25,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_hessian import HessianSpectrum, MeasurementError, hessian_spectrum
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import LossOptions
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,9 @@ def test_training_mode_measures_dropout_as_drawn_and_evaluation_without():
     module = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3))
     batches = [(torch.randn(20, 5), torch.randint(3, (20,)))]
     evaluated, trained, again = (
-        hessian_spectrum(module, cross_entropy, batches, num_eigenvalues=4, mode=mode)
+        hessian_spectrum(
+            module, cross_entropy, batches, num_eigenvalues=4, loss_options=LossOptions(mode=mode)
+        )
         for mode in ("eval", "train", "train")
     )
     exact = dense_hessian(copy.deepcopy(module).eval(), cross_entropy, batches[0])
@@ -259,8 +263,10 @@ def test_training_mode_measures_dropout_as_drawn_and_evaluation_without():
 
 
 def test_the_bound_on_products_is_kept_and_reported(digits):
-    with pytest.warns(UserWarning, match=r"of 50 eigenvalues converged.*raise max_hvps"):
-        found = hessian_spectrum(digits.module, cross_entropy, digits.batches, max_hvps=80)
+    with pytest.warns(UserWarning, match=r"of 50 eigenvalues converged.*allow more or lower"):
+        found = hessian_spectrum(
+            digits.module, cross_entropy, digits.batches, budget=Budget(products=80)
+        )
     assert found.num_hvps == 80
     assert 0 < found.num_converged < 50
     assert len(found.eigenvalues) == 50
@@ -273,7 +279,9 @@ def test_the_bound_on_products_is_kept_and_reported(digits):
 
 def test_no_time_leaves_what_there_is(digits):
     with pytest.warns(UserWarning, match="the time was up"):
-        found = hessian_spectrum(digits.module, cross_entropy, digits.batches, max_seconds=0.0)
+        found = hessian_spectrum(
+            digits.module, cross_entropy, digits.batches, budget=Budget(seconds=0.0)
+        )
     assert found.trace is None
     assert found.trace_std_error is None
     assert found.lambda_min is None  # one Ritz value, far from converged
@@ -324,11 +332,11 @@ def short(error) -> bool:
         ({"parameters": "nothing.*"}, r"'nothing\.\*' matches no parameter"),
         ({"num_eigenvalues": 58}, r"num_eigenvalues=58.*57 numbers.*1 to 57"),
         ({"num_eigenvalues": 0}, "num_eigenvalues=0.*at least 1"),
-        ({"max_hvps": 17}, r"max_hvps=17.*too small.*18 products"),
+        ({"budget": Budget(products=17)}, r"products=17.*too small.*18 products"),
         ({"trace_probes": 1}, "at least 2"),
         ({"trace_probes": -3}, "trace_probes"),
         ({"hvp": "fast"}, "'fast'"),
-        ({"mode": "test"}, "'test'"),
+        ({"loss_options": "test"}, "loss_options='test'.*LossOptions"),
         ({"loss_fn": None}, "training_step"),
         ({"module": nn.Linear(5, 3).requires_grad_(False)}, "requires grad"),
     ],

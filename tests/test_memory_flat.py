@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hessian import block_structure, gradient_structure, hessian_spectrum, layer_spectra
+from lightning_hessian.measure.budget import Budget
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*eigenvalues converged"),
@@ -77,7 +78,7 @@ MODULES = {
     "checkpointed": lambda: Checkpointed(nn.Tanh()),
 }
 ENGINES = ("auto", "linearize", "autograd", "recompute", "finite_difference")
-SMALL = {"num_eigenvalues": 1, "max_hvps": 3, "trace_probes": 0}
+SMALL = {"num_eigenvalues": 1, "budget": Budget(products=3), "trace_probes": 0}
 FUNCTIONS = {
     "spectrum": lambda m, f, b, hvp: hessian_spectrum(m, f, b, hvp=hvp, **SMALL),
     "layers": lambda m, f, b, hvp: layer_spectra(

@@ -17,7 +17,10 @@ from lightning_hessian import (
     hessian_spectrum,
     layer_spectra,
 )
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.layers import layer_groups
+from lightning_hessian.measure.options import LossOptions, PooledSLQ
+from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.tracking.scalars import spectrum_scalars
 
 
@@ -40,7 +43,7 @@ def spectrum_of(given, **options):
 def test_pooled_values_are_labelled_and_fitted_like_the_papers_do(given):
     _, _, exact = given
     n = len(exact)
-    found = spectrum_of(given, protocol="pooled_slq", seed=1)
+    found = spectrum_of(given, protocol=PooledSLQ(), seed=1)
     assert (found.protocol, found.num_runs) == ("pooled_slq", 3)
     # No more steps than there are parameters, and none beyond an invariant subspace.
     assert 3 * n // 2 < len(found.eigenvalues) <= 3 * n
@@ -60,7 +63,7 @@ def test_pooled_values_are_labelled_and_fitted_like_the_papers_do(given):
 def test_few_steps_leave_most_unconverged_and_say_so(given):
     _, _, exact = given
     found = spectrum_of(
-        given, protocol="pooled_slq", num_runs=2, num_steps=20, num_eigenvalues=30, trace_probes=0
+        given, protocol=PooledSLQ(num_runs=2, num_steps=20), num_eigenvalues=30, trace_probes=0
     )
     assert found.num_hvps == 40
     assert len(found.eigenvalues) == 30
@@ -74,27 +77,43 @@ def test_few_steps_leave_most_unconverged_and_say_so(given):
 
 def test_a_bound_cuts_the_runs_short_with_a_warning(given):
     with pytest.warns(UserWarning, match="pools 30 Ritz values instead of 60"):
-        found = spectrum_of(given, protocol="pooled_slq", num_steps=20, max_hvps=34, trace_probes=4)
+        found = spectrum_of(
+            given, protocol=PooledSLQ(num_steps=20), budget=Budget(products=34), trace_probes=4
+        )
     assert found.num_hvps == 34
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "slq"}, "protocol='slq'.*'pooled_slq'"),
-        ({"protocol": "pooled_slq", "num_steps": 0}, "at least 1"),
-        ({"protocol": "pooled_slq", "checkpoint": "run"}, "keeps no checkpoint"),
-        ({"basis_storage": "tape"}, "basis_storage='tape'.*'disk'"),
-        ({"basis_dtype": "int8"}, "basis_dtype='int8'.*'bfloat16'"),
+        ({"protocol": "slq"}, "protocol='slq'.*PooledSLQ"),
+        ({"protocol": "pooled_slq"}, "protocol='pooled_slq'.*PooledSLQ"),
+        ({"protocol": PooledSLQ(), "checkpoint": "run"}, "keeps no checkpoint"),
+        ({"basis": "disk"}, "basis='disk'.*BasisStorage"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given, options, message):
     with pytest.raises(ValueError, match=message):
         spectrum_of(given, **options)
-    options.pop("checkpoint", None)
-    if "pooled_slq" not in options.values() or "num_steps" in options:
+    if "checkpoint" not in options:
         with pytest.raises(ValueError, match=message):
             HessianSpectrumCallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PooledSLQ(num_steps=0), "num_steps=0.*at least 1"),
+        (lambda: PooledSLQ(num_runs=0), "num_runs=0.*from 1 to 1,000"),
+        (lambda: BasisStorage(tier="tape"), "tier='tape'.*'disk'"),
+        (lambda: BasisStorage(dtype="int8"), "dtype='int8'.*'bfloat16'"),
+        (lambda: LossOptions(mode="test"), "mode='test'.*'eval', 'train'"),
+        (lambda: LossOptions(batch_weight=3), "batch_weight=3"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_where_they_are_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 # Densities --------------------------------------------------------------------------------------
@@ -110,7 +129,7 @@ def test_the_density_has_the_moments_of_the_dense_hessian(given):
 
 def test_a_density_comes_free_with_pooled_values(given):
     _, hessian, exact = given
-    options = {"protocol": "pooled_slq", "num_runs": 3, "num_steps": 20, "trace_probes": 0}
+    options = {"protocol": PooledSLQ(num_runs=3, num_steps=20), "trace_probes": 0}
     found = spectrum_of(given, density=True, **options)
     assert found.num_hvps == 60
     off_diagonal = hessian - hessian.diagonal().diag()
@@ -123,7 +142,12 @@ def test_a_density_comes_free_with_pooled_values(given):
 def test_a_density_without_products_left_is_absent_and_said_why(given):
     with pytest.warns(UserWarning, match="no density of the whole spectrum"):
         found = spectrum_of(
-            given, num_eigenvalues=2, density=True, trace_probes=0, max_hvps=25, tol=1e-9
+            given,
+            num_eigenvalues=2,
+            density=True,
+            trace_probes=0,
+            budget=Budget(products=25),
+            tol=1e-9,
         )
     assert found.density is None
     assert found.num_hvps <= 25
@@ -134,16 +158,19 @@ def test_a_density_without_products_left_is_absent_and_said_why(given):
 
 def test_storage_reaches_the_solver(given, tmp_path):
     _, _, exact = given
-    on_disk = spectrum_of(given, num_eigenvalues=6, basis_storage=f"disk:{tmp_path}")
+    on_disk = spectrum_of(given, num_eigenvalues=6, basis=BasisStorage(tier=f"disk:{tmp_path}"))
     np.testing.assert_allclose(on_disk.eigenvalues, exact[:6], rtol=1e-4)
     small = spectrum_of(
-        given, num_eigenvalues=6, basis_memory=40 * 4 * len(exact), return_eigenvectors=True
+        given,
+        num_eigenvalues=6,
+        basis=BasisStorage(memory=40 * 4 * len(exact)),
+        return_eigenvectors=True,
     )
     np.testing.assert_allclose(small.eigenvalues, exact[:6], rtol=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not all converge
         rounded = spectrum_of(
-            given, num_eigenvalues=6, basis_dtype="bfloat16", return_eigenvectors=True
+            given, num_eigenvalues=6, basis=BasisStorage(dtype="bfloat16"), return_eigenvectors=True
         )
     assert rounded.eigenvectors.dtype == torch.float32
     overlap = (rounded.eigenvectors[0] @ small.eigenvectors[0]).abs()
@@ -154,7 +181,7 @@ def test_a_measurement_out_of_time_goes_on_from_its_checkpoint(given, tmp_path):
     file, options = tmp_path / "run", {"num_eigenvalues": 8, "trace_probes": 0, "tol": 1e-4}
     whole = spectrum_of(given, **options)
     with pytest.warns(UserWarning, match="the bound on products was reached"):
-        spectrum_of(given, checkpoint=file, max_hvps=12, **options)
+        spectrum_of(given, checkpoint=file, budget=Budget(products=12), **options)
     assert file.exists()
     found = spectrum_of(given, checkpoint=file, **options)
     assert np.array_equal(found.eigenvalues, whole.eigenvalues)
@@ -199,16 +226,23 @@ def test_layers_out_of_bounds_are_left_out_and_named(given):
     network, _, _ = given
     with pytest.warns(UserWarning, match="Layers without a spectrum: head"):
         spectra = layer_spectra(
-            network.module, network.loss_fn, network.batches, num_eigenvalues=5, max_hvps=30,
+            network.module,
+            network.loss_fn,
+            network.batches,
+            num_eigenvalues=5,
             layers={"conv": "0.*", "head": "4.*"},
-        )  # fmt: skip
+            budget=Budget(products=30),
+        )
     assert list(spectra) == ["conv"]
     assert spectra["conv"].num_hvps <= 30
     with pytest.warns(UserWarning, match="Layers without a spectrum: conv, head"):
         spectra = layer_spectra(
-            network.module, network.loss_fn, network.batches, max_seconds=0,
+            network.module,
+            network.loss_fn,
+            network.batches,
             layers={"conv": "0.*", "head": "4.*"},
-        )  # fmt: skip
+            budget=Budget(seconds=0),
+        )
     assert spectra == {}
 
 

@@ -114,13 +114,14 @@ def train(
 
 
 def measure(
-    protocol: str, model: nn.Module, data: tuple[Tensor, Tensor], folder: Path
+    name: str, model: nn.Module, data: tuple[Tensor, Tensor], folder: Path
 ) -> HessianSpectrum:
-    """Return the top 1000 by a protocol: from the folder, where it has been measured before."""
-    name = f"{protocol}_{len(data[1])}_{str(data[0].dtype).removeprefix('torch.')}"
-    file = folder / f"{name}.npz"
+    """Returns the top 1000 by a protocol: from the folder, where it has been measured before."""
+    label = f"{name}_{len(data[1])}_{str(data[0].dtype).removeprefix('torch.')}"
+    file = folder / f"{label}.npz"
     if not file.exists():
-        checkpoint = folder / f"{name}.lanczos" if protocol == "converged" else None
+        checkpoint = folder / f"{label}.lanczos" if name == "converged" else None
+        protocol = "converged" if name == "converged" else PooledSLQ()
         spectrum = hessian_spectrum(
             model, loss_fn, [data], num_eigenvalues=1000, trace_probes=0, checkpoint=checkpoint,
             protocol="converged" if protocol == "converged" else PooledSLQ(),

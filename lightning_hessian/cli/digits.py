@@ -20,7 +20,7 @@ from lightning_hessian.histories.load import load_runs
 from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.live import follow
-from lightning_hessian.reports.report import DEFAULT_MONITORS, correlation_report
+from lightning_hessian.reports.report import DEFAULT_MONITORS, correlation_report, write_report
 from lightning_hessian.reports.verdicts import answer_within, judged, ranked
 from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.tracking.figures import rank_plot
@@ -178,7 +178,7 @@ def run_demo(
     _print_correlations(report)
     print(f"\nFigure: {figure}")
     print(f"Page with all charts: {page}")
-    print(f"Report: {report.write(out / 'report')}")
+    print(f"Report: {write_report(report, out / 'report')}")
     print(f"Offline W&B run: {run_folder}")
     print("Look at it in the terminal:   wandb beta leet " + str(run_folder))
     print("Or send it to your account:   wandb sync " + str(run_folder))

@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
         return
     check_folder(options.out, files=OUTPUT)
     from lightning_hessian.histories.load import RunLeftOutWarning, load_runs
-    from lightning_hessian.reports.report import correlation_report
+    from lightning_hessian.reports.report import correlation_report, write_report
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RunLeftOutWarning)  # told below
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> None:
         size=options.size,
         workers=options.workers,
     )
-    page = report.write(options.out)
+    page = write_report(report, options.out)
     print(_summary(report))
     print(f"\nReport: {page}  (also report.md, correlations.csv, correlations.json)")
     if options.publish:

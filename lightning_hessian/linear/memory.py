@@ -45,7 +45,7 @@ def short_of_memory(error: BaseException) -> OutOfMemoryError:
     return OutOfMemoryError(
         f"The measurement ran out of memory ({text[:200]}). Give the same samples as more and "
         "smaller batches (each is worked on as a whole), use hvp='recompute', select fewer "
-        "`parameters`, or let the basis lie elsewhere (`BasisStorage(tier='disk')`)."
+        "`parameters`, or let the basis lie elsewhere (`basis=BasisStorage(tier='disk')`)."
     )
 
 

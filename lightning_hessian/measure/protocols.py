@@ -66,6 +66,7 @@ def pooled_top(
     protocol: PooledSLQ,
     tol: float,
     storage: BasisStorage,
+    max_products: int | None,
     allowance: Allowance,
     seed: int,
 ) -> Top:
@@ -75,7 +76,7 @@ def pooled_top(
         num_runs=protocol.num_runs,
         num_steps=protocol.num_steps,
         tol=tol,
-        max_products=allowance.products_left,
+        max_products=max_products,
         storage=storage,
         seed=seed,
         allowance=allowance,
@@ -146,9 +147,9 @@ def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> str | Non
         "bound": "the bound on products was reached; allow more or lower num_eigenvalues",
         "interrupted": "the time was up; allow more or lower num_eigenvalues",
         "precision": "the others are too small beside lambda_1 for this precision (or zero); "
-        "lower num_eigenvalues, raise tol, or use float64 (or basis_dtype=None, if it was given)",
-        "memory": "the basis is full, and in bfloat16 it cannot restart; raise basis_memory, or "
-        "lower num_eigenvalues",
+        "lower num_eigenvalues, raise tol, or use float64 (and a basis in full precision)",
+        "memory": "the basis is full, and in bfloat16 it cannot restart; allow it more memory, "
+        "or lower num_eigenvalues",
     }[ritz.stopped]
     return (
         f"{found} of {num_eigenvalues} eigenvalues converged to tol={tol:g} after "

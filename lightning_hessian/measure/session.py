@@ -38,12 +38,12 @@ class Knowledge:
     Attributes:
         seconds_a_product: What a product took, on average over the last session.
         seconds_to_build: What making objective and operator took.
-        engines: The engine of each batch, in their order.
+        engine: The engine that the operator came to.
     """
 
     seconds_a_product: float | None = None
     seconds_to_build: float | None = None
-    engines: tuple[str, ...] | None = None
+    engine: str | None = None
 
 
 class Session:
@@ -228,6 +228,7 @@ class Session:
                 self.objective, self.hvp, expected_products=self.expected_products
             )
             self._operator.on_product = self._spend
+            self.known.engine = self._operator.engine
             self._built = time.monotonic()
             self.known.seconds_to_build = (self.known.seconds_to_build or 0.0) + self._built - begun
         if parameters is None or tuple(parameters) == self.space.names:

@@ -293,16 +293,16 @@ class SpectrumInstrument:
     def _top(self, operator: Any, allowance: Allowance, seed: int) -> Top:
         """Return the top of the spectrum by the protocol."""
         left = allowance.products_left
+        bound = None if left is None else left - self.trace_probes
         if isinstance(self.protocol, PooledSLQ):
             return pooled_top(
-                operator, self.count, self.protocol, self.tol, self.basis, allowance, seed
+                operator, self.count, self.protocol, self.tol, self.basis, bound, allowance, seed
             )
-        bound = default_bound(self.count) if left is None else left - self.trace_probes
         ritz = lanczos(
             operator,
             self.count,
             tol=self.tol,
-            max_products=bound,
+            max_products=default_bound(self.count) if bound is None else bound,
             storage=self.basis,
             checkpoint=self.checkpoint,
             seed=seed,

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_hessian.operators.engines import Product
+from lightning_hessian.probe.objective import Objective
 
-if TYPE_CHECKING:
-    from lightning_hessian.operators.hessian import HessianOperator
+
+class Whole(Protocol):
+    """What a view needs of the operator that it is a view of.
+
+    Attributes:
+        objective: The loss over the probe batches.
+        engine: The engine in use.
+        products: The product of each batch, in their order.
+    """
+
+    objective: Objective
+    engine: str
+    products: list[Product]
+
+    def count(self, products: int) -> None:
+        """Count products that were made."""
 
 
 class HessianView:
@@ -31,7 +46,7 @@ class HessianView:
         engine: That of the whole.
     """
 
-    def __init__(self, whole: HessianOperator, names: Sequence[str]) -> None:
+    def __init__(self, whole: Whole, names: Sequence[str]) -> None:
         objective = whole.objective
         self.whole = whole
         self.space = objective.space.subspace(names)

@@ -33,8 +33,8 @@ from lightning_hessian.results.arguments import (
 )
 from lightning_hessian.results.base import nearest
 from lightning_hessian.results.escaping import visible
-from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.results.output import atomic_write
+from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.tracking.dashboard import Lines, sections
 from lightning_hessian.tracking.history import Row, key_part
 from lightning_hessian.tracking.loggers import STEP

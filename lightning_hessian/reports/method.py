@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from lightning_hessian.reports.document import Bullets, marked
 from lightning_hessian.reports.findings import CorrelationReport
-from lightning_hessian.reports.report import LOSS
-from lightning_hessian.reports.verdicts import GAP
+from lightning_hessian.reports.verdicts import GAP, LOSS
 
 _ALWAYS = (
     "**Correlation is not prediction, and neither is cause.** These are the runs that were given; "

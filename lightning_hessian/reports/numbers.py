@@ -8,13 +8,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.verdicts import judged, verdict_across, verdict_over, which_goes_with
 from lightning_hessian.results.escaping import csv_cell
-
-if TYPE_CHECKING:
-    from lightning_hessian.reports.findings import CorrelationReport
 
 FORMAT = 1
 """Raised when a field of correlations.json changes its meaning."""

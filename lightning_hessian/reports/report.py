@@ -1,9 +1,11 @@
-"""`correlation_report`: which statistic goes with what is monitored, over one run or a hundred."""
+"""Which statistic goes with what is monitored, over one run or a hundred: found, and written."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Iterable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from lightning_hessian.histories.load import RULES, Source, load_runs
@@ -15,7 +17,10 @@ from lightning_hessian.reports.across import (
     choose_points,
     scaling_fits,
 )
+from lightning_hessian.reports.compose import compose
+from lightning_hessian.reports.document import to_html, to_markdown
 from lightning_hessian.reports.findings import CorrelationReport
+from lightning_hessian.reports.numbers import write_csv, write_json
 from lightning_hessian.reports.verdicts import GAP
 from lightning_hessian.reports.within import over_runs, within_runs
 from lightning_hessian.results.arguments import (
@@ -25,14 +30,13 @@ from lightning_hessian.results.arguments import (
     nonempty_text,
     one_of,
     optional,
+    path_name,
     row_choice,
     texts,
 )
+from lightning_hessian.results.output import check_folder
 from lightning_hessian.tracking.gradient_scalars import CORRELATED as OF_GRADIENTS
 from lightning_hessian.tracking.scalars import CORRELATED as OF_SPECTRA
-
-LOSS = "hessian/loss"
-"""The mean loss on the probe."""
 
 DEFAULT_MONITORS = ("val_loss", "gap")
 """What is monitored where nothing is asked for; the gap as far as a run logged it."""
@@ -140,6 +144,35 @@ def correlation_report(
         over=tuple(over_runs(within)),
         settings=settings,
     )
+
+
+@checked({"out": path_name})
+def write_report(report: CorrelationReport, out: str | PathLike[str]) -> Path:
+    """Write report.html, report.md with its figures, correlations.csv and correlations.json.
+
+    Args:
+        report: What was found.
+        out: Folder; made if missing.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ArgumentError: Nothing can be written to ``out``; found before anything is drawn.
+    """
+    folder = Path(out)
+    check_folder(folder, "out")
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    document = compose(report)
+    for drawing in document.drawings:
+        file = folder / "figures" / f"{drawing.name}.svg"
+        file.write_text(drawing.standalone, encoding="utf-8", errors="replace")
+    (folder / "report.md").write_text(to_markdown(document), encoding="utf-8", errors="replace")
+    write_csv(report, folder / "correlations.csv")
+    write_json(report, folder / "correlations.json")
+    page = folder / "report.html"
+    page.write_text(to_html(document), encoding="utf-8", errors="replace")
+    return page
 
 
 def resolved_monitors(monitor: str | Sequence[str], keys: Collection[str]) -> tuple[str, ...]:

@@ -20,6 +20,10 @@ from lightning_hessian.statistics.verdict import (
 )
 
 Pair = TypeVar("Pair", WithinRun, AcrossRuns)
+
+LOSS = "hessian/loss"
+"""The mean loss on the probe."""
+
 GAP = "hessian/gap"
 """Where the generalization gap is logged: the validation loss minus the loss on the probe."""
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from lightning_hessian.solvers.krylov import KrylovState
 from lightning_hessian.solvers.pairs import Pending
 
-if TYPE_CHECKING:
-    from lightning_hessian.solvers.thick_restart import ThickRestart
 
-
-def make_room(run: ThickRestart) -> None:
-    """Make room for a search to go on in a full basis; what was found stays as it is.
+def make_room(run: KrylovState) -> None:
+    """Makes room for a search to go on in a full basis; what was found stays as it is.
 
     The first rows are the wanted vectors and the lowest; of the space that the search has
     built beside them, the best third is kept.
@@ -39,8 +35,8 @@ def make_room(run: ThickRestart) -> None:
         run.pending = newer + _merged(run, older + given_up)
 
 
-def _given_up(run: ThickRestart, fixed: int, rotation: Tensor) -> list[Pending]:
-    """Return the directions that a search gives up but products with found vectors lean on.
+def _given_up(run: KrylovState, fixed: int, rotation: Tensor) -> list[Pending]:
+    """Returns the directions that a search gives up but products with found vectors lean on.
 
     A search takes in part of what the older pending vectors hold of the residuals. Given up
     without more ado, that part would be missing from the bounds, and from the run.
@@ -66,8 +62,8 @@ def _given_up(run: ThickRestart, fixed: int, rotation: Tensor) -> list[Pending]:
     return found
 
 
-def _merged(run: ThickRestart, pending: list[Pending]) -> list[Pending]:
-    """Return as few pending vectors as say the same of the products."""
+def _merged(run: KrylovState, pending: list[Pending]) -> list[Pending]:
+    """Returns as few pending vectors as say the same of the products."""
     couplings = torch.stack([p.coupling for p in pending])
     left, sizes, right = torch.linalg.svd(couplings, full_matrices=False)
     left, sizes, right = (run.shard.ranks.agreed(part) for part in (left, sizes, right))

@@ -67,13 +67,13 @@ class BasisStorage:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tier, str) and self.tier.startswith("disk:")):
-            one_of(*_TIERS, "disk:FOLDER")("basis_storage", self.tier)
+            one_of(*_TIERS, "disk:FOLDER")("tier", self.tier)
         if self.tier == "disk:FOLDER" and not os.path.isdir("FOLDER"):
-            raise ArgumentError("basis_storage", self.tier, "Name the folder behind 'disk:'.")
+            raise ArgumentError("tier", self.tier, "Name the folder behind 'disk:'.")
         if self.folder is not None:
-            existing_folder("basis_storage, its folder", self.folder)
-        one_of(None, "bfloat16")("basis_dtype", self.dtype)
-        optional(memory)("basis_memory", self.memory)
+            existing_folder("tier, its folder", self.folder)
+        one_of(None, "bfloat16")("dtype", self.dtype)
+        optional(memory)("memory", self.memory)
 
     @property
     def folder(self) -> str | None:
@@ -180,7 +180,7 @@ def _no_room(
     limit = (
         "half of the free memory"
         if storage.memory is None
-        else f"basis_memory={storage.memory / 1e9:.3g} GB"
+        else f"the memory allowed, {storage.memory / 1e9:.3g} GB"
     )
     needed = least * vector_bytes / 1e9
     ways = []
@@ -189,9 +189,11 @@ def _no_room(
     else:
         ways.append("lower `num_eigenvalues`")
     if storage.dtype is None and dtype == torch.float32:
-        ways.append(f"store it in half the space (basis_dtype='bfloat16', {needed / 2:.3g} GB)")
+        half = f"basis=BasisStorage(dtype='bfloat16'), {needed / 2:.3g} GB"
+        ways.append(f"store it in half the space ({half})")
     if not storage.tier.startswith("disk"):
-        ways.append(f"put it into a file (basis_storage='disk:FOLDER', {needed:.3g} GB)")
+        file = f"basis=BasisStorage(tier='disk:FOLDER'), {needed:.3g} GB"
+        ways.append(f"put it into a file ({file})")
     ways.append("select fewer parameters (`parameters=`)")
     return (
         f"A basis of {least} vectors of {shard.length:,} numbers takes {needed:.3g} GB, and "
@@ -212,7 +214,7 @@ def _in_a_file(capacity: int, length: int, dtype: torch.dtype, folder: str | Non
         raise MeasurementError(
             f"A basis of {capacity} vectors takes {needed / 1e9:.3g} GB on disk, and "
             f"{_free_on_disk(folder) / 1e9:.3g} GB are free in {folder or tempfile.gettempdir()}. "
-            "Choose another folder (basis_storage='disk:FOLDER')."
+            "Choose another folder (tier='disk:FOLDER')."
         )
     handle, path = tempfile.mkstemp(prefix="lightning_hessian_basis_", dir=folder)
     try:

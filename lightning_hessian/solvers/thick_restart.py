@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator, check_finite
-from lightning_hessian.solvers.basis import KrylovBasis
+from lightning_hessian.solvers.krylov import KrylovState
 from lightning_hessian.solvers.pairs import Pending, RitzPairs
-from lightning_hessian.solvers.projected import ROUNDING_MARGIN, Projected, Ritz
+from lightning_hessian.solvers.projected import ROUNDING_MARGIN, Ritz
 from lightning_hessian.solvers.search import make_room
 from lightning_hessian.solvers.storage import BasisStorage
 
@@ -26,7 +26,7 @@ _NEARLY_INSIDE = 0.1
 """A pending vector of which no more is left outside the basis is made orthogonal to it anew."""
 
 
-class ThickRestart:
+class ThickRestart(KrylovState):
     """The state of a run between steps; see `lanczos` for the arguments."""
 
     def __init__(
@@ -39,37 +39,18 @@ class ThickRestart:
         storage: BasisStorage,
         num_rows: int | None = None,
     ) -> None:
-        self.operator = operator
-        self.shard = operator.shard
-        self.wanted = wanted
+        super().__init__(operator, wanted, capacity, storage, num_rows)
         self.tol = tol
         self.seed = seed
-        self.storage = storage
-        # A bound on products may need fewer rows, but moves no restart: it may be raised later.
-        self.capacity = capacity
-        self.basis = KrylovBasis(
-            capacity if num_rows is None else min(num_rows, capacity),
-            self.shard, dtype=operator.dtype, device=operator.device, storage=storage,
-        )  # fmt: skip
-        self.eps = torch.finfo(operator.dtype).eps
         # Less than this of a unit vector is rounding: it is counted as such, not followed.
         self._negligible = 10 * self.eps if storage.restarts else _STORED_ROUNDING
         self.generator = torch.Generator().manual_seed(seed)
-        # Where vectors are rounded, what is measured with them is less exact than the recurrence.
-        self.projected = Projected() if storage.restarts else Projected(tridiagonal_from=0)
-        self.pending: list[Pending] = []
-        self.scale = 0.0  # largest coefficient so far, an estimate of the norm of the operator
         self.num_products = 0
         self.next_check = wanted + 2
         self.found: RitzPairs | None = None  # what a search for more is under way to confirm
         self.search_until = 0  # products
         self.between_steps = True
         self.allowance: Allowance = UNBOUNDED
-
-    @property
-    def count(self) -> int:
-        """Vectors in the basis; their products are known."""
-        return self.projected.count
 
     def run(
         self,

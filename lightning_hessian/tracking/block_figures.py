@@ -70,7 +70,7 @@ def heterogeneity_heatmap(blocks: BlockStructure, *, title: str | None = None) -
     if blocks.heterogeneity is None:
         raise ValueError(
             "No heterogeneity was measured; call block_structure(..., densities=True), with a "
-            "larger max_hvps if there is one."
+            "larger budget if there is one."
         )
     figure, axes = _square_figure()
     image = axes.imshow(blocks.heterogeneity, cmap="viridis", vmin=0, vmax=1)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_hessian.probe.partition import Blocks
 from lightning_hessian.results import BlockStructure, Eigengaps, HessianSpectrum, PowerLawFit
 from lightning_hessian.statistics.eigengaps import eigengaps
 from lightning_hessian.statistics.power_law import fit_power_law
@@ -61,7 +60,7 @@ def spectrum_scalars(
         why = (
             "the largest eigenvalue is not positive (a maximum, or the loss has the wrong sign)"
             if spectrum.converged[0]
-            else "the largest eigenvalue has not converged (raise max_hvps or the time allowed)"
+            else "the largest eigenvalue has not converged (allow more products or time)"
         )
         absent.append(f"No power law was fitted to the eigenvalues or their gaps: {why}.")
         return scalars, absent
@@ -109,7 +108,7 @@ def eigengap_scalars(gaps: Eigengaps) -> dict[str, float]:
     return scalars
 
 
-def block_scalars(blocks: BlockStructure, partition: Blocks | None = None) -> dict[str, float]:
+def block_scalars(blocks: BlockStructure, partition: object = None) -> dict[str, float]:
     """Return the statistics of a block structure, name to value; those without value are absent.
 
     Where the blocks are cut from two layers, w before v, ``block_share_ww``, ``block_share_wv``
@@ -135,9 +134,7 @@ def block_scalars(blocks: BlockStructure, partition: Blocks | None = None) -> di
     return {name: value for name, value in scalars.items() if value is not None}
 
 
-def group_ratios(
-    blocks: BlockStructure, partition: Blocks | None = None
-) -> dict[str, float | None]:
+def group_ratios(blocks: BlockStructure, partition: object = None) -> dict[str, float | None]:
     """Return the off-diagonal ratios within the hidden neurons and within the classes.
 
     HBS eq. 6, 10, 14, 15 and theorems 1 and 2 are about these, not about the ratio over all

@@ -48,9 +48,9 @@ def test_a_place_that_cannot_be_written_to_is_found_first(
     (runs / "metrics.csv").write_text(CSV)
     (runs / "a.ckpt").write_text("no checkpoint")
     bad = str(BAD[where](tmp_path))
-    for work in ("reports.load.load_runs", "reports.live.follow", "demo.run_demo",
+    for work in ("histories.load.load_runs", "reports.live.follow", "cli.digits.run_demo",
                  "tracking.dashboard.build_workspace",
-                 "commands.checkpoint_spectra.read_checkpoint"):  # fmt: skip
+                 "cli.checkpoint_spectra.read_checkpoint"):  # fmt: skip
         monkeypatch.setattr(f"lightning_hessian.{work}", forbidden)
     arguments = {
         "report": ["report", str(runs), "--out", bad],
@@ -85,10 +85,10 @@ def test_what_can_be_written_to_is_left_as_it_was(tmp_path):
 
 
 def test_a_report_from_python_is_checked_before_it_is_drawn(tmp_path, monkeypatch):
-    from lightning_hessian import correlation_report
+    from lightning_hessian import correlation_report, write_report
 
     (tmp_path / "metrics.csv").write_text(CSV)
     report = correlation_report(tmp_path)
-    monkeypatch.setattr("lightning_hessian.reports.compose.compose", forbidden)
+    monkeypatch.setattr("lightning_hessian.reports.report.compose", forbidden)
     with pytest.raises(ArgumentError, match="can be written to"):
-        report.write("/dev/null/x")
+        write_report(report, "/dev/null/x")

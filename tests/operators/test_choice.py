@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_hessian import hessian_spectrum
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.operators.costs import Cost, counted
 from lightning_hessian.operators.engines import autograd, linearize
 from lightning_hessian.operators.hessian import HessianOperator
@@ -109,7 +110,13 @@ def one_thread():
 def measured(name):
     module, batches = network(name)
     return hessian_spectrum(
-        module, cross_entropy, batches, num_eigenvalues=3, max_hvps=40, trace_probes=6, seed=1
+        module,
+        cross_entropy,
+        batches,
+        num_eigenvalues=3,
+        trace_probes=6,
+        seed=1,
+        budget=Budget(products=40),
     )
 
 

@@ -44,6 +44,7 @@ import json, resource, sys, warnings
 import torch
 from torch import nn
 from lightning_hessian import gradient_structure, hessian_spectrum
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.results import MeasurementError
 
 function, engine = sys.argv[1:3]
@@ -61,7 +62,8 @@ def measure(module=module, batches=batches):
         )
         return "gradients", float(found.covariance[0])
     found = hessian_spectrum(
-        module, loss_fn, batches, num_eigenvalues=1, trace_probes=0, max_hvps=4, hvp=engine
+        module, loss_fn, batches, num_eigenvalues=1, trace_probes=0, hvp=engine,
+        budget=Budget(products=4),
     )
     return found.engine, float(found.eigenvalues[0])
 

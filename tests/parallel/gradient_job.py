@@ -30,10 +30,14 @@ from lightning_hessian import (
     MeasurementError,
     gradient_structure,
 )
+from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.operators.gradients import history as gradient_history
 from lightning_hessian.operators.gradients.history import GradientCovariance, GradientHistory
 from lightning_hessian.solvers.lanczos import lanczos
+
+HOURS = 1e5  # seconds: more than any test takes
 
 WORD = "this rank's memory has run out"
 
@@ -196,19 +200,16 @@ def cut_short(module: Network) -> list[dict[str, Any]]:
     for tests in (True, False):
         asked = Counter[str]()
 
-        def deadline(*_: Any, asked: Counter[str] = asked) -> Any:
-            def up() -> bool:
-                asked["times"] += 1
-                return rank == 1 and asked["times"] >= 24 // world
-
-            return up
+        def passed(_: Allowance, asked: Counter[str] = asked) -> float:
+            asked["times"] += 1
+            return HOURS if rank == 1 and asked["times"] >= 24 // world else 0.0
 
         def pieces(gradients: Any, piece_bytes: float = 0) -> Any:
             total, step = gradients.num_gradients, world
             return ((i, min(i + step, total)) for i in range(0, total, step))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lightning_hessian.measure.gradients.deadline", deadline)
+            patch.setattr(Allowance, "seconds_passed", property(passed))
             patch.setattr(gradient_history, "pieces", pieces)
             patch.setattr(
                 "lightning_hessian.operators.gradients.gram._plan", lambda *_: (50, world)
@@ -218,6 +219,7 @@ def cut_short(module: Network) -> list[dict[str, Any]]:
                 result = gradient_structure(
                     module, loss_fn, list(DataLoader(dataset(), batch_size=8)), batch_size=3,
                     num_gradients=50, tests=tests, process_group=dist.group.WORLD,
+                    budget=Budget(seconds=HOURS),
                 )  # fmt: skip
         found.append(as_json(result) | {"warnings": [str(w.message) for w in caught]})
     return found

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hessian import HessianSpectrumCallback, block_structure, hessian_spectrum
 from lightning_hessian.linear.ranks import _GATHER, _SCATTER
+from lightning_hessian.measure.spectrum import SpectrumInstrument
 from lightning_hessian.probe.sharding.objective import ShardedObjective
 from lightning_hessian.solvers import basis
 
@@ -258,7 +259,9 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     if "probe" in job:
         callbacks.append(Probe(job["probe"], job.get("blocks", "neuron")))
     if "callback" in job:
-        options = {"num_eigenvalues": 5, "num_batches": 6, "trace_probes": 2, **job["callback"]}
+        options = {"num_eigenvalues": 5, "num_batches": 6, **job["callback"]}
+        spectrum = SpectrumInstrument(num_eigenvalues=options["num_eigenvalues"], trace_probes=2)
+        options["instruments"] = [spectrum]
         if "fail" in job:
             options["loss_fn"] = failing_loss(*job["fail"])
         callbacks.append(HessianSpectrumCallback(**options))

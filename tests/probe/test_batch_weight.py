@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_hessian import hessian_spectrum
+from lightning_hessian.measure.options import LossOptions
 from lightning_hessian.probe.batch_weight import predicts_next
 
 VOCABULARY, LENGTHS = 7, (2, 3, 12, 5, 4, 9)
@@ -267,9 +268,13 @@ def test_dimensions_that_disagree_about_the_samples_warn_once(shapes):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         hessian_spectrum(
-            model, sequence_loss, batches, num_eigenvalues=1, trace_probes=0,
-            batch_weight=lambda batch: batch[0].shape[1],
-        )  # fmt: skip
+            model,
+            sequence_loss,
+            batches,
+            num_eigenvalues=1,
+            trace_probes=0,
+            loss_options=LossOptions(batch_weight=lambda batch: batch[0].shape[1]),
+        )
 
 
 @pytest.mark.parametrize(

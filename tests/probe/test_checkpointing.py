@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lightning_hessian import block_structure, gradient_structure, hessian_spectrum
+from lightning_hessian.measure.options import LossOptions
 from lightning_hessian.operators.hessian import HessianOperator
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -198,8 +199,16 @@ def test_every_function_measures_the_same_and_leaves_all_as_it_was(segment):
     for module in pair(segment, kept)[:2]:
         batches = pair(segment, kept)[2]
         before = module_state(module)
-        spectrum = hessian_spectrum(module, cross_entropy, batches, num_eigenvalues=2, mode="train")
-        blocks = block_structure(module, cross_entropy, batches, mode="train")
+        spectrum = hessian_spectrum(
+            module,
+            cross_entropy,
+            batches,
+            num_eigenvalues=2,
+            loss_options=LossOptions(mode="train"),
+        )
+        blocks = block_structure(
+            module, cross_entropy, batches, loss_options=LossOptions(mode="train")
+        )
         gradients = gradient_structure(
             module, cross_entropy, batches, batch_size=5, num_gradients=24, mode="train"
         )

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from lightning_hessian.isolation.context import isolated, muted
 from lightning_hessian.isolation.held import untouched
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.options import LossOptions
 from lightning_hessian.measure.spectrum import hessian_spectrum
 
 ENGINES = ("auto", "linearize", "autograd", "recompute")
@@ -188,7 +190,7 @@ def module(batches):
 
 
 def measure(module, batches, **options):
-    options = {"num_eigenvalues": 3, "max_hvps": 8, "trace_probes": 2} | options
+    options = {"num_eigenvalues": 3, "budget": Budget(products=8), "trace_probes": 2} | options
     return hessian_spectrum(module, None, batches, **options)
 
 
@@ -201,7 +203,7 @@ def measure(module, batches, **options):
 def test_a_measurement_changes_nothing(module, batches, mode, hvp):
     data = copy.deepcopy(batches)
     before, before_globally = module_state(module), global_state()
-    measure(module, batches, mode=mode, hvp=hvp, seed=5)
+    measure(module, batches, loss_options=LossOptions(mode=mode), hvp=hvp, seed=5)
     assert_same(before, module_state(module))
     assert_same(before_globally, global_state())
     assert all(
@@ -217,9 +219,14 @@ def test_metrics_that_compute_in_the_step_are_as_before(module, batches, hvp):
     before, accuracy = module_state(module), module.accuracy.compute()
     module.accuracy._computed = None
     hessian_spectrum(
-        module, Talkative.validate_metrics, batches, num_eigenvalues=2, max_hvps=6, trace_probes=0,
+        module,
+        Talkative.validate_metrics,
+        batches,
+        num_eigenvalues=2,
+        trace_probes=0,
         hvp=hvp,
-    )  # fmt: skip
+        budget=Budget(products=6),
+    )
     assert_same(before, module_state(module))
     assert module.accuracy.compute() == accuracy
     module.accuracy.update(torch.eye(3), torch.tensor([0, 1, 2]))  # and still usable
@@ -243,9 +250,15 @@ def test_a_loss_that_raises_changes_nothing(module, batches, fail_at, hvp):
     before, before_globally = module_state(module), global_state()
     with pytest.raises(KeyError, match="no such sample"):
         hessian_spectrum(
-            module, fragile, batches, num_eigenvalues=3, max_hvps=8, trace_probes=2, mode="train",
+            module,
+            fragile,
+            batches,
+            num_eigenvalues=3,
+            trace_probes=2,
             hvp=hvp,
-        )  # fmt: skip
+            budget=Budget(products=8),
+            loss_options=LossOptions(mode="train"),
+        )
     assert_same(before, module_state(module))
     assert_same(before_globally, global_state())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hessian import block_structure, gradient_structure, hessian_spectrum, layer_spectra
+from lightning_hessian.measure.budget import Budget
 from lightning_hessian.operators.hessian import HessianOperator
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -212,12 +213,18 @@ def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 FUNCTIONS = {
     "spectrum": lambda m, b, hvp: hessian_spectrum(
-        m, loss_fn, b, num_eigenvalues=2, max_hvps=6, trace_probes=2, hvp=hvp
+        m, loss_fn, b, num_eigenvalues=2, trace_probes=2, hvp=hvp, budget=Budget(products=6)
     ),
     "blocks": lambda m, b, hvp: block_structure(m, loss_fn, b, exact=False, hvp=hvp),
     "layers": lambda m, b, hvp: layer_spectra(
-        m, loss_fn, b, layers={"a": "layer.*"}, num_eigenvalues=1, max_hvps=6, trace_probes=2,
+        m,
+        loss_fn,
+        b,
+        layers={"a": "layer.*"},
+        num_eigenvalues=1,
+        trace_probes=2,
         hvp=hvp,
+        budget=Budget(products=6),
     ),
     "gradients": lambda m, b, hvp: gradient_structure(
         m, loss_fn, b, batch_size=6, num_gradients=20
@@ -225,7 +232,7 @@ FUNCTIONS = {
     "gradients of samples": lambda m, b, hvp: gradient_structure(
         m, loss_fn, b, batch_size=1, num_gradients=24
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -284,7 +291,7 @@ def test_a_retained_graph_keeps_its_digits_when_a_later_batch_writes():
             first = HessianOperator(objective, "autograd")
             for i in range(len(batch)):
                 objective.batch_loss(objective.point(), i)
-            product = first._products[0](space.split(vector))
+            product = first.products[0](space.split(vector))
             found.append(space.flatten(product))
     assert torch.allclose(*found, rtol=1e-5, atol=1e-7)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_hessian import correlation_report
+from lightning_hessian import correlation_report, write_report
 from lightning_hessian.cli.main import main
 from lightning_hessian.histories.run_table import RunRecord, RunTable
 from lightning_hessian.reports.compose import compose
@@ -148,7 +148,7 @@ def test_a_whole_report_survives_any_name(name, tmp_path):
     report = correlation_report(
         RunTable(runs, (name,)), monitor=name + "m", statistics=_literal(pattern), group=name
     )
-    report.write(tmp_path)
+    write_report(report, tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert not {"script", "img", "iframe", "a", "b", "h3"} & set(page.tags)
     for renderer in ("python-markdown", "gfm", "commonmark with html"):
@@ -190,7 +190,7 @@ def test_every_table_that_is_written_quotes_formulas(tmp_path):
     )  # fmt: skip
     table = RunTable((record,))
     table.write_csv(tmp_path / "rows.csv")
-    correlation_report(table, statistics=["=m"]).write(tmp_path)
+    write_report(correlation_report(table, statistics=["=m"]), tmp_path)
     for file in ("rows.csv", "correlations.csv"):
         with (tmp_path / file).open(newline="") as opened:
             header, *lines = csv.reader(opened)
@@ -206,7 +206,7 @@ def test_numbers_that_json_has_none_for_are_null(tmp_path):
     series["hessian/d_ks"][:2] = 1, 2
     config = {"a": float("nan"), "b": float("-inf"), "c": "NaN"}
     table = RunTable((RunRecord("r", "r", "r", "csv", config, np.arange(5.0), series),))
-    correlation_report(table).write(tmp_path)
+    write_report(correlation_report(table), tmp_path)
 
     def refuse(text: str) -> None:
         raise AssertionError(text)

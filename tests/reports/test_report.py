@@ -13,7 +13,7 @@ import pytest
 from report_runs import logged, write_csv_run
 from scipy import stats
 
-from lightning_hessian import correlation_report
+from lightning_hessian import correlation_report, write_report
 from lightning_hessian.cli.main import main
 from lightning_hessian.histories.parallel import Progress
 from lightning_hessian.histories.run_table import RunRecord, RunTable
@@ -54,7 +54,7 @@ def report(table):
 @pytest.fixture(scope="module")
 def written(report, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    report.write(folder)
+    write_report(report, folder)
     return folder
 
 
@@ -162,7 +162,7 @@ def test_two_independent_series_that_drift(tmp_path):
         report = correlation_report(RunTable((run,)))
         (pair,) = report.within
         assert pair.r > 0.9
-        report.write(tmp_path)
+        write_report(report, tmp_path)
         told += "first differences show nothing" in (tmp_path / "report.md").read_text()
         assert ("**no statistic** was shown to move" in (tmp_path / "report.md").read_text()) == (
             "first differences show nothing" in (tmp_path / "report.md").read_text()
@@ -193,7 +193,7 @@ def test_short_runs_say_so(count, words, tmp_path):
     rng = np.random.default_rng(count)
     run = record("run", val_loss=rng.normal(size=count), hessian__d_ks=rng.normal(size=count))
     report = correlation_report(RunTable((run,)))
-    report.write(tmp_path)
+    write_report(report, tmp_path)
     assert words in (tmp_path / "report.md").read_text()
     (pair,) = report.within
     assert math.isnan(pair.holm)
@@ -306,7 +306,7 @@ def test_a_name_cannot_become_markup(tmp_path):
         )
         for k in range(5)
     ]
-    correlation_report(RunTable(tuple(runs)), group="g").write(tmp_path)
+    write_report(correlation_report(RunTable(tuple(runs)), group="g"), tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text
     assert "<b>" not in text
@@ -455,7 +455,7 @@ def test_the_gap_is_monitored_beside_the_loss_where_it_was_logged(tmp_path):
 
 
 def test_the_report_says_which_of_the_two_a_statistic_goes_with(tmp_path):
-    correlation_report(RunTable((with_gap(0),))).write(tmp_path)
+    write_report(correlation_report(RunTable((with_gap(0),))), tmp_path)
     found = json.loads((tmp_path / "correlations.json").read_text())["goes_with"]
     assert {one["statistic"]: one["sentence"] for one in found} == EXPECTED
     text = (tmp_path / "report.md").read_text()
@@ -469,7 +469,7 @@ def test_the_report_says_which_of_the_two_a_statistic_goes_with(tmp_path):
 
 def test_many_runs_say_it_across_and_within(tmp_path):
     report = correlation_report(RunTable(tuple(map(with_gap, range(12)))), workers=1)
-    report.write(tmp_path)
+    write_report(report, tmp_path)
     found = json.loads((tmp_path / "correlations.json").read_text())["goes_with"]
     said = {
         scope: {one["statistic"]: one["sentence"] for one in found if one["scope"] == scope}

@@ -13,7 +13,7 @@ import pytest
 from report_runs import logged, write_csv_run
 from tracking.runs import finished, measuring, train, wandb_logger
 
-from lightning_hessian import correlation_report, load_runs
+from lightning_hessian import correlation_report, load_runs, write_report
 from lightning_hessian.histories.run_table import RunRecord, RunTable
 from lightning_hessian.histories.same_run import each_run_once, identities_beside
 
@@ -58,7 +58,7 @@ def test_five_seeds_with_two_loggers_are_five_runs_in_the_report(tmp_path):
     assert len(both.table) == 5
     assert [pair.p_value for pair in both.across] == [pair.p_value for pair in alone.across]
     assert [over.sign_p for over in both.over] == [over.sign_p for over in alone.over]
-    both.write(tmp_path / "out")
+    write_report(both, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.count("counted once") == 5
     assert "5 runs, " in text

@@ -175,8 +175,8 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     assert "1003 vectors of 1,000,000 numbers takes 4.01 GB" in message
     assert "50 vectors fit into half of the free memory" in message
     assert "`num_eigenvalues` to 47" in message
-    assert "basis_dtype='bfloat16', 2.01 GB" in message
-    assert "basis_storage='disk:FOLDER', 4.01 GB" in message
+    assert "basis=BasisStorage(dtype='bfloat16'), 2.01 GB" in message
+    assert "basis=BasisStorage(tier='disk:FOLDER'), 4.01 GB" in message
     # And what the message proposes does work.
     assert place(BasisStorage(), 4040, 47 + 3, n=1_000_000)[1] == 50
 
@@ -192,10 +192,10 @@ def test_a_disk_that_is_too_small_is_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tier": "tape"}, "basis_storage='tape'.*'disk'"),
-        ({"tier": "cpu:0"}, "basis_storage='cpu:0'.*'cpu'"),
+        ({"tier": "tape"}, "tier='tape'.*'disk'"),
+        ({"tier": "cpu:0"}, "tier='cpu:0'.*'cpu'"),
         ({"tier": "disk:/no/such/folder"}, "no folder '/no/such/folder'"),
-        ({"dtype": "float16"}, "basis_dtype='float16'.*'bfloat16'"),
+        ({"dtype": "float16"}, "dtype='float16'.*'bfloat16'"),
         ({"memory": 0}, "bytes above 0"),
         ({"memory": float("nan")}, "bytes above 0"),
     ],

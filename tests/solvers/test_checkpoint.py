@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from allowances import stop_at_product
 from test_lanczos import SPECTRA, N, Watched, matrix_of
 
 from lightning_hessian.linear.operator import MatrixOperator
@@ -58,7 +59,7 @@ def test_a_run_stopped_every_few_products_ends_with_the_same_digits(matrix, whol
         operator, patience = Watched(matrix), int(rng.integers(2, 8))
         found = lanczos(
             operator, 10, checkpoint=file, **options_of(matrix),
-            should_stop=lambda o=operator, p=patience: o.num_products >= p,
+            allowance=stop_at_product(operator, patience),
         )  # fmt: skip
         sessions += 1
         if found.stopped != "interrupted":
@@ -130,7 +131,7 @@ def test_bases_elsewhere_and_in_half_the_precision_are_kept_too(tmp_path, storag
     whole = lanczos(MatrixOperator(matrix), 10, **options)
     file, operator = tmp_path / "run", Watched(matrix)
     stopped = lanczos(
-        operator, 10, checkpoint=file, should_stop=lambda: operator.num_products == 14, **options
+        operator, 10, checkpoint=file, allowance=stop_at_product(operator, 14), **options
     )
     assert stopped.stopped == "interrupted"
     assert alike(lanczos(MatrixOperator(matrix), 10, checkpoint=file, **options), whole)

@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
+from allowances import stop_at_product
 from torch import Tensor
 
 from lightning_hessian.linear.operator import MatrixOperator
@@ -247,7 +248,7 @@ def test_a_bound_between_restarts_is_kept_too():
 def test_an_interruption_gives_what_there_is(stop_after, num_values):
     matrix = matrix_of(np.linspace(0, 1, N))
     operator = Watched(matrix)
-    found = lanczos(operator, 10, should_stop=lambda: operator.num_products >= stop_after)
+    found = lanczos(operator, 10, allowance=stop_at_product(operator, stop_after))
     assert (found.stopped, found.num_products) == ("interrupted", stop_after)
     assert found.values.shape == found.residuals.shape == found.converged.shape == (num_values,)
     assert found.vectors.shape == (num_values, N)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from allowances import stop_at_product
 from test_lanczos import RANKS, N, Watched, allowance, eigenvalues_of, matrix_of
 
 from lightning_hessian.linear.operator import MatrixOperator
@@ -79,9 +80,7 @@ def test_the_density_of_the_runs_has_the_moments_of_the_matrix():
 
 def test_an_interruption_leaves_what_there_is():
     operator = Watched(matrix_of(POWER_LAW))
-    found = pooled_ritz_values(
-        operator, num_steps=20, should_stop=lambda: operator.num_products >= 27
-    )
+    found = pooled_ritz_values(operator, num_steps=20, allowance=stop_at_product(operator, 27))
     assert (found.stopped, found.num_products) == ("interrupted", 27)
     assert np.bincount(found.runs).tolist() == [20, 7]
 

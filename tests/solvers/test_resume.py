@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from allowances import stop_at_product
 from test_checkpoint import alike
 from test_lanczos import Watched, matrix_of
 
@@ -43,8 +44,8 @@ def test_interrupted_at_any_product_it_ends_with_the_same_digits(problem, how, t
         if how == "a bound":
             first = lanczos(operator, 6, checkpoint=file, max_products=cut, **options)
         elif how == "a question":
-            stop = lambda o=operator, c=cut: o.num_products >= c  # noqa: E731
-            first = lanczos(operator, 6, checkpoint=file, should_stop=stop, **options)
+            stop = stop_at_product(operator, cut)
+            first = lanczos(operator, 6, checkpoint=file, allowance=stop, **options)
         else:
             first = None
             with pytest.raises(KeyboardInterrupt):
@@ -79,7 +80,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_digits(problem, tmp_p
         operator, patience = Watched(matrix), int(rng.integers(2, 6))
         found = lanczos(
             operator, 6, checkpoint=file, **options,
-            should_stop=lambda o=operator, p=patience: o.num_products >= p,
+            allowance=stop_at_product(operator, patience),
         )  # fmt: skip
         sessions += 1
         if found.stopped != "interrupted":

@@ -20,7 +20,7 @@ from lightning_hessian.solvers.lanczos import lanczos
 
 JOB = """
 import sys, time, signal, torch
-from lightning_hessian.operators.linear import MatrixOperator
+from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.lanczos import lanczos
 class Slow(MatrixOperator):
     def matvec(self, vector):

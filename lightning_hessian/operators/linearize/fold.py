@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_hessian.operators.linearize.graph import LinearGraph
+from lightning_hessian.operators.linearize.graph import BY_RULE, LinearGraph
 
 aten = torch.ops.aten
 
@@ -64,6 +64,16 @@ _ELSEWHERE: dict[Any, Any] = {
 }
 """What writes to memory, and what does the same in memory of its own."""
 
+_SUMS: dict[Any, Any] = {
+    **{target: product for product, target in _PRODUCTS.items()},
+    aten.addcmul_.default: aten.mul.Tensor,
+    aten.addcmul.default: aten.mul.Tensor,
+}
+"""What `_accumulate` makes of a sum with a product, and that product."""
+
+_APART = {target: plain for plain, target in _POINTWISE.items()}
+"""What `_overwrite` makes of an operation, and that operation."""
+
 
 def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """Return the traced function with its constants evaluated and the rest simplified.
@@ -86,7 +96,9 @@ def fold_restricted(
 ) -> fx.GraphModule:
     """Return a folded product restricted to some of its inputs and the outputs of the same places.
 
-    The other inputs are zero, and so is all that follows from them alone: it is folded away.
+    The other inputs are zero, and so is all that follows from them alone: it is folded away. What
+    was added up in place is taken apart before: an operation that writes to memory would keep what
+    no output of the restricted product needs.
 
     Args:
         product: What `fold` returned; linear, with an output for each input.
@@ -110,8 +122,25 @@ def fold_restricted(
             copies[node] = graph.create_node("get_attr", name)
     outputs = graph.graph_copy(product.graph, copies)
     graph.output([outputs[i] for i in which])  # type: ignore[index]
+    _take_apart(graph)
     graph.eliminate_dead_code()
     return fold(fx.GraphModule(root, graph), [torch.zeros_like(point[i]) for i in which])
+
+
+def _take_apart(graph: fx.Graph) -> None:
+    """Undo what the rules have put in place; what the traced code itself writes is left alone."""
+    for node in list(graph.nodes):
+        if not node.meta.get(BY_RULE):
+            continue
+        with graph.inserting_before(node):
+            if node.target in _SUMS:
+                other, *factors = node.args
+                product = graph.call_function(_SUMS[node.target], tuple(factors))
+                new = graph.call_function(aten.add.Tensor, (other, product))
+            else:
+                new = graph.call_function(_APART[node.target], node.args, node.kwargs)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 def batchable(product: fx.GraphModule) -> fx.GraphModule:

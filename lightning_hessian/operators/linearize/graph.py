@@ -28,6 +28,9 @@ Recurrent cells write their activations into the parts that an unsafe split retu
 does not say so would let the split be folded, and each product would then change the next.
 """
 
+BY_RULE = "by rule"
+"""Among the ``meta`` of a node: it was put there by `LinearGraph.replace`, and can be undone."""
+
 _SHAPE_ONLY = {aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
 """Operations that ask for no more than the shape of their operand."""
 
@@ -143,6 +146,7 @@ class LinearGraph:
         """Put another operation, with the same kind of result, in the place of a node."""
         new = self.put(node, target, *arguments, like=node)
         new.kwargs = keywords
+        new.meta[BY_RULE] = True
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         return new
