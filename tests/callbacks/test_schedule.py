@@ -29,6 +29,9 @@ def _fit(make_trainer: MakeTrainer, callback: Any, **arguments: Any) -> list[int
 class WhenTheStepDoubles:
     """A schedule of the user's own."""
 
+    def __repr__(self) -> str:
+        return "WhenTheStepDoubles()"
+
     def is_due(self, validation: int, step: int, last_step: int | None) -> bool:
         return last_step is None or step >= 2 * last_step
 
