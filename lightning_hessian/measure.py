@@ -25,7 +25,7 @@ from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharded import objective_over, ranks_of
 from lightning_hessian.results import ArgumentError, HessianSpectrum
-from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.arguments import checked, file_to_write
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
 from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.solvers.trace import TraceEstimate, trace
@@ -143,6 +143,9 @@ def hessian_spectrum(
         seed=seed,
     )  # fmt: skip
     ranks = objective.ranks
+    if checkpoint is not None:
+        with ranks.together():  # a folder may be missing on one machine only
+            file_to_write("checkpoint", checkpoint)
     should_stop = deadline(start, max_seconds)
     num_converged = 0
 

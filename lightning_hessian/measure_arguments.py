@@ -16,13 +16,12 @@ from lightning_hessian.probe.partition import partition_choice
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     Rule,
-    existing_folder,
-    file_to_write,
     flag,
     function_of,
     memory,
     one_of,
     optional,
+    path_name,
     progress_function,
     real_number,
     seconds,
@@ -91,7 +90,7 @@ RULES: dict[str, Rule] = {
     "basis_memory": optional(memory, "half of what is free"),
     "basis_storage": storage_tier,
     "basis_dtype": one_of(None, "bfloat16"),
-    "checkpoint": optional(file_to_write, "for none"),
+    "checkpoint": optional(path_name, "for none"),  # ranks agree on whether it can be written
     "process_group": optional(group, "this process alone"),
     "on_progress": optional(progress_function),
     "seed": seed_number,
@@ -112,7 +111,7 @@ RULES: dict[str, Rule] = {
     "num_eigenvectors": whole_number(),
     "significance": significance_level,
     "memory_budget": optional(memory, "half of what is free"),
-    "directory": optional(existing_folder, "the system's folder for temporary files"),
+    "directory": optional(path_name, "the system's folder for temporary files"),
 }
 """By the name of the argument, for every measuring function."""
 

@@ -11,6 +11,7 @@ from lightning_hessian.probe.arguments import probe_data
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     Rule,
+    existing_folder,
     flag,
     function_of,
     monitor_names,
@@ -46,6 +47,7 @@ CALLBACK_RULES: dict[str, Rule] = {
     "time_budget": time_limit,
     "during_validate": flag,
     "on_error": one_of("warn", "raise"),
+    "directory": optional(existing_folder, "the system's folder for temporary files"),
     "figures": optional(whole_number(least=1), "for no figures"),
     "progress": flag,
 }

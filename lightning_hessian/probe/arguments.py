@@ -94,7 +94,7 @@ def probe_data(name: str, value: Any) -> Any:
         if value and all(isinstance(loader, DataLoader) for loader in value.values()):
             return value
         raise ArgumentError(name, value, "Give 'train', 'val', a DataLoader or a list of batches.")
-    if isinstance(value, Iterator):
+    if isinstance(value, Iterator) and type(value).__name__ != "CombinedLoader":  # over loaders
         raise ArgumentError(
             name,
             type(value).__name__,

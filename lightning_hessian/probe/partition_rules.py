@@ -53,6 +53,13 @@ def _unit(name: str, value: Any) -> Any:
     return size(name, value)
 
 
+def _sizes(name: str, value: Any) -> tuple[int, ...]:
+    """The rule of ``sizes``: a sequence of whole numbers from 1 on, perhaps empty."""
+    if not is_collection(value):
+        raise ArgumentError(name, value, "Give a tuple of whole numbers from 1 on.")
+    return tuple(whole_number(least=1)(name, size) for size in value)
+
+
 @dataclass(frozen=True)
 class BlockRule:
     """Cuts the parameters that match into blocks.
@@ -96,6 +103,7 @@ class BlockRule:
                 "unit": _unit,
                 "dim": whole_number(least=-64, most=63),
                 "parts": names,
+                "sizes": _sizes,
             },
         )
         if len(self.units) != max(1, len(self.parts)):
@@ -104,9 +112,10 @@ class BlockRule:
                 self.unit,
                 f"It has {len(self.units)} units for {len(self.parts)} parts; give one for each.",
             )
-
-        if self.sizes and (len(self.sizes) != len(self.parts) or min(self.sizes) < 1):
-            raise ValueError(f"{self}: give each of the {len(self.parts)} parts a size from 1 on.")
+        if self.sizes and len(self.sizes) != len(self.parts):
+            raise ArgumentError(
+                "sizes", self.sizes, f"Give each of the {len(self.parts)} parts a size from 1 on."
+            )
 
     def __repr__(self) -> str:
         shown = [f.name for f in dataclasses.fields(self) if f.name != "sizes" or self.sizes]

@@ -26,7 +26,7 @@ _MIN_POSITIVE_GAPS = 3
 
 _RULES = {
     "eigenvalues": arguments.finite_values,
-    "residuals": optional(arguments.real_values),
+    "residuals": optional(arguments.finite_values),
     "significance": significance_level,
     "perturbation_norm": real_number("It is not a norm; give eps * norm(M) >= 0.", least=0.0),
     "complete": flag,

@@ -25,7 +25,11 @@ from lightning_hessian.reports.spectra import read_spectra
 from lightning_hessian.tracking.spectra import decode_spectrum
 
 ALWAYS = {"rank", "cutoff", "eigengaps", "density", "blocks", "heterogeneity"}
-LATER = {"emergence", "scatter_val_loss"}  # from two measurements on, and from four on
+LATER = {
+    "emergence",
+    "scatter_val_loss",
+    "scatter_gap",
+}  # from two measurements on, and from four on
 MEASUREMENTS = 6
 STEPS = [2 * i + 1 for i in range(MEASUREMENTS)]  # of the rows: Lightning counts from 0
 DRAWN = [1, 3, 5, 6]  # every second measurement from the first on, and the last
@@ -54,8 +58,8 @@ def assert_scalars(rows: dict[int, dict[str, float]], callback: Any) -> None:
     with_correlations = [s for s in STEPS if "correlation/num_points" in rows.get(s, {})]
     assert with_correlations == STEPS[3:]
     last = rows[STEPS[-1]]
-    for (statistic, _), found in callback.correlations().items():
-        pair = f"{statistic}_val_loss"
+    for (statistic, monitor), found in callback.correlations().items():
+        pair = f"{statistic}_{monitor}"
         expected = {
             f"pearson_{pair}": found.r,
             f"pearson_low_{pair}": found.interval[0],
@@ -85,7 +89,7 @@ def assert_picture(png: bytes) -> None:
 
 def names_at(measurement: int) -> set[str]:
     return {f"hessian_{n}" for n in ALWAYS | (LATER if measurement >= 4 else LATER - {
-        "scatter_val_loss"}) if measurement > 1 or n != "emergence"}  # fmt: skip
+        "scatter_val_loss", "scatter_gap"}) if measurement > 1 or n != "emergence"}  # fmt: skip
 
 
 def assert_files(folder: Path) -> None:
@@ -146,7 +150,7 @@ def test_wandb(tmp_path: Path) -> None:
 def test_every_key_is_defined_by_its_name_on_the_right_step(tmp_path: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    from lightning_hessian.reports.offline_run import _TransactionLog
+    from lightning_hessian.reports.transaction_log import TransactionLog
 
     callback, logger = measuring(), wandb_logger(tmp_path, prefix="mine")
     train(tmp_path, [callback], logger)
@@ -154,7 +158,7 @@ def test_every_key_is_defined_by_its_name_on_the_right_step(tmp_path: Path) -> N
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     defined = {}
     with file.open("rb") as opened:
-        for _, payload in _TransactionLog(opened):
+        for _, payload in TransactionLog(opened):
             record = Record.FromString(payload)
             if record.WhichOneof("record_type") == "metric" and record.metric.name:
                 defined[record.metric.name] = record.metric
