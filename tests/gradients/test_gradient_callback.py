@@ -33,7 +33,7 @@ MakeTrainer = Callable[..., L.Trainer]
 SPECTRAL = {
     "d_ks", "d_c", "p_value", "beta_hat", "beta_sigma", "s_hat", "lambda_1", "trace",
     "num_outliers", "eigengap_d_ks", "eigengap_s_hat", "num_eigenvalues", "num_fitted",
-    "mean_gradient_norm", "num_gradients", "seconds",
+    "mean_gradient_norm", "num_gradients", "seconds", "loss",
 }  # fmt: skip
 RATES = {
     "power_law_rate", "gaussian_rate", "dimension_gaussian_rate", "iteration_power_law_rate",

@@ -25,11 +25,7 @@ from lightning_hessian.reports.spectra import read_spectra
 from lightning_hessian.tracking.spectra import decode_spectrum
 
 ALWAYS = {"rank", "cutoff", "eigengaps", "density", "blocks", "heterogeneity"}
-LATER = {
-    "emergence",
-    "scatter_val_loss",
-    "scatter_gap",
-}  # from two measurements on, and from four on
+LATER = {"emergence", "scatter_val_loss", "scatter_gap"}  # from two on, and from four on
 MEASUREMENTS = 6
 STEPS = [2 * i + 1 for i in range(MEASUREMENTS)]  # of the rows: Lightning counts from 0
 DRAWN = [1, 3, 5, 6]  # every second measurement from the first on, and the last
