@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_hessian.measure_arguments import SPECTRUM_RULES
+from lightning_hessian.measure_arguments import SPECTRUM_RULES, together
 from lightning_hessian.measure_protocols import (
     check_protocol,
     pooled_top,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@checked(SPECTRUM_RULES)
+@checked(SPECTRUM_RULES, together)
 @memory_explained
 @on_whole_modules
 def hessian_spectrum(

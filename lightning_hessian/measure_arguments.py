@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+from torch import nn
+
+from lightning_hessian.distributed import Ranks
 from lightning_hessian.measure_protocols import PROTOCOLS
 from lightning_hessian.operators.hessian import ENGINES
 from lightning_hessian.probe.arguments import a_module, batches, gradient_data, group, selection
@@ -126,3 +131,17 @@ GRADIENT_RULES: dict[str, Rule] = {
     "num_gradients": optional(RULES["num_gradients"], "for one pass over the data"),
 }
 """Of `gradient_structure`, where T has a default that depends on the data."""
+
+
+def together(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Return the block in which the ranks of a call check its arguments.
+
+    Args:
+        arguments: Of the call, not checked yet.
+    """
+    group, model = arguments.get("process_group"), arguments.get("model")
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        return nullcontext()
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return Ranks.of(group, device).together()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_hessian.measure import deadline
-from lightning_hessian.measure_arguments import RULES
+from lightning_hessian.measure_arguments import RULES, together
 from lightning_hessian.operators.data_parallel import hessian_operator
 from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.linear import MatrixOperator, SymmetricOperator
@@ -37,7 +37,7 @@ _LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
 
-@checked(RULES)
+@checked(RULES, together)
 @memory_explained
 @on_whole_modules
 def block_structure(

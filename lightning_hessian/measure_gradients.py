@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_hessian.distributed import RankError, Ranks, Shard
 from lightning_hessian.measure import deadline
-from lightning_hessian.measure_arguments import GRADIENT_RULES
+from lightning_hessian.measure_arguments import GRADIENT_RULES, together
 from lightning_hessian.operators.fsdp1 import on_whole_modules
 from lightning_hessian.operators.gradient_history import GradientHistory
 from lightning_hessian.operators.gradient_ranks import DealtGradients
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@checked(GRADIENT_RULES)
+@checked(GRADIENT_RULES, together)
 @memory_explained
 @on_whole_modules
 def gradient_structure(
@@ -132,10 +132,11 @@ def gradient_structure(
     """
     start = time.monotonic()
     space = ParameterSpace.select(model, parameters)
-    if num_gradients is not None:
-        check_number(num_gradients, tests, memory_budget)
-    check_space(space, tests)
     ranks = Ranks.of(process_group, space.device)
+    with ranks.together():
+        if num_gradients is not None:
+            check_number(num_gradients, tests, memory_budget)
+        check_space(space, tests)
     if num_gradients is not None:  # before so many are drawn
         _left_by_gram(memory_budget, num_gradients, space.device, tests, ranks)
     with ranks.together():

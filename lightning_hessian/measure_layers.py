@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_hessian.distributed import Ranks
 from lightning_hessian.measure import hessian_spectrum
-from lightning_hessian.measure_arguments import SPECTRUM_RULES
+from lightning_hessian.measure_arguments import SPECTRUM_RULES, together
 from lightning_hessian.measure_protocols import check_protocol
 from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
@@ -30,7 +30,10 @@ _NAME = re.compile(r"[A-Za-z0-9_]+")
 _OPTIONS = {*inspect.signature(hessian_spectrum).parameters} - {"parameters"}
 
 
-@checked({name: SPECTRUM_RULES.get(name, anything) for name in ("layers", *_OPTIONS)})
+_RULES = {name: SPECTRUM_RULES.get(name, anything) for name in ("layers", *_OPTIONS)}
+
+
+@checked(_RULES, together)
 def layer_spectra(
     model: nn.Module,
     loss_fn: LossFunction | None,
