@@ -28,7 +28,7 @@ def finished_run(folder: Path):
 
 
 def test_the_demo_logs_every_epoch_in_one_row_and_draws_the_spectrum(tmp_path, capsys):
-    figure = run_demo(tmp_path, num_epochs=4, num_eigenvalues=10)
+    figure = run_demo(tmp_path, num_epochs=4, num_eigenvalues=25)
     printed = capsys.readouterr().out
     assert "Correlation with val_loss" in printed
     assert figure.read_bytes().startswith(b"\x89PNG")

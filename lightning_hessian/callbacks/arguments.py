@@ -21,6 +21,7 @@ from lightning_hessian.results.arguments import (
     optional,
     whole_number,
 )
+from lightning_hessian.results.path_arguments import existing_folder
 
 
 def schedule(name: str, value: Any) -> Schedule:
@@ -74,6 +75,7 @@ CALLBACK_RULES: dict[str, Rule] = {
     "time_budget": time_limit,
     "instruments": instruments,
     "on_error": one_of("warn", "raise"),
+    "directory": optional(existing_folder, "the system's folder for temporary files"),
     "figures": optional(whole_number(least=1), "for no figures"),
     "progress": flag,
 }

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+from torch import nn
+
+from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.measure.budget import a_budget
 from lightning_hessian.measure.options import loss_options, spectrum_protocol
 from lightning_hessian.operators.engines import ENGINES
@@ -29,7 +34,7 @@ from lightning_hessian.results.arguments import (
     tolerance,
     whole_number,
 )
-from lightning_hessian.results.path_arguments import existing_folder, file_to_write
+from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.solvers.storage import BasisStorage
 
 MOST_PROBES = 10_000
@@ -87,7 +92,7 @@ RULES: dict[str, Rule] = {
     "density": flag,
     "return_eigenvectors": flag,
     "basis": basis_storage,
-    "checkpoint": optional(file_to_write, "for none"),
+    "checkpoint": optional(path_name, "for none"),  # ranks agree on whether it can be written
     "process_group": optional(group, "this process alone"),
     "on_progress": optional(progress_function),
     "seed": seed_number,
@@ -108,7 +113,7 @@ RULES: dict[str, Rule] = {
     "num_eigenvectors": whole_number(),
     "significance": significance_level,
     "memory_budget": optional(memory, "half of what is free"),
-    "directory": optional(existing_folder, "the system's folder for temporary files"),
+    "directory": optional(path_name, "the system's folder for temporary files"),
 }
 """By the name of the argument, for every measuring function."""
 
@@ -123,3 +128,17 @@ GRADIENT_RULES: dict[str, Rule] = {
     "num_gradients": optional(RULES["num_gradients"], "for one pass over the data"),
 }
 """Of `gradient_structure`, where T has a default that depends on the data."""
+
+
+def together(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Return the block in which the ranks of a call check its arguments.
+
+    Args:
+        arguments: Of the call, not checked yet.
+    """
+    group, model = arguments.get("process_group"), arguments.get("model")
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        return nullcontext()
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return Ranks.of(group, device).together()

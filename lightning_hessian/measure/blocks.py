@@ -18,7 +18,7 @@ from lightning_hessian.linear.operator import (
     RestrictedOperator,
     SymmetricOperator,
 )
-from lightning_hessian.measure.arguments import RULES
+from lightning_hessian.measure.arguments import RULES, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.instrument import Absent
 from lightning_hessian.measure.options import LossOptions
@@ -44,7 +44,7 @@ _LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
 
-@checked(RULES)
+@checked(RULES, together)
 @memory_explained
 def block_structure(
     model: nn.Module,

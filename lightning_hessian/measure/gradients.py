@@ -21,7 +21,7 @@ from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import free_bytes, memory_explained, most_bytes
 from lightning_hessian.linear.ranks import RankError, Ranks
 from lightning_hessian.linear.shards import Shard
-from lightning_hessian.measure.arguments import GRADIENT_RULES
+from lightning_hessian.measure.arguments import GRADIENT_RULES, together
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.session import Session
 from lightning_hessian.operators.gradients.gram import combinations, gram_matrix, spectra
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@checked(GRADIENT_RULES)
+@checked(GRADIENT_RULES, together)
 @memory_explained
 def gradient_structure(
     model: nn.Module,
@@ -148,8 +148,9 @@ def gradient_structure(
         directory=directory,
     )
     with whole(model) as plain:
-        instrument.check(plain)
         ranks = Ranks.of(process_group, next(plain.parameters()).device)
+        with ranks.together():
+            instrument.check(plain)
         seconds = None if budget is None else budget.seconds
         allowance = Allowance(seconds=seconds, ranks=ranks, on_progress=on_progress)
         return instrument.structure(plain, loss_fn, data, allowance, ranks, seed)

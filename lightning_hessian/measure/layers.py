@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
-from lightning_hessian.measure.arguments import SPECTRUM_RULES
+from lightning_hessian.measure.arguments import SPECTRUM_RULES, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.session import Session
@@ -32,7 +32,7 @@ Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
-@checked(SPECTRUM_RULES)
+@checked(SPECTRUM_RULES, together)
 @memory_explained
 def layer_spectra(
     model: nn.Module,

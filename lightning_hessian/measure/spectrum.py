@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
-from lightning_hessian.measure.arguments import SPECTRUM_RULES
+from lightning_hessian.measure.arguments import SPECTRUM_RULES, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.protocols import (
@@ -32,6 +32,7 @@ from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpac
 from lightning_hessian.probe.sharding.objective import ranks_of
 from lightning_hessian.results import ArgumentError, HessianSpectrum
 from lightning_hessian.results.arguments import check_fields, checked
+from lightning_hessian.results.path_arguments import file_to_write
 from lightning_hessian.solvers.lanczos import default_bound, lanczos
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage
 from lightning_hessian.solvers.trace import TraceEstimate, trace
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@checked(SPECTRUM_RULES)
+@checked(SPECTRUM_RULES, together)
 @memory_explained
 def hessian_spectrum(
     model: nn.Module,
@@ -144,6 +145,9 @@ def hessian_spectrum(
         seed=seed,
     )
     with session:
+        if checkpoint is not None:
+            with session.ranks.together():  # a folder may be missing on one machine only
+                file_to_write("checkpoint", checkpoint)
         record = instrument.measure(session, budget.open(session, on_progress))
     if session.ranks.rank == 0:
         for warning in record.warnings:

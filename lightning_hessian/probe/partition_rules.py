@@ -113,9 +113,10 @@ class BlockRule:
                 self.unit,
                 f"It has {len(self.units)} units for {len(self.parts)} parts; give one for each.",
             )
-
         if self.sizes and len(self.sizes) != len(self.parts):
-            raise ValueError(f"{self}: give each of the {len(self.parts)} parts a size from 1 on.")
+            raise ArgumentError(
+                "sizes", self.sizes, f"Give each of the {len(self.parts)} parts a size from 1 on."
+            )
 
     def __repr__(self) -> str:
         shown = [f.name for f in dataclasses.fields(self) if f.name != "sizes" or self.sizes]

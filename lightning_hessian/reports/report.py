@@ -30,7 +30,6 @@ from lightning_hessian.results.arguments import (
     nonempty_text,
     one_of,
     optional,
-    path_name,
     row_choice,
     texts,
 )

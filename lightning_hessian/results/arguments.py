@@ -14,6 +14,7 @@ import numbers
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
@@ -36,7 +37,10 @@ MOST_SEED = 2**32 - 1
 # Where rules are applied -------------------------------------------------------------------------
 
 
-def checked(rules: Rules) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def checked(
+    rules: Rules,
+    together: Callable[[Mapping[str, Any]], AbstractContextManager[Any]] | None = None,
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Return a decorator that checks the arguments of every call by their rules.
 
     Defaults go through their rules too, so that the function gets the same form of a value
@@ -46,6 +50,8 @@ def checked(rules: Rules) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     Args:
         rules: Name of an argument to its rule. It may hold more names than the function has; a
             test finds arguments without a rule.
+        together: Given the arguments, returns a block in which they are checked, for a function
+            that several processes call at once: what breaks a rule on one is then told by all.
 
     Example:
         >>> @checked({"count": whole_number(least=1)})
@@ -69,11 +75,12 @@ def checked(rules: Rules) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
             except TypeError:  # Python's own message says best which argument is missing
                 return function(*args, **kwargs)
             given.apply_defaults()
-            for name, value in given.arguments.items():
-                if kinds[name] is inspect.Parameter.VAR_KEYWORD:
-                    given.arguments[name] = _rest(value, rules)
-                elif name in rules:
-                    given.arguments[name] = rules[name](name, value)
+            with nullcontext() if together is None else together(given.arguments):
+                for name, value in given.arguments.items():
+                    if kinds[name] is inspect.Parameter.VAR_KEYWORD:
+                        given.arguments[name] = _rest(value, rules)
+                    elif name in rules:
+                        given.arguments[name] = rules[name](name, value)
             return function(*given.args, **given.kwargs)
 
         call.rules = {name: rules.get(name) for name in kinds}  # type: ignore[attr-defined]

@@ -100,12 +100,12 @@ def lanczos(
             f"{num_eigenvalues} eigenvalues need at least as many products; the bound is "
             f"{max_products}. Raise it or ask for fewer eigenvalues."
         )
-    if checkpoint is not None:
-        file_to_write("checkpoint", checkpoint)
     room = _room(operator, num_eigenvalues, max_products, max_basis, storage)
     file = None if checkpoint is None else checkpoints.file_of(checkpoint, operator)
     ranks = operator.shard.ranks
     with ranks.together():
+        if checkpoint is not None:  # a folder may be missing on one machine only
+            file_to_write("checkpoint", checkpoint)
         run = _begun(operator, num_eigenvalues, tol, seed, *room, max_products, file)
     if len(set(ranks.gathered(run.num_products))) > 1:
         raise ValueError(
@@ -124,7 +124,7 @@ def lanczos(
         return run.run(max_products, num_checks, allowance, None, on_stop=save)
 
     def can_save() -> bool:  # several ranks save together, between two steps
-        return ranks.world == 1 and run.between_steps and run.count > 0
+        return ranks.world == 1 and run.between_steps
 
     with (
         keeps_state_on_sigterm(can_save, lambda: checkpoints.try_to_save(run, file)) as ending,

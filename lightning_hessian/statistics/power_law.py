@@ -324,4 +324,7 @@ def _log_ratios(descending: FloatArray) -> FloatArray:
     # log1p keeps the digits of ratios near 1; only it can overflow, at ratios above 1e308.
     with np.errstate(over="ignore"):
         excess = (ascending - cutoff) / cutoff
-    return np.where(np.isfinite(excess), np.log1p(excess), np.log(ascending) - np.log(cutoff))
+    found: FloatArray = np.where(
+        np.isfinite(excess), np.log1p(excess), np.log(ascending) - np.log(cutoff)
+    )
+    return found

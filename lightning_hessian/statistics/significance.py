@@ -117,7 +117,8 @@ def exponential_distances(logs: FloatArray) -> FloatArray:
     k = logs.shape[-1]
     above = -np.expm1(-logs / logs.mean(axis=-1, keepdims=True))
     above -= np.arange(1, k + 1) / k
-    return np.maximum(-above.min(axis=-1), above.max(axis=-1) + 1.0 / k)
+    found: FloatArray = np.maximum(-above.min(axis=-1), above.max(axis=-1) + 1.0 / k)
+    return found
 
 
 @lru_cache(maxsize=128)

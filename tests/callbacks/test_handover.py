@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -207,6 +208,12 @@ def test_a_damaged_state_begins_a_new_history(make_trainer: MakeTrainer, name: s
 def test_a_monitor_that_is_no_name_is_refused(monitor: Any) -> None:
     with pytest.raises(ValueError, match=r"monitor=.*name of a logged metric"):
         small_callback(monitor=monitor)
+
+
+def test_the_documentation_counts_these_cases() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trust.md").read_text(encoding="utf-8")
+    assert f"exceptions without text | {len(FAULTS)} | {len(FAULTS)} |" in page
+    assert f"in a checkpoint is damaged | {len(DAMAGED)} | {len(DAMAGED)} |" in page
 
 
 # The generalization gap -------------------------------------------------------------------------

@@ -550,6 +550,13 @@ def test_state_that_a_copy_shares_is_refused_before_training(
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
+def test_the_documentation_counts_these_cases() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trust.md").read_text(encoding="utf-8")
+    assert f"same bits | {len(COPIED)} x 2 callbacks | {2 * len(COPIED)} |" in page
+    shared = len(SHARED)
+    assert f"refused | {shared} x 2 callbacks x 2 settings of `on_error` | {4 * shared} |" in page
+
+
 @BOTH
 def test_a_list_of_batches_serves_where_the_data_are_refused(
     make_trainer: MakeTrainer, make_callback: Callable[..., Any]

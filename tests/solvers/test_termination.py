@@ -20,6 +20,7 @@ from lightning_hessian.solvers.lanczos import lanczos
 
 JOB = """
 import sys, time, signal, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.solvers.lanczos import lanczos
 class Slow(MatrixOperator):

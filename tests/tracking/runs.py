@@ -31,6 +31,8 @@ def measuring(**arguments: Any) -> HessianSpectrumCallback:
 class RankOnly(HessianSpectrumCallback):
     """Draws one figure, where which one does not matter."""
 
+    correlated = ()
+
     def drawings(self) -> Any:
         found = super().drawings()
         return {"rank": found["rank"]} if found else {}
@@ -40,7 +42,7 @@ def measuring_rank_only(**arguments: Any) -> RankOnly:
     """The quick measurement with one figure, of fewer eigenvalues."""
     defaults: dict[str, Any] = {
         "num_eigenvalues": 4, "num_batches": 1, "time_budget": Budget(seconds=600),
-        "blocks": None, "figures": 2, "on_error": "raise", "monitor": (),
+        "blocks": None, "figures": 2, "on_error": "raise", "monitor": "val_loss",
     }  # fmt: skip
     return with_spectrum(RankOnly, **{**defaults, **arguments})
 

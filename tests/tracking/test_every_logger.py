@@ -25,7 +25,7 @@ from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.tracking.spectra import decode_spectrum
 
 ALWAYS = {"rank", "cutoff", "eigengaps", "density", "blocks", "heterogeneity"}
-LATER = {"emergence", "scatter_val_loss"}  # from two measurements on, and from four on
+LATER = {"emergence", "scatter_val_loss", "scatter_gap"}  # from two on, and from four on
 MEASUREMENTS = 6
 STEPS = [2 * i + 1 for i in range(MEASUREMENTS)]  # of the rows: Lightning counts from 0
 DRAWN = [1, 3, 5, 6]  # every second measurement from the first on, and the last
@@ -85,7 +85,7 @@ def assert_picture(png: bytes) -> None:
 
 def names_at(measurement: int) -> set[str]:
     return {f"hessian_{n}" for n in ALWAYS | (LATER if measurement >= 4 else LATER - {
-        "scatter_val_loss"}) if measurement > 1 or n != "emergence"}  # fmt: skip
+        "scatter_val_loss", "scatter_gap"}) if measurement > 1 or n != "emergence"}  # fmt: skip
 
 
 def assert_files(folder: Path) -> None:
@@ -146,7 +146,7 @@ def test_wandb(tmp_path: Path) -> None:
 def test_every_key_is_defined_by_its_name_on_the_right_step(tmp_path: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    from lightning_hessian.histories.offline_run import _TransactionLog
+    from lightning_hessian.histories.transaction_log import TransactionLog
 
     callback, logger = measuring(), wandb_logger(tmp_path, prefix="mine")
     train(tmp_path, [callback], logger)
@@ -154,7 +154,7 @@ def test_every_key_is_defined_by_its_name_on_the_right_step(tmp_path: Path) -> N
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     defined = {}
     with file.open("rb") as opened:
-        for _, payload in _TransactionLog(opened):
+        for _, payload in TransactionLog(opened):
             record = Record.FromString(payload)
             if record.WhichOneof("record_type") == "metric" and record.metric.name:
                 defined[record.metric.name] = record.metric
