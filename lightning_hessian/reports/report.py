@@ -34,6 +34,7 @@ from lightning_hessian.results.arguments import (
     texts,
 )
 from lightning_hessian.results.output import check_folder
+from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.tracking.gradient_scalars import CORRELATED as OF_GRADIENTS
 from lightning_hessian.tracking.scalars import CORRELATED as OF_SPECTRA
 
