@@ -216,7 +216,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         )
 
     def _selected(self, pl_module: Any) -> ParameterSelection:
-        """Returns what selects the parameters of all instruments; views share one operator."""
+        """Return what selects the parameters of all instruments; views share one operator."""
         if self.parameters is None:
             return None
         selections = [self.parameters]

@@ -57,7 +57,7 @@ def log_step(trainer: Any) -> int:
 
 
 def unknown_metric(name: str, known: list[str]) -> str:
-    """Returns what to tell of a monitored metric that was not logged."""
+    """Return what to tell of a monitored metric that was not logged."""
     near = ", ".join(nearest(name, known)) or "none"
     return (
         f"monitor={name!r} is not among the logged metrics ({near}), so nothing is correlated "

@@ -44,7 +44,7 @@ class Shard:
 
     @classmethod
     def even(cls, size: int, ranks: Ranks) -> Shard:
-        """Returns this rank's of slices of equal length; the last may be shorter, or empty."""
+        """Return this rank's of slices of equal length; the last may be shorter, or empty."""
         width = ranks.share_of(size)
         start = min(ranks.rank * width, size)
         return cls(size, slice(start, min(start + width, size)), ranks)

@@ -54,7 +54,7 @@ def _unit(name: str, value: Any) -> Any:
 
 
 def _sizes(name: str, value: Any) -> tuple[int, ...]:
-    """The rule of ``sizes``: a tuple of sizes from 1 on."""
+    """Check ``sizes``: a tuple of sizes from 1 on."""
     if not is_collection(value):
         raise ArgumentError(name, value, "Give a tuple of sizes, one for each part.")
     size = whole_number(least=1, because="A part has at least one index.")

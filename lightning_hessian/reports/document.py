@@ -118,7 +118,7 @@ def marked(text: str) -> str:
 
 
 def to_html(document: Document) -> str:
-    """Returns one page that needs no network, follows light and dark, and prints."""
+    """Return one page that needs no network, follows light and dark, and prints."""
     blocks = [(type(block).__name__, block) for block in document.blocks]
     return render("report.html", title=document.title, blocks=blocks, inline=_html_inline)
 

@@ -62,7 +62,7 @@ def check_file(file: Path, argument: str) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A block that writes a file as a whole or not at all; nobody ever reads half of it.
+    """Return a block that writes a file as a whole or not at all; nobody ever reads half of it.
 
     Args:
         path: The file; what stands there stays until the new one is complete and on the disk.

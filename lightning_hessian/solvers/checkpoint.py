@@ -243,7 +243,7 @@ def saved_on_error(run: ThickRestart, path: Path | None) -> Iterator[None]:
 
 
 def try_to_save(run: ThickRestart, path: Path) -> None:
-    """Saves a run, or warns: a full disk must hide neither a result nor the cause of an error."""
+    """Save a run, or warn: a full disk must hide neither a result nor the cause of an error."""
     if run.count == 0:  # there is nothing yet
         return
     try:

@@ -10,7 +10,7 @@ from lightning_hessian.solvers.pairs import Pending
 
 
 def make_room(run: KrylovState) -> None:
-    """Makes room for a search to go on in a full basis; what was found stays as it is.
+    """Make room for a search to go on in a full basis; what was found stays as it is.
 
     The first rows are the wanted vectors and the lowest; of the space that the search has
     built beside them, the best third is kept.
@@ -36,7 +36,7 @@ def make_room(run: KrylovState) -> None:
 
 
 def _given_up(run: KrylovState, fixed: int, rotation: Tensor) -> list[Pending]:
-    """Returns the directions that a search gives up but products with found vectors lean on.
+    """Return the directions that a search gives up but products with found vectors lean on.
 
     A search takes in part of what the older pending vectors hold of the residuals. Given up
     without more ado, that part would be missing from the bounds, and from the run.
@@ -63,7 +63,7 @@ def _given_up(run: KrylovState, fixed: int, rotation: Tensor) -> list[Pending]:
 
 
 def _merged(run: KrylovState, pending: list[Pending]) -> list[Pending]:
-    """Returns as few pending vectors as say the same of the products."""
+    """Return as few pending vectors as say the same of the products."""
     couplings = torch.stack([p.coupling for p in pending])
     left, sizes, right = torch.linalg.svd(couplings, full_matrices=False)
     left, sizes, right = (run.shard.ranks.agreed(part) for part in (left, sizes, right))

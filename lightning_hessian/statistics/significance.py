@@ -16,7 +16,6 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
 
 from lightning_hessian.results import FloatArray
 from lightning_hessian.results.arguments import (
@@ -57,6 +56,8 @@ def critical_value(k: int, significance: float = 0.05) -> float:
 
     Raises:
         ValueError: ``k`` is below 1, or ``significance`` is not strictly between 0 and 1.
+
+    from scipy import stats
 
     Source: HPL table 6 (Massey 1951); `scipy.stats.kstwobign`.
 

@@ -267,7 +267,7 @@ def pieces(gradients: GradientRows, piece_bytes: float = _PIECE_BYTES) -> Iterat
 
 
 def bytes_of_row(gradients: GradientRows) -> int:
-    """Returns how many bytes of one gradient a rank holds at most."""
+    """Return how many bytes of one gradient a rank holds at most."""
     length = gradients.shard.ranks.share_of(gradients.size)
     return length * torch.empty((), dtype=gradients.dtype).element_size()
 
@@ -278,7 +278,7 @@ def accumulator(device: torch.device) -> torch.device:
 
 
 def lengths(shard: Shard) -> list[int]:
-    """Returns how many entries each of the ranks holds of a vector in even slices."""
+    """Return how many entries each of the ranks holds of a vector in even slices."""
     width = shard.ranks.share_of(shard.size)
     return [max(0, min(width, shard.size - r * width)) for r in range(shard.ranks.world)]
 
