@@ -57,8 +57,6 @@ def critical_value(k: int, significance: float = 0.05) -> float:
     Raises:
         ValueError: ``k`` is below 1, or ``significance`` is not strictly between 0 and 1.
 
-    from scipy import stats
-
     Source: HPL table 6 (Massey 1951); `scipy.stats.kstwobign`.
 
     Example:
@@ -68,7 +66,9 @@ def critical_value(k: int, significance: float = 0.05) -> float:
     # Rounded, so that a computed level such as 0.1 + 0.05 finds its entry.
     coefficient = _CRITICAL_COEFFICIENTS.get(round(float(significance), 12))
     if coefficient is None:
-        coefficient = float(stats.kstwobign.isf(significance))
+        from scipy.stats import kstwobign
+
+        coefficient = float(kstwobign.isf(significance))
     return coefficient / math.sqrt(k)
 
 
