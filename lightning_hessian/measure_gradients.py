@@ -40,7 +40,7 @@ from lightning_hessian.results import (
     MeasurementError,
     RowTests,
 )
-from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.arguments import checked, existing_folder
 from lightning_hessian.statistics.gaussianity import MIN_POINTS, row_tests
 
 if TYPE_CHECKING:
@@ -133,7 +133,9 @@ def gradient_structure(
     start = time.monotonic()
     space = ParameterSpace.select(model, parameters)
     ranks = Ranks.of(process_group, space.device)
-    with ranks.together():
+    with ranks.together():  # a folder, or memory, may be missing on one machine only
+        if directory is not None:
+            existing_folder("directory", directory)
         if num_gradients is not None:
             check_number(num_gradients, tests, memory_budget)
         check_space(space, tests)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from scipy import stats
 from tracking.runs import finished, measuring, train, wandb_logger
 
@@ -35,6 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, An
         monkeypatch.setenv("WANDB_MODE", "offline")
         monkeypatch.setenv("WANDB_SILENT", "true")
         monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+        wandb.teardown()  # it reads these once in a process, and tests before may have used it
         callback, logger = measuring(figures=100), wandb_logger(folder)
         train(folder, [callback], logger)
         yield folder, callback, finished(logger, folder)
