@@ -92,7 +92,7 @@ def test_the_cards_say_no_more_than_the_numbers(trained: Any) -> None:
     assert ("; below d_c" in straight["says"]) == (last["d_ks"] < last["d_c"])
     assert f"{last['lambda_1'] / first['lambda_1']:.3g} times" in sharp["says"]
     (folder,) = trained[0].glob("wandb/offline-run-*")
-    report = correlation_report(load_runs(folder, cache=False), workers=1)
+    report = correlation_report(load_runs(folder, cache=False), monitor="val_loss", workers=1)
     best = max(report.within, key=lambda pair: abs(pair.r))  # six points show nothing of any
     name = best.statistic.removeprefix("hessian/")
     low, high = best.fisher
