@@ -103,7 +103,7 @@ class GradientStructureCallback(MeasurementCallback):
         num_gradients: int = 200,
         batch_size: int | None = None,
         num_eigenvalues: int = 50,
-        monitor: str | Sequence[str] = "val_loss",
+        monitor: str | Sequence[str] = ("val_loss", "gap"),
         every_n_validations: int | Schedule = 1,
         data: str | Iterable[Any] = "train",
         num_batches: int = 200,

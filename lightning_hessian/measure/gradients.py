@@ -149,7 +149,9 @@ def gradient_structure(
     )
     with whole(model) as plain:
         ranks = Ranks.of(process_group, next(plain.parameters()).device)
-        with ranks.together():
+        with ranks.together():  # a folder may be missing on one machine only
+            if directory is not None:
+                existing_folder("directory", directory)
             instrument.check(plain)
         seconds = None if budget is None else budget.seconds
         allowance = Allowance(seconds=seconds, ranks=ranks, on_progress=on_progress)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator
-from lightning_hessian.results.path_arguments import file_to_write
+from lightning_hessian.results.path_arguments import file_to_write, path_name
 from lightning_hessian.solvers import checkpoint as checkpoints
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage, placed
 from lightning_hessian.solvers.termination import keeps_state_on_sigterm
@@ -101,6 +101,8 @@ def lanczos(
             f"{max_products}. Raise it or ask for fewer eigenvalues."
         )
     room = _room(operator, num_eigenvalues, max_products, max_basis, storage)
+    if checkpoint is not None:
+        path_name("checkpoint", checkpoint)
     file = None if checkpoint is None else checkpoints.file_of(checkpoint, operator)
     ranks = operator.shard.ranks
     with ranks.together():

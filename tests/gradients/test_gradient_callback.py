@@ -112,7 +112,7 @@ def _model() -> Classifier:
 def test_keys_stand_in_the_row_of_the_validation_loss(
     quiet_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    callback = _callback()
+    callback = _callback(monitor="val_loss")
     trainer = quiet_trainer(callback, max_epochs=5, logger=CSVLogger(tmp_path, name="", version=""))
     trainer.fit(_model(), *_loaders())
     with (tmp_path / "metrics.csv").open() as file:
@@ -142,7 +142,7 @@ def test_keys_stand_in_the_row_of_the_validation_loss(
 
 
 def test_without_tests_there_are_no_rates(quiet_trainer: MakeTrainer) -> None:
-    callback = _callback(tests=False)
+    callback = _callback(tests=False, monitor="val_loss")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet_trainer(callback).fit(_model(), *_loaders())

@@ -143,7 +143,7 @@ def test_a_rank_fetches_its_own_samples_only(ranks, world: int) -> None:
         ("exception", r"Rank LAST failed: RuntimeError: " + WORD),
         ("streamed", r"Rank LAST failed: RuntimeError: " + WORD),
         ("nan", "Rank 1 failed: The gradient of mini-batch 5 is NaN or infinite"),
-        ("disk", "Rank 1 failed: G takes .* is no folder. Make it"),
+        ("disk", "Rank 1 failed: ArgumentError: directory=.*There is no folder"),
         ("other data", "Rank 1 has other data .* other samples. Give all ranks the same"),
         ("no data", r"Rank 1.* failed: ArgumentError: data=\[\] cannot be used"),
         ("budget", "inner products of 50 gradients take"),
