@@ -77,7 +77,6 @@ ALLOWED: dict[str, dict[str, str]] = {
     "out": {"'x'": NAME},
     "k": {"10**12": BOUND},
     "num_values": {"[]": "an empty grid"},
-    "sizes": {"[]": "parts of equal size"},
 }
 """By argument: nonsense that is none, and why. None is fine where it is the default, True and
 False where the default is one of them."""

@@ -44,6 +44,7 @@ from lightning_hessian.results import (
     RowTests,
 )
 from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.path_arguments import existing_folder
 from lightning_hessian.statistics.gaussianity import MIN_POINTS, row_tests
 
 if TYPE_CHECKING:
