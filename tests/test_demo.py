@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 
 from lightning_hessian.cli.digits import run_demo
 from lightning_hessian.cli.main import main
@@ -28,6 +29,7 @@ def finished_run(folder: Path):
 
 
 def test_the_demo_logs_every_epoch_in_one_row_and_draws_the_spectrum(tmp_path, capsys):
+    wandb.teardown()  # it reads its settings once in a process, and tests before may have used it
     figure = run_demo(tmp_path, num_epochs=4, num_eigenvalues=25)
     printed = capsys.readouterr().out
     assert "Correlation with val_loss" in printed

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from callbacks.tiny_modules import Regression
 from runs import finished, measuring, train, wandb_logger
+from torch import Tensor, nn
 
 from lightning_hessian import GradientStructureCallback
 from lightning_hessian.cli.main import main
@@ -75,6 +77,18 @@ def test_sections_and_metrics() -> None:
     assert across[0]["yAxis"] == "summary:val/loss"
 
 
+class Classes(Regression):
+    """Tells two classes apart, so that there are blocks of neurons and of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[-1] = nn.Linear(self.net[-1].in_features, 2)
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return nn.functional.cross_entropy(self.net(inputs), (targets.flatten() > 0).long())
+
+
 @pytest.mark.usefixtures("own_wandb")
 def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
     gradients = GradientStructureCallback(
@@ -88,6 +102,9 @@ def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
     train(tmp_path, [measuring(), gradients], logger)
     run = finished(logger, tmp_path)
     logged = {re.sub(r"\.path$", "", key) for row in run.rows for key in row}
+    by_neuron = measuring(blocks="neuron", figures=None)  # whose ratios layers do not have
+    train(tmp_path / "neurons", [by_neuron], False, module=Classes())
+    logged |= {f"hessian/{key}" for key in by_neuron.history[-1]}
     for heading, panels in sections().items():
         for panel in panels:
             if isinstance(panel, (Lines, Figures)):

@@ -198,7 +198,7 @@ def test_gradients_have_figures_and_spectra_too(tmp_path: Path) -> None:
     names = {path.name for path in Path(logger.log_dir, "figures").glob("*.png")}
     assert names == {f"gradient_{name}_step_{step:08}.png" for name, step in [
         ("spectra", 2), ("spectra", 10), ("spectra", 12), ("scatter_val_loss", 10),
-        ("scatter_val_loss", 12)]}  # fmt: skip
+        ("scatter_val_loss", 12), ("scatter_gap", 10), ("scatter_gap", 12)]}  # fmt: skip
     found = read_spectra(logger.log_dir)["gradient"]
     assert gradients.last_structure is not None
     np.testing.assert_allclose(
