@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nonsense import HUGE, NONSENSE, is_fine, within
+from support.nonsense import HUGE, NONSENSE, is_fine, within
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_modules import in_a_fresh_process
+from callbacks.tiny_modules import in_a_fresh_process
 
 from lightning_hessian import AtSteps, EveryNValidations, HessianSpectrumCallback
 from lightning_hessian.measure.budget import Budget
@@ -162,7 +162,7 @@ import pytorch_lightning as pl
 import lightning_hessian
 import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningCLI
-from tiny_modules import PlRegression, PlRegressionData
+from callbacks.tiny_modules import PlRegression, PlRegressionData
 cli = LightningCLI(PlRegression, PlRegressionData, run=False, save_config_callback=None, args=[
     "--trainer.callbacks=lightning_hessian.HessianSpectrumCallback",
     "--trainer.callbacks.num_eigenvalues=4", "--trainer.logger=false",
@@ -175,7 +175,7 @@ cli = LightningCLI(PlRegression, PlRegressionData, run=False, save_config_callba
 @pytest.mark.parametrize("order", ORDERS)
 def test_whichever_is_imported_first(order: str, tmp_path: Path) -> None:
     fit = """
-from tiny_modules import PlRegression, PlRegressionData
+from callbacks.tiny_modules import PlRegression, PlRegressionData
 trainer = pl.Trainer(
     callbacks=callback, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False
 )

@@ -11,7 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from tiny_modules import (
+from callbacks.tiny_modules import (
     BATCH,
     FEATURES,
     NUM_PARAMETERS,

@@ -11,8 +11,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from callbacks.tiny_modules import Regression, small_callback, train_loader, val_loader
 from lightning.pytorch.loggers.logger import Logger
-from tiny_modules import Regression, small_callback, train_loader, val_loader
 from torch import Tensor
 
 from lightning_hessian import HessianSpectrumCallback

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from tiny_modules import (
+from callbacks.tiny_modules import (
     BATCH,
     NUM_TRAIN,
     NUM_VAL,
@@ -27,6 +25,8 @@ from tiny_modules import (
     train_loader,
     val_loader,
 )
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_hessian import HessianSpectrumCallback
@@ -209,7 +209,7 @@ def test_linearizing_a_squared_error_does_not_kill_the_run(tmp_path: Path) -> No
     """In torch 2.13 `torch.func.linearize` of F.mse_loss's gradient is a segmentation fault."""
     code = """
 import numpy as np, torch, lightning as L
-from tiny_modules import Regression, small_callback, train_loader, val_loader
+from callbacks.tiny_modules import Regression, small_callback, train_loader, val_loader
 spectra = []
 for hvp in ("autograd", "linearize"):
     torch.manual_seed(0)

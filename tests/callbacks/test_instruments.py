@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
-from tiny_modules import (
+from callbacks.tiny_modules import (
     NUM_PARAMETERS,
     NUM_TRAIN,
     Regression,
@@ -22,6 +21,7 @@ from tiny_modules import (
     train_loader,
     val_loader,
 )
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_hessian import ArgumentError, HessianSpectrumCallback

@@ -8,8 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from callbacks.tiny_modules import (
+    NUM_PARAMETERS,
+    Regression,
+    small_callback,
+    train_loader,
+    val_loader,
+)
 from lightning.pytorch.loggers import CSVLogger
-from tiny_modules import NUM_PARAMETERS, Regression, small_callback, train_loader, val_loader
 
 from lightning_hessian import hessian_spectrum
 from lightning_hessian.measure.budget import Budget

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from callbacks.tiny_modules import Regression, small_callback, train_loader, val_loader
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from scipy import stats
-from tiny_modules import Regression, small_callback, train_loader, val_loader
 from torch import Tensor
 
 from lightning_hessian.histories.offline_run import read_offline_run
@@ -80,25 +79,6 @@ def _assert_correlations(rows: list[Row], history: list[dict[str, float]], monit
 
 
 # W&B, CSV and TensorBoard, all at once -------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def own_wandb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No setting of the user's reaches wandb, and nothing of these runs stays behind."""
-    home = tmp_path_factory.mktemp("wandb_home")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            if name != "WANDB_SERVICE":
-                monkeypatch.delenv(name)
-        for name in ("CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "ARTIFACT_DIR"):
-            monkeypatch.setenv(f"WANDB_{name}", str(home))
-        monkeypatch.setenv("WANDB_MODE", "offline")  # put back after what WandbLogger does to it
-        monkeypatch.setenv("WANDB_SILENT", "true")
-        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-        yield
-        import wandb
-
-        wandb.teardown()
 
 
 def _wandb_logger(folder: Path) -> WandbLogger:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from nonsense import NONSENSE, is_fine, within
-from tiny_modules import Regression, train_loader, val_loader
+from callbacks.tiny_modules import Regression, train_loader, val_loader
+from support.nonsense import NONSENSE, is_fine, within
 from torch.utils.data import DataLoader
 
 from lightning_hessian import ArgumentError, GradientStructureCallback, HessianSpectrumCallback

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from callbacks.tiny_modules import Regression, small_callback, train_loader, val_loader
 from support.callbacks import with_spectrum
-from tiny_modules import Regression, small_callback, train_loader, val_loader
 from torch import Tensor
 
 from lightning_hessian import AtSteps, EveryNValidations

@@ -18,8 +18,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from callbacks.tiny_modules import Regression, samples, small_callback, train_loader, val_loader
 from lightning.pytorch.utilities import CombinedLoader
-from tiny_modules import Regression, samples, small_callback, train_loader, val_loader
 from torch import Tensor, nn
 from torch.utils.data import (
     ChainDataset,

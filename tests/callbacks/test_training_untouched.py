@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from tiny_modules import NUM_TRAIN, Regression, samples, small_callback, train_loader, val_loader
+from callbacks.tiny_modules import (
+    NUM_TRAIN,
+    Regression,
+    samples,
+    small_callback,
+    train_loader,
+    val_loader,
+)
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,

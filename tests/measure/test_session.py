@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from references import cross_entropy, dense_hessian, mlp, problem
+from support.references import cross_entropy, dense_hessian, mlp, problem
 from torch import Tensor, nn
 
 from lightning_hessian.measure import session as room

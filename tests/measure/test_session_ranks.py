@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.launching import JOBS
 
-JOB = Path(__file__).with_name("gradient_ranks.py")
+JOB = JOBS / "gradient_ranks.py"
 
 
 @pytest.mark.parametrize("kind", ["data", "fsdp2", "fsdp1", "tensor"])

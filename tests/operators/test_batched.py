@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from references import PROBLEMS, Problem, in_double, problem
+from support.references import PROBLEMS, Problem, in_double, problem
 from torch import Tensor
 
 from lightning_hessian.operators import batched

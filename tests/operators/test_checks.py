@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from references import dense_hessian, finite_difference_hessian
+from support.references import dense_hessian, finite_difference_hessian
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm

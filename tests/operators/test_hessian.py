@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from references import (
+from support.references import (
     PROBLEMS,
     Problem,
     cross_entropy,

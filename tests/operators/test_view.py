@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from references import Problem, cross_entropy, in_double, problem, ragged, trainable
+from support.references import Problem, cross_entropy, in_double, problem, ragged, trainable
 from torch import Tensor, nn
 
 from lightning_hessian.operators.costs import counted

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from references import cross_entropy, in_double, mlp, ragged
+from support.references import cross_entropy, in_double, mlp, ragged
 from torch import Tensor, nn
 from torch.nn import functional as F
 

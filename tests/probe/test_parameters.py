@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from references import TiedHead
+from support.references import TiedHead
 from torch import nn
 
 from lightning_hessian.probe.parameters import ParameterSpace

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import wandb
 from scipy import stats
-from tracking.runs import finished, measuring, train, wandb_logger
+from support.runs import finished, measuring, train, wandb_logger
 
 from lightning_hessian import correlation_report, load_runs
 from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from report_runs import logged, write_csv_run
 from scipy import stats
+from support.report_runs import logged, write_csv_run
 
 from lightning_hessian import correlation_report, write_report
 from lightning_hessian.cli.main import main

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from allowances import stop_at_product
+from support.allowances import stop_at_product
 from test_lanczos import SPECTRA, N, Watched, matrix_of
 
 from lightning_hessian.linear.operator import MatrixOperator

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
-from allowances import stop_at_product
+from support.allowances import stop_at_product
 from torch import Tensor
 
 from lightning_hessian.linear.operator import MatrixOperator

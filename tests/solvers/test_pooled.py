@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from allowances import stop_at_product
+from support.allowances import stop_at_product
 from test_lanczos import RANKS, N, Watched, allowance, eigenvalues_of, matrix_of
 
 from lightning_hessian.linear.operator import MatrixOperator

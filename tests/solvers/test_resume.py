@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from allowances import stop_at_product
+from support.allowances import stop_at_product
 from test_checkpoint import alike
 from test_lanczos import Watched, matrix_of
 

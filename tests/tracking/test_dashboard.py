@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from callbacks.tiny_modules import Regression
-from runs import finished, measuring, train, wandb_logger
+from support.runs import finished, measuring, train, wandb_logger
 from torch import Tensor, nn
 
 from lightning_hessian import GradientStructureCallback

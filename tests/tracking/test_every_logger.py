@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from runs import (
+from support.runs import (
     csv_rows,
     finished,
     measuring,

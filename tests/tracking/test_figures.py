@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from references import problem
 from scipy import stats
+from support.references import problem
 
 from lightning_hessian import block_structure, eigengaps, fit_power_law, hessian_spectrum
 from lightning_hessian.results import HessianSpectrum, SpectralDensity

@@ -15,8 +15,8 @@ import torch
 from callbacks.tiny_modules import Regression, small_callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from runs import measuring, measuring_rank_only, train
 from scipy import stats
+from support.runs import measuring, measuring_rank_only, train
 
 from lightning_hessian import GradientStructureCallback
 from lightning_hessian.histories.spectra import read_spectra

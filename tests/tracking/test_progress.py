@@ -14,8 +14,8 @@ import pytest
 import torch
 from callbacks.tiny_modules import Regression, small_callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from references import problem
-from runs import train
+from support.references import problem
+from support.runs import train
 
 from lightning_hessian import block_structure, hessian_spectrum
 from lightning_hessian.tracking import progress as progress_module

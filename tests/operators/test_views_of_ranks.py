@@ -1,0 +1,62 @@
+"""Views of the Hessian by two ranks, against the blocks of the dense Hessian by another hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support.launching import JOBS
+from support.references import dense_hessian, trainable
+from support.view_job import ENGINES, VIEWS, Net, loss_fn, samples
+
+JOB = JOBS / "view_job.py"
+CASES = [(how, engine) for how, engines in ENGINES.items() for engine in engines]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What two ranks found."""
+    file = tmp_path_factory.mktemp("views") / "found.json"
+    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[2]), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(JOB), str(file)],
+        capture_output=True, text=True, timeout=240, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+def block(names):
+    """The rows and columns of the dense Hessian that belong to some tensors."""
+    module = Net()
+    hessian = dense_hessian(module, loss_fn, samples()).numpy()
+    owners = [name for name, p in trainable(module).items() for _ in range(p.numel())]
+    chosen = np.isin(owners, names)
+    return hessian[np.ix_(chosen, chosen)]
+
+
+@pytest.mark.parametrize(("how", "engine"), CASES)
+def test_a_view_over_two_ranks_is_the_block_of_the_dense_hessian(seen, how, engine):
+    found = seen["found"][how][engine]
+    tolerance = 1e-7 if engine == "finite_difference" else 1e-12
+    for name, names in VIEWS.items():
+        np.testing.assert_allclose(found[name], block(names), atol=tolerance, err_msg=name)
+    assert found["again"] == found["late"]
+    if "nested" in found:
+        np.testing.assert_allclose(found["nested"], block(VIEWS["late"]), atol=tolerance)
+
+
+@pytest.mark.parametrize(("how", "engine"), CASES)
+def test_products_of_views_are_those_of_the_whole(seen, how, engine):
+    sizes = [len(block(names)) for names in VIEWS.values()]
+    nested = len(block(VIEWS["late"])) if how == "shared batches" else 0
+    assert seen["found"][how][engine]["num_products"] == sum(sizes) + nested
+
+
+def test_both_ranks_find_the_same(seen):
+    assert seen["same"]

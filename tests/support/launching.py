@@ -1,0 +1,32 @@
+"""How a test runs a job on several ranks: Lightning's own launcher starts the processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+JOBS = Path(__file__).parent
+JOB = JOBS / "job.py"
+
+
+def run(folder: Path, **job: Any) -> list[dict[str, Any]]:
+    """Runs a job on its ranks; returns what each of them saw."""
+    done = launch(folder, **job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = range(job.get("devices", 1))
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
+
+
+def launch(folder: Path, **job: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a job on its ranks, which may fail."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "WANDB_SILENT": "true", "PYTHONWARNINGS": "ignore"}
+    environment |= {"PYTHONPATH": str(JOB.parents[2])}
+    return subprocess.run(
+        [sys.executable, str(JOB), str(folder), json.dumps(job)],
+        capture_output=True, text=True, timeout=240, env=environment, cwd=folder,
+    )  # fmt: skip
