@@ -67,7 +67,7 @@ class Sent(TorchDispatchMode):
 
 def counted(sent: Sent) -> None:
     """Lets the collectives of `Ranks` be counted too."""
-    joined, scattered, summed = Ranks.joined, Ranks.scattered, Ranks.sum
+    joined, scattered, summed = Ranks.all_gather, Ranks.reduce_scatter, Ranks.all_reduce
 
     def count_joined(self: Ranks, part: Tensor) -> Tensor:
         whole = joined(self, part)
@@ -82,7 +82,7 @@ def counted(sent: Sent) -> None:
         sent.add(tensor, 2)
         return summed(self, tensor)
 
-    Ranks.joined, Ranks.scattered, Ranks.sum = (  # type: ignore[method-assign]
+    Ranks.all_gather, Ranks.reduce_scatter, Ranks.all_reduce = (  # type: ignore[method-assign]
         count_joined, count_scattered, count_summed,
     )  # fmt: skip
 

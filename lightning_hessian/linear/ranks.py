@@ -77,7 +77,7 @@ class Ranks:
         if self.world == 1:
             return 1
         index = torch.cuda.current_device() if self.device.type == "cuda" else None
-        places = self.gathered((socket.gethostname(), index))
+        places = self.all_gather_object((socket.gethostname(), index))
         return places.count(places[self.rank])
 
     @cached_property
@@ -99,32 +99,34 @@ class Ranks:
         """
         return -(-number // self.world)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def total(self, number: float) -> float:
+    def all_reduce_number(self, number: float) -> float:
         """Return the sum of the ranks' numbers, in float64."""
         if self.world == 1:
             return number
         precise = torch.float64 if self.device.type != "mps" else torch.float32
-        return float(self.sum(torch.tensor(number, dtype=precise, device=self.device)))
+        return float(self.all_reduce(torch.tensor(number, dtype=precise, device=self.device)))
 
-    def joined(self, part: Tensor) -> Tensor:
+    def all_gather(self, part: Tensor) -> Tensor:
         """Return the equally long parts [m] of all ranks one after the other, [world * m]."""
         whole = part.new_empty(self.world * len(part))
         getattr(dist, _GATHER)(whole, part.contiguous(), group=self.group)
         return whole
 
-    def scattered(self, tensor: Tensor) -> Tensor:
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Return this rank's part [m] of the sum of the ranks' tensors [world * m]."""
         part = tensor.new_empty(len(tensor) // self.world)
         getattr(dist, _SCATTER)(part, tensor, group=self.group)
         return part
 
-    def exchanged(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    def all_to_all(
+        self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]
+    ) -> list[Tensor]:
         """Return what each rank sends to this one, in the order of the ranks.
 
         Args:
@@ -145,7 +147,7 @@ class Ranks:
         blocks = zip(received.split(taken), shapes, strict=True)
         return [block.view(shape) for block, shape in blocks]
 
-    def agreed(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor) -> Tensor:
         """Return the first rank's tensor on all ranks, in place.
 
         What decides a branch is agreed on where ranks might compute it differently: on unlike
@@ -161,14 +163,14 @@ class Ranks:
         """Return whether the flag is set on some rank."""
         if self.world == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def least(self, number: float) -> float:
+    def all_reduce_min(self, number: float) -> float:
         """Return the smallest of the ranks' numbers."""
-        found: float = min(self.gathered(number))
+        found: float = min(self.all_gather_object(number))
         return found
 
-    def gathered(self, thing: Any) -> list[Any]:
+    def all_gather_object(self, thing: Any) -> list[Any]:
         """Return what every rank gives, in the order of the ranks; small things only."""
         if self.world == 1:
             return [thing]
@@ -213,7 +215,7 @@ class Ranks:
             RankError: Always; it names the first rank that failed, and why.
         """
         text = None if failure is None else _sentence(failure)
-        texts = self.gathered(text)
+        texts = self.all_gather_object(text)
         first = next((i for i, said in enumerate(texts) if said is not None), 0)
         failed = sum(said is not None for said in texts)
         others = f" (and {failed - 1} more)" if failed > 1 else ""

@@ -69,16 +69,16 @@ class Shard:
         whole = part.new_zeros(*part.shape[:-1], self.size)
         where = self.positions
         whole[..., where if isinstance(where, slice) else where.to(part.device)] = part
-        return self.ranks.sum(whole)
+        return self.ranks.all_reduce(whole)
 
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the scalar product of whole vectors, from parts [n_local]."""
-        return self.ranks.sum(first @ second)
+        return self.ranks.all_reduce(first @ second)
 
     def norm(self, part: Tensor) -> Tensor:
         """Return the norm of a whole vector, from its parts [n_local]."""
         norm = torch.linalg.vector_norm(part)
-        return norm if self.ranks.world == 1 else self.ranks.sum(norm.square_()).sqrt_()
+        return norm if self.ranks.world == 1 else self.ranks.all_reduce(norm.square_()).sqrt_()
 
     def restricted(self, coordinates: Tensor) -> tuple[Shard, Tensor]:
         """Return the shard of vectors on some coordinates only, and where this rank's lie.

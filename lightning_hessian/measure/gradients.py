@@ -378,7 +378,7 @@ def _check_alike(minibatches: MiniBatches, space: ParameterSpace, ranks: Ranks) 
     Raises:
         RankError: They do not.
     """
-    told = ranks.gathered((minibatches.total, minibatches.checksum(), space.size))
+    told = ranks.all_gather_object((minibatches.total, minibatches.checksum(), space.size))
     for rank, other in enumerate(told):
         if other != told[0]:
             raise RankError(
@@ -404,10 +404,10 @@ def _left_by_gram(
     if memory_budget is None:
         # G lies in main memory, which all ranks of a machine share, whatever their devices.
         device = torch.device("cpu") if tests else device
-        hosts = ranks.gathered(socket.gethostname())
+        hosts = ranks.all_gather_object(socket.gethostname())
         sharing = hosts.count(hosts[ranks.rank]) if device.type == "cpu" else ranks.neighbours
         memory_budget = free_bytes(device) / 2 / sharing
-    memory_budget = ranks.least(memory_budget)
+    memory_budget = ranks.all_reduce_min(memory_budget)
     gram_bytes = _gram_bytes(num_gradients)
     if 2 * gram_bytes > memory_budget:
         raise MeasurementError(_too_many(num_gradients, memory_budget))
@@ -446,7 +446,7 @@ def _told(
     mine = None if source is None else (source.losses, source.engine, source.num_computed)
     losses = np.empty(total)
     engines, computed = [], 0
-    for rank, told in enumerate(ranks.gathered(mine)):
+    for rank, told in enumerate(ranks.all_gather_object(mine)):
         if told is not None:
             losses[rank :: ranks.world] = told[0]
             engines.append(told[1])
@@ -499,7 +499,7 @@ def _rows_tested(
     whole = rows.gather(results.to(ranks.device)).cpu().numpy()
     # A rank without rows does not know K; the others do.
     empty = np.empty(0)
-    known = ranks.gathered(one and replace(one, ks_distances=empty, p_values=empty))
+    known = ranks.all_gather_object(one and replace(one, ks_distances=empty, p_values=empty))
     one = next(found for found in known if found is not None)
     found: RowTests = replace(one, ks_distances=whole[0], p_values=whole[1])
     return found

@@ -177,7 +177,7 @@ class Session:
             if space.held is None and self.ranks.world > 1:
                 # Each rank has the gradient of its own batches. Where parameters are in shards,
                 # differentiating through their all-gather has summed over ranks already.
-                total = self.shard.take(self.ranks.sum(total)).clone()
+                total = self.shard.take(self.ranks.all_reduce(total)).clone()
             with self.ranks.together():
                 check_finite(total, what="The gradient")
             self._gradient = total

@@ -332,7 +332,7 @@ class Checks:
         total = first.new_zeros((), dtype=precise)
         for a, b in zip(first.split(_CHUNK), second.split(_CHUNK), strict=True):
             total += a.to(precise) @ b.to(precise)
-        return float(self._shard.ranks.sum(total))
+        return float(self._shard.ranks.all_reduce(total))
 
 
 def _known(graph: LossGraph) -> str:

@@ -59,7 +59,7 @@ class DataParallelHessian:
                     objective, engine, memory_budget=budget, expected_products=expected_products
                 )
         mine = (self._local.engine, self._local.self_check_error) if self._local else None
-        found = [made for made in ranks.gathered(mine) if made is not None]
+        found = [made for made in ranks.all_gather_object(mine) if made is not None]
         self.engine = "+".join(dict.fromkeys(name for name, _ in found))
         self.self_check_error = max(error for _, error in found)
 
@@ -111,7 +111,7 @@ class DataParallelHessian:
                 failure = error
                 sent.zero_()[:, -1] = 1
         del whole
-        mine = ranks.scattered(sent.view(-1))
+        mine = ranks.reduce_scatter(sent.view(-1))
         if not bool(mine[-1] == 0):
             if failure is None and not bool(sent[0, -1] == 0):
                 failure = MeasurementError(
@@ -132,6 +132,6 @@ class DataParallelHessian:
         """Return whole vectors [b, n] from the ranks' parts."""
         count, world = len(vectors), self.shard.ranks.world
         part = torch.nn.functional.pad(vectors, (0, self._width - vectors.shape[1]))
-        parts = self.shard.ranks.joined(part.reshape(-1))
+        parts = self.shard.ranks.all_gather(part.reshape(-1))
         by_row = parts.view(world, count, self._width).transpose(0, 1)
         return by_row.reshape(count, -1)[:, : self.size]

@@ -108,6 +108,6 @@ class ShardedHessian(HessianOperator):
             raise explained("autograd", error) from error
         del product
         self.objective.ranks.stay_together()
-        fitting = int(self.objective.ranks.least(budget // max(1, sum(kept.values()))))
+        fitting = int(self.objective.ranks.all_reduce_min(budget // max(1, sum(kept.values()))))
         fitting = min(num_batches, fitting)
         self._build(["autograd"] * fitting + ["recompute"] * (num_batches - fitting))

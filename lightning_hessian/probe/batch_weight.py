@@ -93,7 +93,7 @@ def batch_weights(
     own = [sizes_of(batch, shifted) for batch in batches]
     if ranks.world > 1:
         ranks.stay_together()
-    parts = ranks.gathered(own)
+    parts = ranks.all_gather_object(own)
     # Batches are dealt out in turn; so they come back in the order in which they were given.
     longest = max(len(part) for part in parts)
     every = [part[i] for i in range(longest) for part in parts if i < len(part)]

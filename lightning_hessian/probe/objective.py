@@ -79,7 +79,7 @@ class Objective:
             held = _dealt(batches, ranks)
             self.batches = tuple(_cloned(batch, space.device) for batch in held)
             weights = batch_weights(module, self.batches, batch_weight, ranks)
-        self.num_samples = ranks.total(math.fsum(weights))
+        self.num_samples = ranks.all_reduce_number(math.fsum(weights))
         if self.num_samples <= 0:
             raise ValueError(f"batch_weight gave {weights}; weights must be >= 0, with a sum > 0.")
         self.weights = tuple(weight / self.num_samples for weight in weights)
@@ -91,7 +91,7 @@ class Objective:
         self._agreed_buffers: dict[str, Tensor] = {}
         if ranks.world > 1:  # running statistics may differ: all evaluate with the first rank's
             for name, buffer in module.named_buffers():
-                self._agreed_buffers[name] = ranks.agreed(buffer.detach().clone())
+                self._agreed_buffers[name] = ranks.broadcast(buffer.detach().clone())
         self._snapshot: Snapshot | None = None
         self._writes = False  # whether some evaluation has written to parameters
 
@@ -250,7 +250,7 @@ class Objective:
                         "the learning rate), or the batch holds NaN."
                     )
                 total += weight * loss
-        return self.ranks.total(total)
+        return self.ranks.all_reduce_number(total)
 
     def _buffers(self) -> dict[str, Tensor]:
         """Return copies of the buffers, for the loss to write to."""

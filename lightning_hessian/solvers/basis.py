@@ -82,7 +82,7 @@ class KrylovBasis:
         removed = torch.zeros(count, dtype=torch.float64)
         near = slice(max(0, count - 2), count)
         recent = self.rows[near] if self._at_hand else self._latest(near)
-        along = self.shard.ranks.sum(recent @ vector)
+        along = self.shard.ranks.all_reduce(recent @ vector)
         vector.addmv_(recent.T, along, alpha=-1)
         for _ in range(2):
             found, before, left = self._remove(vector, count, near, recent)
@@ -106,9 +106,9 @@ class KrylovBasis:
             before = self.shard.norm(vector)
             found = vector.new_empty(count)
             for part, rows in self.blocks(near.start):
-                found[part] = self.shard.ranks.sum(rows @ vector)
+                found[part] = self.shard.ranks.all_reduce(rows @ vector)
                 vector.addmv_(rows.T, found[part], alpha=-1)
-            found[near] = self.shard.ranks.sum(recent @ vector)
+            found[near] = self.shard.ranks.all_reduce(recent @ vector)
             vector.addmv_(recent.T, found[near], alpha=-1)
             return found, before.reshape(1), self.shard.norm(vector).reshape(1)
         rows = self.rows[:count]
@@ -118,7 +118,7 @@ class KrylovBasis:
             vector.addmv_(rows.T, found, alpha=-1)
             return found, before.reshape(1), norm(vector).reshape(1)
         # One sum over the ranks for both; the norm of what is left follows from them.
-        sums = self.shard.ranks.sum(torch.cat([rows @ vector, (vector @ vector).reshape(1)]))
+        sums = self.shard.ranks.all_reduce(torch.cat([rows @ vector, (vector @ vector).reshape(1)]))
         found, squared = sums[:-1], sums[-1:]
         vector.addmv_(rows.T, found, alpha=-1)
         return found, squared.sqrt(), (squared - found @ found).clamp_(min=0).sqrt_()

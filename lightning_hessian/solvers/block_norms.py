@@ -292,7 +292,7 @@ class _Columns:
         precise = torch.float64 if products.device.type != "mps" else torch.float32
         parts = torch.split(products, [held.length for held, _ in self.parts], dim=1)
         norms = [torch.linalg.vector_norm(part, dim=1, dtype=precise) for part in parts]
-        squares = self.held.ranks.sum(torch.stack(norms, dim=1).square_())
+        squares = self.held.ranks.all_reduce(torch.stack(norms, dim=1).square_())
         squares = squares.to("cpu", torch.float64)
         check_finite(squares, what=f"One of the first {self.num_products} products")
         return squares.numpy()

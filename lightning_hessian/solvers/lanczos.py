@@ -109,7 +109,7 @@ def lanczos(
         if checkpoint is not None:  # a folder may be missing on one machine only
             file_to_write("checkpoint", checkpoint)
         run = _begun(operator, num_eigenvalues, tol, seed, *room, max_products, file)
-    if len(set(ranks.gathered(run.num_products))) > 1:
+    if len(set(ranks.all_gather_object(run.num_products))) > 1:
         raise ValueError(
             f"The ranks' parts of the checkpoint {checkpoint} are not of the same time: one is "
             "missing or was left behind. Delete them to start anew."

@@ -132,7 +132,7 @@ class Projected:
         """
         m = self.count
         values, rotation = self._eigenpairs(min(top, m))
-        values, rotation = ranks.agreed(values), ranks.agreed(rotation)
+        values, rotation = ranks.broadcast(values), ranks.broadcast(rotation)
         outside = torch.zeros(len(values), dtype=torch.float64)
         for coupling in couplings:
             outside += (coupling @ rotation).abs()

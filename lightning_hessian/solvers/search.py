@@ -17,7 +17,7 @@ def make_room(run: KrylovState) -> None:
     """
     fixed, m = run.wanted + 1, run.count
     _, rotation = torch.linalg.eigh(run.projected.numbers[fixed:m, fixed:m], UPLO="U")
-    rotation = run.shard.ranks.agreed(rotation)
+    rotation = run.shard.ranks.broadcast(rotation)
     kept = max(1, (m - fixed) // 3)
     whole = torch.zeros(m, fixed + kept, dtype=torch.float64)
     whole[range(fixed), range(fixed)] = 1
@@ -49,7 +49,7 @@ def _given_up(run: KrylovState, fixed: int, rotation: Tensor) -> list[Pending]:
     m, kept = run.count, run.count - rotation.shape[1]
     leaning = run.projected.numbers[:fixed, fixed:m] @ rotation
     left, sizes, right = torch.linalg.svd(leaning, full_matrices=False)
-    left, sizes, right = (run.shard.ranks.agreed(part) for part in (left, sizes, right))
+    left, sizes, right = (run.shard.ranks.broadcast(part) for part in (left, sizes, right))
     found = []
     for size, along, weights in zip(sizes.tolist(), left.T, right, strict=True):
         coupling = torch.zeros(m, dtype=torch.float64)
@@ -66,7 +66,7 @@ def _merged(run: KrylovState, pending: list[Pending]) -> list[Pending]:
     """Return as few pending vectors as say the same of the products."""
     couplings = torch.stack([p.coupling for p in pending])
     left, sizes, right = torch.linalg.svd(couplings, full_matrices=False)
-    left, sizes, right = (run.shard.ranks.agreed(part) for part in (left, sizes, right))
+    left, sizes, right = (run.shard.ranks.broadcast(part) for part in (left, sizes, right))
     merged = []
     for weights, size, coupling in zip(left.T, sizes.tolist(), right, strict=True):
         if size <= 10 * run.eps * run.scale:

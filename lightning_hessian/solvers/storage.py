@@ -140,7 +140,9 @@ def placed(
         tiers = ["device", "cpu"] if device.type == "cuda" else ["device"]
     fitting = 0
     for tier in tiers:
-        fitting = int(shard.ranks.least(_fitting(storage, tier, vector_bytes, shard, device)))
+        fitting = int(
+            shard.ranks.all_reduce_min(_fitting(storage, tier, vector_bytes, shard, device))
+        )
         if fitting >= least:
             chosen = BasisStorage(storage.memory, tier, storage.dtype)
             return chosen, min(wanted, fitting)

@@ -80,9 +80,9 @@ def trace(
             row.copy_(shard.take(whole)).mul_(2).sub_(1)
         for rows in ritz_vectors.split(rows_at_once):  # they may live elsewhere
             rows = rows.to(signs)
-            signs.addmm_(shard.ranks.sum(signs @ rows.T), rows, alpha=-1)
+            signs.addmm_(shard.ranks.all_reduce(signs @ rows.T), rows, alpha=-1)
         products = operator.matmat(signs)
-        samples += shard.ranks.sum((signs * products).sum(1)).tolist()
+        samples += shard.ranks.all_reduce((signs * products).sum(1)).tolist()
         if allowance.is_over():
             break
     count = len(samples)

@@ -244,7 +244,7 @@ def spectra(
                 found = ascending.flip(0).cpu()
                 weights[:] = vectors.T.flip(0)[: len(weights)]
             values[:] = found[: len(values)] / (total - 1)
-    covariance_trace, second_moment_trace, square = ranks.agreed(scalars).tolist()
+    covariance_trace, second_moment_trace, square = ranks.broadcast(scalars).tolist()
     return GramSpectra(
         second_moment=summed(second, ranks).numpy(),
         covariance=summed(values, ranks).numpy(),

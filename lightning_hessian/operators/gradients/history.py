@@ -143,7 +143,7 @@ class GradientHistory:
         ranks = self.shard.ranks
         count = len(wanted[ranks.rank])
         shapes = [(count, length) for length in lengths(self.shard)]
-        slices = ranks.exchanged([torch.from_numpy(self.values[i]) for i in wanted], shapes)
+        slices = ranks.all_to_all([torch.from_numpy(self.values[i]) for i in wanted], shapes)
         return torch.cat(slices, dim=1).cpu().numpy()
 
 

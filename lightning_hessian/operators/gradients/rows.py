@@ -287,4 +287,4 @@ def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
     """Return the sum over the ranks, where the tensor is."""
     if ranks.world == 1:
         return tensor
-    return ranks.sum(tensor.to(ranks.device).contiguous()).to(tensor.device)
+    return ranks.all_reduce(tensor.to(ranks.device).contiguous()).to(tensor.device)

@@ -107,7 +107,7 @@ class ShardedObjective(Objective):
         )  # fmt: skip
         counted = [i * ranks.world + ranks.rank < len(whole) for i in range(rounds)]
         weights = [w * self.num_samples * c for w, c in zip(self.weights, counted, strict=True)]
-        self.num_samples = ranks.total(math.fsum(weights))
+        self.num_samples = ranks.all_reduce_number(math.fsum(weights))
         self._shares = [weight / self.num_samples for weight in weights]
         self.weights = (1.0,) * rounds  # the losses carry their own
         self._whole: dict[int, tuple[StorageWeakRef, _View]] = {}
@@ -152,7 +152,7 @@ class ShardedObjective(Objective):
     def norm(self, parts: Sequence[Tensor]) -> float:
         """Return the norm of all shards of all ranks together."""
         self.ranks.stay_together()
-        return math.sqrt(self.ranks.total(super().norm(parts) ** 2))
+        return math.sqrt(self.ranks.all_reduce_number(super().norm(parts) ** 2))
 
     def anywhere(self, flag: bool) -> bool:
         """Return whether the flag is set on some rank."""
