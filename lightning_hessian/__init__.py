@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         GradientStructure,
         HessianSpectrum,
         MeasurementError,
+        NoSecondDerivativeError,
         PowerLawFit,
     )
     from lightning_hessian.solvers.storage import BasisStorage
@@ -55,6 +56,7 @@ __all__ = [
     "LayersInstrument",
     "LossOptions",
     "MeasurementError",
+    "NoSecondDerivativeError",
     "PooledSLQ",
     "PowerLawFit",
     "Record",
@@ -93,6 +95,7 @@ _HOMES = {
     "LayersInstrument": "measure.layers",
     "LossOptions": "measure.options",
     "MeasurementError": "results",
+    "NoSecondDerivativeError": "results",
     "PooledSLQ": "measure.options",
     "PowerLawFit": "results",
     "Record": "measure.instrument",

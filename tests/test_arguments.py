@@ -40,12 +40,15 @@ from lightning_hessian import (
     layer_spectra,
     load_runs,
     partition_rules,
+    write_report,
 )
 from lightning_hessian.cli.main import COMMANDS, main
 from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.measure.blocks import BlocksInstrument
 from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.gradients import GradientsInstrument
+from lightning_hessian.measure.layers import LayersInstrument
 from lightning_hessian.measure.options import LossOptions, PooledSLQ
 from lightning_hessian.measure.spectrum import SpectrumInstrument
 from lightning_hessian.reports.live import follow
@@ -101,6 +104,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RUN = object()
 """Stands for the folder of the fixture."""
+REPORT = object()
+"""Stands for the report over it."""
 
 PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "hessian_spectrum": (hessian_spectrum, {**MEASURED, "num_eigenvalues": 2, "trace_probes": 2}),
@@ -127,6 +132,15 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "eigengaps": (eigengaps, {"eigenvalues": [9.0, 5.0, 3.0, 2.0, 1.5, 1.0]}),
     "load_runs": (load_runs, {"source": RUN, "cache": False}),
     "correlation_report": (correlation_report, {"runs": RUN}),
+    "write_report": (write_report, {"report": REPORT, "out": "page"}),
+    "Budget": (Budget, {}),
+    "BasisStorage": (BasisStorage, {}),
+    "LossOptions": (LossOptions, {}),
+    "PooledSLQ": (PooledSLQ, {}),
+    "SpectrumInstrument": (SpectrumInstrument, {}),
+    "BlocksInstrument": (BlocksInstrument, {}),
+    "LayersInstrument": (LayersInstrument, {}),
+    "GradientsInstrument": (GradientsInstrument, {"num_gradients": 4, "tests": False}),
 }  # fmt: skip
 """What ``lightning_hessian`` exports, with arguments that work."""
 
@@ -162,11 +176,6 @@ DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "theory.marchenko_pastur_edges": (theory.marchenko_pastur_edges, {"ratio": 0.5}),
     "theory.semicircle": (theory.semicircle, {"x": [1.0]}),
     "PowerLawMetric": (PowerLawMetric, {}),
-    "Budget": (Budget, {}),
-    "LossOptions": (LossOptions, {}),
-    "PooledSLQ": (PooledSLQ, {}),
-    "SpectrumInstrument": (SpectrumInstrument, {}),
-    "BlocksInstrument": (BlocksInstrument, {}),
     "follow": (follow, {"folder": RUN, "out": "page", "monitor": "val_loss", "once": True}),
     "read_spectra": (read_spectra, {"path": RUN}),
     "read_offline_run": (read_offline_run, {"path": RUN}),
@@ -188,6 +197,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 def _call(name: str, run: Path, /, **changed: Any) -> Any:
     function, base = {**PUBLIC, **DOCUMENTED}[name]
     given = {key: run if value is RUN else value for key, value in {**base, **changed}.items()}
+    given = {key: correlation_report(run) if v is REPORT else v for key, v in given.items()}
     return function(**given)
 
 
@@ -225,10 +235,11 @@ def test_nonsense_is_refused_by_the_name_of_its_argument(
 
 
 def test_what_is_public_is_tested() -> None:
-    """Functions and callbacks; records are made by them, and errors are raised."""
+    """Records are made, errors are raised; protocols and a session come with an instrument."""
     records = {
-        "ArgumentError", "BlockStructure", "Eigengaps", "GradientStructure", "HessianSpectrum",
-        "MeasurementError", "PowerLawFit",
+        "Absent", "ArgumentError", "BlockStructure", "Eigengaps", "GradientStructure",
+        "HessianSpectrum", "Instrument", "MeasurementError", "NoSecondDerivativeError",
+        "PowerLawFit", "Record", "Scalars", "Session",
     }  # fmt: skip
     assert set(lightning_hessian.__all__) - records == set(PUBLIC)
 
@@ -270,10 +281,12 @@ GROUPS = {
     "callbacks": {"HessianSpectrumCallback", "GradientStructureCallback"},
     "schedules and partitions": {"AtSteps", "EveryNValidations", "BlockRule", "partition_rules"},
     "options and instruments": {
-        "Budget", "LossOptions", "PooledSLQ", "SpectrumInstrument", "BlocksInstrument",
+        "Budget", "BasisStorage", "LossOptions", "PooledSLQ", "SpectrumInstrument",
+        "BlocksInstrument", "LayersInstrument", "GradientsInstrument",
     },
     "runs and reports": {
-        "load_runs", "correlation_report", "follow", "read_spectra", "read_offline_run",
+        "load_runs", "correlation_report", "write_report", "follow", "read_spectra",
+        "read_offline_run",
     },
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ def measured(
     all_found = Findings()
     for instrument in instruments:
         if progress is not None:
-            progress.next_part(instrument.name)
+            progress.next_part(f"{prefix} {instrument.name}", getattr(instrument, "count", None))
         record: Record
         try:
             with session.ranks.together():

@@ -379,7 +379,6 @@ class MeasurementCallback(Callback):
             trainer.progress_bar_callback if shown else None,
             self.prefix,
             unit=unit,
-            wanted=getattr(self, "num_eigenvalues", None),
             expected=int(rows[-1].get(statistic, 0)) if rows else self.expected_work(),
         )
 

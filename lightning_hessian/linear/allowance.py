@@ -23,7 +23,7 @@ class Allowance:
         ranks: Who measures together.
         on_progress: ``on_progress(num_products, num_converged)``, called whenever products have
             been spent.
-        clock: What tells the time, in seconds.
+        clock: What tells the time, in seconds; by default the monotonic clock.
 
     Attributes:
         spent: Products spent so far.
@@ -43,7 +43,7 @@ class Allowance:
         seconds: float | None = None,
         ranks: Ranks = ALONE,
         on_progress: Callable[[int, int | None], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.products = products
         self.seconds = seconds
@@ -52,8 +52,8 @@ class Allowance:
         self._ranks = ranks
         self._on_progress = on_progress
         self._num_converged: int | None = None
-        self._clock = clock
-        self._begun = clock()
+        self._clock = clock or time.monotonic
+        self._begun = self._clock()
 
     @property
     def products_left(self) -> int | None:

@@ -26,6 +26,7 @@ from lightning_hessian.measure.session import Session
 from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, Partition, partition
+from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results import BlockStructure, MeasurementError, SpectralDensity
 from lightning_hessian.results.arguments import check_fields, checked
 from lightning_hessian.solvers.block_norms import (
@@ -126,22 +127,23 @@ def block_structure(
         density_probes=density_probes,
         return_matrix=return_matrix,
     )
-    instrument.check(model)
-    cut = partition(model, blocks, parameters)
-    session = Session(
-        model,
-        loss_fn,
-        batches,
-        parameters=parameters,
-        hvp=hvp,
-        loss_options=loss_options,
-        process_group=process_group,
-        expected_products=2 * least_products(cut.sizes),
-        seed=seed,
-    )
-    with session:
-        allowance = (budget or UNLIMITED).open(session, on_progress)
-        return instrument.structure(session, allowance)
+    with whole(model) as plain:
+        instrument.check(plain)
+        cut = partition(plain, blocks, parameters)
+        session = Session(
+            plain,
+            loss_fn,
+            batches,
+            parameters=parameters,
+            hvp=hvp,
+            loss_options=loss_options,
+            process_group=process_group,
+            expected_products=2 * least_products(cut.sizes),
+            seed=seed,
+        )
+        with session:
+            allowance = (budget or UNLIMITED).open(session, on_progress)
+            return instrument.structure(session, allowance)
 
 
 @dataclass(frozen=True)

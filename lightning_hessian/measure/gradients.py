@@ -7,7 +7,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ from lightning_hessian.results import (
     MeasurementError,
     RowTests,
 )
-from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.arguments import check_fields, checked, optional
 from lightning_hessian.results.path_arguments import existing_folder
 from lightning_hessian.statistics.gaussianity import MIN_POINTS, row_tests
 
@@ -133,26 +133,24 @@ def gradient_structure(
         >>> found.num_gradients, found.num_parameters, len(found.covariance)
         (100, 30, 30)
     """
-    instrument = GradientsInstrument(
-        num_gradients=num_gradients,
-        batch_size=batch_size,
-        num_eigenvalues=num_eigenvalues,
-        parameters=parameters,
-        tests=tests,
-        max_tested=max_tested,
-        clip_norm=clip_norm,
-        preconditioner=preconditioner,
-        num_eigenvectors=num_eigenvectors,
-        mode=mode,
-        significance=significance,
-        memory_budget=memory_budget,
-        directory=directory,
-    )
     with whole(model) as plain:
         ranks = Ranks.of(process_group, next(plain.parameters()).device)
         with ranks.together():  # a folder may be missing on one machine only
-            if directory is not None:
-                existing_folder("directory", directory)
+            instrument = GradientsInstrument(
+                num_gradients=num_gradients,
+                batch_size=batch_size,
+                num_eigenvalues=num_eigenvalues,
+                parameters=parameters,
+                tests=tests,
+                max_tested=max_tested,
+                clip_norm=clip_norm,
+                preconditioner=preconditioner,
+                num_eigenvectors=num_eigenvectors,
+                mode=mode,
+                significance=significance,
+                memory_budget=memory_budget,
+                directory=directory,
+            )
             instrument.check(plain)
         seconds = None if budget is None else budget.seconds
         allowance = Allowance(seconds=seconds, ranks=ranks, on_progress=on_progress)
@@ -207,6 +205,8 @@ class GradientsInstrument:
     prefix: str = field(default="gradient", init=False)
 
     def __post_init__(self) -> None:
+        table = {**GRADIENT_RULES, "directory": optional(existing_folder, "the system's folder")}
+        check_fields(self, {one.name: table[one.name] for one in fields(self) if one.init})
         if self.num_gradients is not None:
             check_number(self.num_gradients, self.tests, self.memory_budget)
 

@@ -12,15 +12,16 @@ from torch import nn
 
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
-from lightning_hessian.measure.arguments import SPECTRUM_RULES, together
+from lightning_hessian.measure.arguments import RULES, SPECTRUM_RULES, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.session import Session
 from lightning_hessian.measure.spectrum import SpectrumInstrument, SpectrumRecord
 from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
+from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results import ArgumentError, HessianSpectrum
-from lightning_hessian.results.arguments import checked
+from lightning_hessian.results.arguments import check_fields, checked
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage
 
 if TYPE_CHECKING:
@@ -110,20 +111,21 @@ def layer_spectra(
             basis=basis,
         ),
     )
-    instrument.check(model)
-    session = Session(
-        model,
-        loss_fn,
-        batches,
-        parameters=instrument.selected(model),
-        hvp=hvp,
-        loss_options=loss_options,
-        process_group=process_group,
-        expected_products=instrument.expected_products(model),
-        seed=seed,
-    )
-    with session:
-        record = instrument.measure(session, (budget or UNLIMITED).open(session, on_progress))
+    with whole(model) as plain:
+        instrument.check(plain)
+        session = Session(
+            plain,
+            loss_fn,
+            batches,
+            parameters=instrument.selected(plain),
+            hvp=hvp,
+            loss_options=loss_options,
+            process_group=process_group,
+            expected_products=instrument.expected_products(plain),
+            seed=seed,
+        )
+        with session:
+            record = instrument.measure(session, (budget or UNLIMITED).open(session, on_progress))
     if session.ranks.rank == 0:
         for warning in record.warnings:
             warnings.warn(warning, stacklevel=4)  # past both decorators, to the caller
@@ -166,6 +168,13 @@ class LayersRecord:
         return [*missing, *self.warnings]
 
 
+def _a_spectrum(name: str, value: Any) -> SpectrumInstrument:
+    """Apply the rule of ``spectrum``."""
+    if isinstance(value, SpectrumInstrument):
+        return value
+    raise ArgumentError(name, value, "Give SpectrumInstrument(num_eigenvalues=..., ...).")
+
+
 @dataclass(frozen=True)
 class LayersInstrument:
     """A spectrum for each of several layers.
@@ -179,6 +188,9 @@ class LayersInstrument:
     spectrum: SpectrumInstrument = field(default_factory=SpectrumInstrument)
     name: str = field(default="layers", init=False)
     prefix: str = field(default="layers", init=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"layers": RULES["layers"], "spectrum": _a_spectrum})
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where a name or a selection does not fit the model."""

@@ -131,7 +131,6 @@ def hessian_spectrum(
         checkpoint=checkpoint,
     )
     budget = budget or UNLIMITED
-    instrument.check(model)
     instrument.check_budget(budget)
     session = Session(
         model,
@@ -145,6 +144,7 @@ def hessian_spectrum(
         seed=seed,
     )
     with session:
+        instrument.check(session.model)
         if checkpoint is not None:
             with session.ranks.together():  # a folder may be missing on one machine only
                 file_to_write("checkpoint", checkpoint)

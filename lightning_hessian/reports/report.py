@@ -23,6 +23,7 @@ from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.numbers import write_csv, write_json
 from lightning_hessian.reports.verdicts import GAP
 from lightning_hessian.reports.within import over_runs, within_runs
+from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     Rule,
     checked,
@@ -146,7 +147,13 @@ def correlation_report(
     )
 
 
-@checked({"out": path_name})
+def _a_report(name: str, value: Any) -> CorrelationReport:
+    if isinstance(value, CorrelationReport):
+        return value
+    raise ArgumentError(name, value, "Give what correlation_report(...) returned.")
+
+
+@checked({"report": _a_report, "out": path_name})
 def write_report(report: CorrelationReport, out: str | PathLike[str]) -> Path:
     """Write report.html, report.md with its figures, correlations.csv and correlations.json.
 

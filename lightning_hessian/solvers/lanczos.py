@@ -93,6 +93,7 @@ def lanczos(
             f"{num_eigenvalues} eigenvalues were asked of an operator of order {size}; "
             f"ask for 1 to {size}."
         )
+    allowance.note_converged(0)
     if max_products is None:
         max_products = default_bound(num_eigenvalues)
     if max_products < num_eigenvalues:

@@ -99,7 +99,6 @@ class Progress:
         lightning_bar: ``trainer.progress_bar_callback``, None for none.
         name: What the bar is of.
         unit: What it counts.
-        wanted: How many eigenvalues are wanted, None where none are.
         expected: About how many products it will take; 0 where nothing is known.
 
     Attributes:
@@ -112,7 +111,6 @@ class Progress:
         name: str,
         *,
         unit: str = "HVPs",
-        wanted: int | None = None,
         expected: int = 0,
     ) -> None:
         enabled = lightning_bar is not None and getattr(lightning_bar, "is_enabled", False)
@@ -121,9 +119,8 @@ class Progress:
         self._lightning_bar = lightning_bar
         self._name = name
         self._unit = unit
-        self._wanted = wanted
+        self._wanted: int | None = None
         self._expected = expected
-        self._before = 0
         self._done = 0
         self._converged: int | None = None
         self._started = time.monotonic()
@@ -141,13 +138,13 @@ class Progress:
         return time.monotonic() - self._started
 
     def __call__(self, num_products: int, num_converged: int | None = None) -> None:
-        """Take in how far the present part of the measurement is.
+        """Take in how far the measurement is.
 
         Args:
-            num_products: Products of this part so far.
+            num_products: Products so far.
             num_converged: Eigenvalues known to have converged, None where none are looked for.
         """
-        self._done = self._before + num_products
+        self._done = num_products
         if num_converged is not None:
             self._converged = num_converged
         now = time.monotonic()
@@ -163,9 +160,9 @@ class Progress:
         except Exception as error:  # noqa: BLE001 - a bar must not cost the measurement
             self._give_up(error)
 
-    def next_part(self, name: str) -> None:
-        """Begin a part whose products are counted from 0 again."""
-        self._before, self._name, self._wanted = self._done, name, None
+    def next_part(self, name: str, wanted: int | None) -> None:
+        """Name what is measured now, and say how many eigenvalues it wants, if any."""
+        self._name, self._wanted = name, wanted
 
     def close(self, line: str | None = None) -> None:
         """Take the bar away, and print a line if it was there to see.

@@ -128,7 +128,7 @@ def test_a_report_is_saved_beside_the_runs(server, capsys):
 
 NO_ACCOUNT = """
 import os, sys
-from lightning_hessian.cli import main
+from lightning_hessian.cli.main import main
 os.environ["WANDB_BASE_URL"] = sys.argv[1]
 sys.exit(main(["report", "ada/digits", "--out", sys.argv[2]]))
 """

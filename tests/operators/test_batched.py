@@ -95,7 +95,7 @@ def test_a_chunk_is_as_large_as_the_memory_allows(monkeypatch):
                 batched, "free_bytes", lambda _, room=room: 4 * room * operator._product_bytes()
             )
             products = undecided(objective, operator)
-            products(operator._products[0], vectors)
+            products(operator.products[0], vectors)
             sizes.append(products.size)
     assert sizes == [16, 5, 1]
 

@@ -151,13 +151,13 @@ def test_repeated_steps_and_layers(trained: Any) -> None:
     rows = [
         {"trainer/global_step": 4, "hessian/d_ks": 9.0, "val_loss": 1.0},
         {"trainer/global_step": 4, "hessian/d_ks": 0.5, "val_loss": 2.0},
-        {"trainer/global_step": 8, "hessian/d_ks": float("nan"), "hessian_head/d_ks": 0.25},
+        {"trainer/global_step": 8, "hessian/d_ks": float("nan"), "layers/d_ks_head": 0.25},
     ]
     run = dataclasses.replace(trained[2], rows=rows)
     first = measurements(run)[0]
     assert (first["step"], first["d_ks"]) == (4.0, 0.5)
     data = data_of(live_page(run, ["val_loss"]))
-    (layer,) = [part for part in data["sections"] if part["name"] == "Layer head"]
+    (layer,) = [part for part in data["sections"] if part["name"] == "Layers"]
     assert layer["charts"][0]["series"][0]["points"] == [[8.0, 0.25]]
 
 

@@ -93,6 +93,10 @@ ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
     },
     ("GradientStructureCallback", "batch_size"): {"10**12": "the data are not known yet"},
     ("GradientStructureCallback", "num_batches"): {},
+    ("GradientsInstrument", "batch_size"): {"10**12": "the data are not known yet"},
+    ("GradientsInstrument", "num_eigenvalues"): {"10**12": "as in the function"},
+    ("GradientsInstrument", "parameters"): {"'x'": "a name; the model is not known yet"},
+    ("LayersInstrument", "layers"): {},
 }  # fmt: skip
 
 

@@ -21,7 +21,9 @@ from lightning_hessian import block_structure, hessian_spectrum
 from lightning_hessian.tracking import progress as progress_module
 from lightning_hessian.tracking.progress import Progress, summary_line
 
-BAR = re.compile(r"hessian, (\d+) of 5 converged: +(\d+)%\|.*?\| (\d+)/(\d+) HVPs \[[\d:]+<[\d:?]+")
+BAR = re.compile(
+    r"hessian spectrum, (\d+) of 5 converged: +(\d+)%\|.*?\| (\d+)/(\d+) HVPs \[[\d:]+<[\d:?]+"
+)
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_beside_rich(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         reconfigure()
         get_console().__dict__ = before
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue() + screen)
-    assert re.search(r"hessian, \d of 5 converged, HVPs .* \d+/\d+ ", shown)
+    assert re.search(r"hessian spectrum, \d of 5 converged, HVPs .* \d+/\d+ ", shown)
     for row in callback.history:
         assert summary_line("hessian", row["step"], row)[:60] in " ".join(shown.split())
     assert re.search(r"Epoch 1/1 .* 4/4 ", shown)
