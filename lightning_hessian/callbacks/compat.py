@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback as LightningCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 if TYPE_CHECKING or importlib.util.find_spec("pytorch_lightning") is None:
     Callback = LightningCallback
@@ -25,4 +26,9 @@ else:
         """Inherits from the Callback of both packages."""
 
 
-__all__ = ["Callback"]
+def tell(message: str) -> None:
+    """Print a line through Lightning's own logger, on rank zero."""
+    rank_zero_info(message)
+
+
+__all__ = ["Callback", "tell"]

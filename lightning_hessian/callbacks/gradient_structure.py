@@ -93,7 +93,6 @@ class GradientStructureCallback(MeasurementCallback):
     prefix = "gradient"
     correlated = CORRELATED
     correlation_prefix = "gradient_"
-    cost_arguments = "num_gradients, batch_size, max_tested"
     work = ("gradients", "num_gradients")
 
     @checked(CALLBACK_RULES)

@@ -39,10 +39,7 @@ class HandOver:
             pl_module: Its ``log_dict`` is open then.
             scalars: By name; a name without a slash gets the prefix of the measurement.
         """
-        logged = {
-            name if "/" in name else f"{self._panels.prefix}/{name}": value
-            for name, value in scalars.items()
-        }
+        logged = self._keys(scalars)
         if trainer.is_global_zero:
             self._panels.define(trainer.loggers, logged)
         pl_module.log_dict(
@@ -52,6 +49,30 @@ class HandOver:
             # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
             sync_dist=trainer.world_size > 1,
         )
+
+    def log_late(
+        self, trainer: Any, scalars: Mapping[str, float], metrics: Mapping[str, Any]
+    ) -> None:
+        """Log statistics after training has ended, in a row with the metrics of their validation.
+
+        Args:
+            trainer: On rank zero.
+            scalars: By name, as in `log`.
+            metrics: Of the last validation.
+        """
+        logged = self._keys(scalars)
+        self._panels.define(trainer.loggers, logged)
+        row = {name: float(value) for name, value in metrics.items()} | logged
+        for logger in trainer.loggers:
+            what = f"logging the statistics to {type(logger).__name__}"
+            self._attempt(what, logger.log_metrics, row, log_step(trainer))
+
+    def _keys(self, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Return statistics by logged name."""
+        return {
+            name if "/" in name else f"{self._panels.prefix}/{name}": value
+            for name, value in scalars.items()
+        }
 
     def pair(
         self,

@@ -126,7 +126,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         layers: Layers | None = None,
         blocks: Blocks | None = "layer",
         tol: float = 1e-3,
-        time_budget: float | Budget | None = None,
+        time_budget: float | Budget | None = 0.2,
         hvp: str = "auto",
         protocol: SpectrumProtocol = "converged",
         basis: BasisStorage = ANYWHERE,

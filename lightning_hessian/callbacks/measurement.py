@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from lightning_hessian.callbacks.account import Account
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
-from lightning_hessian.callbacks.compat import Callback
+from lightning_hessian.callbacks.compat import Callback, tell
 from lightning_hessian.callbacks.guard import Guard, named, sentence
 from lightning_hessian.callbacks.handover import HandOver
 from lightning_hessian.callbacks.instruments import measured
 from lightning_hessian.callbacks.pairing import Pairs, checked_monitors, incomparable
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches, probe_batches
-from lightning_hessian.callbacks.schedule import Schedule, TimeBudget, within
+from lightning_hessian.callbacks.run_length import is_last_validation, share_done
+from lightning_hessian.callbacks.schedule import Schedule
 from lightning_hessian.callbacks.surroundings import (
     AVERAGED,
     averages_weights,
@@ -28,6 +33,7 @@ from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.instrument import Instrument, Record
 from lightning_hessian.measure.session import Knowledge, Session
 from lightning_hessian.probe.sharding.fsdp1 import whole
+from lightning_hessian.results import MeasurementError
 from lightning_hessian.results.arguments import checked
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.drawings import correlation_drawings
@@ -37,6 +43,13 @@ from lightning_hessian.tracking.progress import Progress, summary_line
 
 _COSTLY_SHARE = 0.2  # of the training time since the last measurement
 _COSTLY_SECONDS = 1.0  # below which no cost is worth a word
+_ADVICE = {
+    "spectrum": "num_eigenvalues ({num_eigenvalues})",
+    "layers": "the number of layers",
+    "blocks": "the number of blocks",
+    "gradients": "num_gradients ({num_gradients})",
+}
+"""By the instrument that costs most: what to lower."""
 
 
 class MeasurementCallback(Callback):
@@ -54,7 +67,6 @@ class MeasurementCallback(Callback):
     prefix: str
     correlated: tuple[str, ...]
     correlation_prefix = ""  # tells the correlations of siblings apart
-    cost_arguments = "num_eigenvalues, num_batches"  # what to lower where a measurement takes long
     work = ("HVPs", "num_hvps")  # what the progress bar counts, and the statistic that tells it
 
     @checked(CALLBACK_RULES)
@@ -89,7 +101,7 @@ class MeasurementCallback(Callback):
         self.progress = progress
         self._panels = Panels(self.prefix, figures)
         self._progress: Progress | None = None  # of the measurement under way
-        self._budget = TimeBudget(time_budget.share)
+        self._account = Account(time_budget)
         self._history = History()
         self._identity = uuid.uuid4().hex  # drawn by the system: no seed of training moves
         self._num_validations = 0
@@ -97,10 +109,12 @@ class MeasurementCallback(Callback):
         self._ranks = ALONE
         self._pending: dict[str, float] | None = None
         self._clock: float | None = None
+        self._unmeasured: int | None = None  # the step of the last validation, where it was not
         self._pairs = Pairs(self.monitors, isinstance(data, str) and data == "train")
         self._guard = Guard(on_error)
         self._handover = HandOver(self._panels, self._guard, self.correlation_prefix)
         self._enabled = True
+        self._ended = False  # whether the run is over, and its last validation is measured late
         self._warned: set[str] = set()
 
     # What a subclass gives ---------------------------------------------------------------------
@@ -154,6 +168,7 @@ class MeasurementCallback(Callback):
             "history": self.history,
             "num_validations": self._num_validations,
             "identity": self._identity,
+            "account": self._account.state_dict(),
             **self._panels.state_dict(),
         }
 
@@ -170,7 +185,11 @@ class MeasurementCallback(Callback):
         identity = state_dict.get("identity", self._identity)
         if not isinstance(identity, str):
             raise ValueError(f"identity={identity!r} is no text.")
+        account = Account(self.time_budget)
+        if "account" in state_dict:
+            account.load_state_dict(state_dict["account"])
         self._panels.load_state_dict(state_dict)
+        self._account = account
         self._history, self._num_validations, self._identity = history, number, identity
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -183,8 +202,7 @@ class MeasurementCallback(Callback):
             self._batches = None
             self._pairs.forget()
         self._guard.speaks = trainer.is_global_zero
-        self._budget = TimeBudget(self.time_budget.share)
-        self._clock = None
+        self._clock = self._unmeasured = None
         if not self._enabled:
             return
         if trainer.barebones:
@@ -225,18 +243,15 @@ class MeasurementCallback(Callback):
         self._clock = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measures and logs, when it is due."""
+        """Measures and logs, when it is due and the budget pays for it."""
         self._pending = None
         if not self._enabled or trainer.sanity_checking:
             return
-        if trainer.state.fn == "fit" and not self._is_due(trainer):
-            return
         started = time.monotonic()
         if self._clock is not None:
-            self._budget.trained(started - self._clock)
-        if trainer.strategy.broadcast(self._budget.allows()):
+            self._account.earn(started - self._clock)
+        if self._may_measure(trainer):
             self._pending = self._measure_or_report(trainer, pl_module)
-            self._note_cost(time.monotonic() - started)
         self._clock = time.monotonic()
         if self._pending is not None:
             self._guard.attempt(
@@ -253,47 +268,156 @@ class MeasurementCallback(Callback):
         )
         pending, self._pending = self._pending, None
         if pending is not None:
-            found = self._guard.attempt("pairing", self._pairs.of, fresh or {}, pending)
-            monitored: dict[str, float] = found[0] if found else {}
-            missing: dict[str, str] = found[1] if found else {}
-            place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-            self._history.add({**place, **pending, **monitored})
-            for topic, reason in {**missing, **incomparable(self._history.rows)}.items():
-                self._warn_once(topic, reason)
-            if trainer.is_global_zero:
-                self._guard.attempt("handing over the results", self._hand_over, trainer)
-            self._guard.settle(self._ranks)
+            self._pair(trainer, pending, fresh or {})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Draws the last measurement, unless it was drawn when it was made."""
-        if self._enabled and self._history.rows:
+        """Measure the last validation where it was not; draw; say what was skipped."""
+        if not self._enabled:
+            return
+        self._catch_up(trainer, pl_module)
+        if self._history.rows:
             if trainer.is_global_zero:
                 self._guard.attempt("drawing figures", self._draw, trainer, True)
             self._guard.settle(self._ranks)
+        said = self._account.summary()
+        if said is not None:
+            tell(f"{type(self).__name__}: {said}")
 
     # Inside ------------------------------------------------------------------------------------
 
     def measure(
-        self, pl_module: Any, batches: Sequence[Any], budget: Budget
-    ) -> tuple[dict[str, float], list[str]]:
+        self, trainer: Any, pl_module: Any, batches: Sequence[Any]
+    ) -> tuple[dict[str, float], list[str]] | None:
         """Return the statistics by logged name, and a sentence for each that is absent.
 
         All ranks call it together; those of ``self._ranks.group`` share the work. The record of
-        each instrument is kept in ``records``.
+        each instrument is kept in ``records``. None stands for a measurement that was not begun:
+        one product has been timed, and the budget does not pay for a whole one.
+
+        Raises:
+            MeasurementError: The time that the budget allows was up before all was measured.
         """
         begun = time.monotonic()
-        self.records = {}
         with self.session(pl_module, batches) as session:
+            if self._account.bounded and self._account.estimate is None:
+                self._estimate(trainer, session)
+                if not self._affords(trainer):
+                    return None
+            budget = replace(self.time_budget, share=None)
             allowance = budget.open(session, self._progress)
             found = measured(
                 self.instruments, session, allowance, prefix=self.prefix,
                 strict=self.on_error == "raise", progress=self._progress,
             )  # fmt: skip
+        seconds = time.monotonic() - begun
+        if allowance.was_over:
+            self._account.estimate = max(seconds, self._account.estimate or 0.0)
+            raise MeasurementError(
+                f"the time was up after {seconds:.3g} s, before all was measured, so nothing "
+                f"is logged. Raise time_budget={self.time_budget}, or lower num_batches "
+                f"({self.num_batches})."
+            )
         self.records, scalars = found.records, found.scalars
         if self.work[1] == "num_hvps":  # of all instruments together
             scalars["num_hvps"] = allowance.spent
-        scalars["seconds"] = time.monotonic() - begun
+        scalars["seconds"] = seconds
         return scalars, found.absent
+
+    def seconds_of_unit(self, session: Session) -> float:
+        """Return what a product takes: the shorter of two, the first of which warms up."""
+        operator = session.operator()
+        vector = torch.ones(
+            operator.shard.length, dtype=session.space.dtype, device=session.space.device
+        )
+        taken = []
+        for _ in range(2):
+            begun = time.monotonic()
+            operator.matvec(vector).sum().item()
+            taken.append(time.monotonic() - begun)
+        return min(taken)
+
+    def _estimate(self, trainer: Any, session: Session) -> None:
+        """Time a unit of work, and say what a whole measurement will take."""
+        with session.ranks.together():
+            unit = self.seconds_of_unit(session)
+            costs = {one.name: float(one.cost(session)) for one in self.instruments}
+        total = sum(costs.values())
+        seconds = total * unit + (session.known.seconds_to_build or 0.0)
+        self._account.estimate = trainer.strategy.broadcast(seconds)
+        if self.time_budget.share is None:
+            return
+        most = _ADVICE.get(max(costs, key=costs.__getitem__), "the cost of your instruments")
+        advice = f"num_batches ({self.num_batches}) or {most.format(**vars(self))}"
+        done = self._guard.attempt("asking for the length of the run", share_done, trainer)
+        tell(f"{type(self).__name__}: {self._account.forecast(total, self.work[0], done, advice)}")
+
+    def _may_measure(self, trainer: Any) -> bool:
+        """Return whether to measure at this validation, the same on all ranks."""
+        if trainer.state.fn != "fit":
+            return True
+        due = self._is_due(trainer)
+        if not (due or (self._account.bounded and self._is_last(trainer))):
+            return False
+        allowed = self._affords(trainer)
+        self._unmeasured = None if allowed else trainer.global_step
+        self._account.skipped += not allowed
+        return allowed
+
+    def _is_last(self, trainer: Any) -> bool:
+        """Return whether this is the last validation of the fit, as far as can be foreseen."""
+        last = self._guard.attempt("asking for the end of the run", is_last_validation, trainer)
+        found: bool = trainer.strategy.broadcast(bool(last))
+        return found
+
+    def _affords(self, trainer: Any) -> bool:
+        """Return whether the budget pays for a whole measurement now, the same on all ranks."""
+        if trainer.state.fn != "fit" or not self._account.bounded:
+            return True
+        last = self._ended or self._is_last(trainer)
+        done = self._guard.attempt("asking for the length of the run", share_done, trainer)
+        found: bool = trainer.strategy.broadcast(self._account.allows(done=done, last=last))
+        return found
+
+    def _catch_up(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the last validation of a run whose end nobody foresaw; say so where it is late.
+
+        Its row is logged once more with the metrics of that validation, since the loggers have
+        closed it.
+        """
+        step, self._unmeasured = self._unmeasured, None
+        if step is None or self.time_budget.share is None:
+            return
+        if step != trainer.global_step:
+            tell(
+                f"{type(self).__name__}: the last validation, at step {step}, was not measured: "
+                f"the run went on to step {trainer.global_step} and ended before another."
+            )
+            return
+        self._ended = True
+        pending = self._measure_or_report(trainer, pl_module)
+        self._ended = False
+        if pending is None:
+            return
+        self._account.skipped -= 1
+        if trainer.is_global_zero:
+            self._guard.attempt(
+                "logging the statistics", self._handover.log_late, trainer, pending,
+                self._pairs.latest(),
+            )  # fmt: skip
+        self._pair(trainer, pending, self._pairs.latest())
+
+    def _pair(self, trainer: Any, pending: Mapping[str, float], fresh: Mapping[str, Any]) -> None:
+        """Remember a measurement with the metrics of its validation, and hand it over."""
+        found = self._guard.attempt("pairing", self._pairs.of, fresh, pending)
+        monitored: dict[str, float] = found[0] if found else {}
+        missing: dict[str, str] = found[1] if found else {}
+        place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        self._history.add({**place, **pending, **monitored})
+        for topic, reason in {**missing, **incomparable(self._history.rows)}.items():
+            self._warn_once(topic, reason)
+        if trainer.is_global_zero:
+            self._guard.attempt("handing over the results", self._hand_over, trainer)
+        self._guard.settle(self._ranks)
 
     def _hand_over(self, trainer: Any) -> None:
         """Give the loggers what is known only now: correlations, the spectrum, figures."""
@@ -308,6 +432,7 @@ class MeasurementCallback(Callback):
         seconds = self._handover.draw(trainer, len(rows), self.drawings, paired, last)
         if self._clock is not None:  # drawing is no training that would earn measurements
             self._clock += seconds
+            self._account.pay(seconds)
 
     def _draw_probe(self, trainer: Any, pl_module: Any) -> None:
         self._ranks = trainer_ranks(trainer, pl_module)
@@ -331,9 +456,8 @@ class MeasurementCallback(Callback):
     def _measure_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
         """Return rank zero's statistics on all ranks, or None where the measurement failed."""
         failure: Exception | None = None
-        scalars: dict[str, float] = {}
-        seconds = trainer.strategy.broadcast(self._budget.max_seconds())
-        budget = within(self.time_budget, seconds)
+        found: tuple[dict[str, float], list[str]] | None = None
+        begun = time.monotonic()
         self._ranks = trainer_ranks(trainer, pl_module)
         try:
             with self._ranks.together():
@@ -341,23 +465,23 @@ class MeasurementCallback(Callback):
                     self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
             self._progress = self._new_progress(trainer)
             with whole(trainer.strategy.model):
-                scalars, absent = self.measure(pl_module, self._batches, budget)
-            line = self._guard.attempt(
-                "the line of the progress bar", summary_line, self.prefix, trainer.global_step,
-                scalars,
-            )  # fmt: skip
-            self._progress.close(line)
-            for reason in absent if trainer.is_global_zero else ():
-                if reason not in self._warned:  # what is so every time is told once
-                    self._warned.add(reason)
-                    warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
+                found = self.measure(trainer, pl_module, self._batches)
+            self._tell_found(trainer, found)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
             failure = error
             if self._progress is not None:
                 self._progress.close()
+        seconds = time.monotonic() - begun
+        self._account.pay(seconds)
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
-            found: dict[str, float] | None = trainer.strategy.broadcast(scalars)
-            return found
+            if found is None:
+                self._unmeasured = trainer.global_step
+                self._account.skipped += 1
+                return None
+            self._warn_of_cost(seconds)
+            self._account.measured(seconds)
+            scalars: dict[str, float] = trainer.strategy.broadcast(found[0])
+            return scalars
         if self._ranks.world > 1 and not isinstance(failure, RankError):
             failure = named(failure, self._ranks)
         assert failure is not None
@@ -382,16 +506,32 @@ class MeasurementCallback(Callback):
             expected=int(rows[-1].get(statistic, 0)) if rows else self.expected_work(),
         )
 
-    def _note_cost(self, seconds: float) -> None:
-        trained = self._budget.since_last
-        self._budget.measured(seconds)
+    def _tell_found(self, trainer: Any, found: tuple[dict[str, float], list[str]] | None) -> None:
+        """Close the bar with a line on what was found, and warn of what is absent."""
+        assert self._progress is not None
+        if found is None:
+            self._progress.close()
+            return
+        scalars, absent = found
+        line = self._guard.attempt(
+            "the line of the progress bar", summary_line, self.prefix, trainer.global_step, scalars
+        )
+        self._progress.close(line)
+        for reason in absent if trainer.is_global_zero else ():
+            if reason not in self._warned:  # what is so every time is told once
+                self._warned.add(reason)
+                warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
+
+    def _warn_of_cost(self, seconds: float) -> None:
+        """Warn once of a measurement that takes long, where no budget bounds it."""
+        account = self._account
+        trained = account.trained / (account.made + 1)
         costly = seconds > max(_COSTLY_SECONDS, _COSTLY_SHARE * trained)
         if self.time_budget.share is None and self._clock is not None and costly:
             self._warn_once(
                 "cost",
                 f"The measurement took {seconds:.1f} s after {trained:.1f} s of training. "
-                "Give time_budget=0.05, raise every_n_validations, or lower "
-                f"{self.cost_arguments} or the selected parameters.",
+                "Give time_budget=0.2, the share of the training time that measurements may take.",
             )
 
     def _warn_once(self, topic: str, message: str) -> None:

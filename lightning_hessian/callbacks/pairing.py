@@ -71,6 +71,10 @@ class Pairs:
         before, self._metrics = self._metrics, dict(metrics)
         return {name: v for name, v in self._metrics.items() if v is not before.get(name)}
 
+    def latest(self) -> dict[str, Any]:
+        """Return the metrics of the last validation."""
+        return dict(self._metrics)
+
     def of(
         self, fresh: Mapping[str, Any], pending: Mapping[str, float]
     ) -> tuple[dict[str, float], dict[str, str]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -112,59 +111,3 @@ class AtSteps:
         """Return whether a chosen step lies after the last measurement and not after now."""
         done = -1 if last_step is None else last_step
         return any(done < chosen <= step for chosen in self.steps)
-
-
-@dataclass
-class TimeBudget:
-    """Keeps the time of all measurements of a run within a share of the training time.
-
-    One is skipped while what has been earned would not pay for it, judged by the last one (by
-    twice that, if it was cut short).
-
-    Args:
-        share: Above 0, below 1; None for no bound.
-    """
-
-    share: float | None = None
-    training: float = field(default=0.0, init=False)
-    since_last: float = field(default=0.0, init=False)
-    spent: float = field(default=0.0, init=False)
-    expected: float = field(default=0.0, init=False)
-
-    def trained(self, seconds: float) -> None:
-        """Add training time (all that was not measuring)."""
-        self.training += seconds
-        self.since_last += seconds
-
-    def allows(self) -> bool:
-        """Return whether a measurement may be made now."""
-        return self.share is None or self.max_seconds() >= self.expected
-
-    def max_seconds(self) -> float:
-        """Return how long a measurement may take now; infinite without a bound."""
-        return float("inf") if self.share is None else self.share * self.training - self.spent
-
-    def measured(self, seconds: float) -> None:
-        """Add the time of a measurement."""
-        cut = seconds >= self.max_seconds()
-        self.spent += seconds
-        self.since_last = 0.0
-        self.expected = 2 * seconds if cut else seconds
-
-
-def within(budget: Budget, seconds: float) -> Budget:
-    """Return a budget for one measurement, within the seconds that its share of the run leaves.
-
-    Args:
-        budget: What the user gave.
-        seconds: What the share leaves; infinite without one, not above 0 where it is used up.
-
-    Example:
-        >>> within(Budget(products=500, seconds=60.0), 12.5)
-        Budget(products=500, seconds=12.5, share=None)
-    """
-    limits = [budget.seconds, seconds if math.isfinite(seconds) else None]
-    limit = min((given for given in limits if given is not None), default=None)
-    if limit is not None and limit <= 0:
-        limit = 1e-9  # nothing is left: whoever asks hears so at once
-    return Budget(products=budget.products, seconds=limit)

@@ -28,6 +28,7 @@ class Allowance:
     Attributes:
         spent: Products spent so far.
         seconds_a_product: What a product takes, where that is known; `affords` reckons with it.
+        was_over: Whether anybody has been told that the time is up, or too short.
 
     Example:
         >>> allowance = Allowance(products=10)
@@ -49,6 +50,7 @@ class Allowance:
         self.seconds = seconds
         self.spent = 0
         self.seconds_a_product: float | None = None
+        self.was_over = False
         self._ranks = ranks
         self._on_progress = on_progress
         self._num_converged: int | None = None
@@ -77,7 +79,9 @@ class Allowance:
         if self.seconds is None:
             return True
         needed = products * (self.seconds_a_product or 0.0)
-        return not self._ranks.any(self.seconds_passed + needed >= self.seconds)
+        short = self._ranks.any(self.seconds_passed + needed >= self.seconds)
+        self.was_over = self.was_over or short
+        return not short
 
     @contextmanager
     def limited_to(self, products: int) -> Iterator[None]:
@@ -97,7 +101,9 @@ class Allowance:
         """Return whether the time is up."""
         if self.seconds is None:
             return False
-        return self._ranks.any(self.seconds_passed >= self.seconds)
+        over = self._ranks.any(self.seconds_passed >= self.seconds)
+        self.was_over = self.was_over or over
+        return over
 
     def spend(self, products: int) -> None:
         """Count products that were made, and tell the progress."""

@@ -22,8 +22,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.job import Network, dataset, loss_fn
-
 from lightning_hessian import (
     GradientStructure,
     GradientStructureCallback,
@@ -36,6 +34,7 @@ from lightning_hessian.measure.budget import Budget
 from lightning_hessian.operators.gradients import history as gradient_history
 from lightning_hessian.operators.gradients.history import GradientCovariance, GradientHistory
 from lightning_hessian.solvers.lanczos import lanczos
+from support.job import Network, dataset, loss_fn
 
 HOURS = 1e5  # seconds: more than any test takes
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from support.references import LossFunction, cross_entropy, in_double
 from torch import nn
+
+from support.references import LossFunction, cross_entropy, in_double
 
 Array = NDArray[np.float64]
 

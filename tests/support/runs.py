@@ -10,11 +10,11 @@ from typing import Any
 import lightning as L
 import torch
 from callbacks.tiny_modules import Regression, train_loader, val_loader
-from support.callbacks import with_spectrum
 
 from lightning_hessian import HessianSpectrumCallback
 from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run
 from lightning_hessian.measure.budget import Budget
+from support.callbacks import with_spectrum
 
 Row = dict[str, Any]
 
