@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from lightning_hessian.callbacks.account import Account
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
-from lightning_hessian.callbacks.compat import Callback, tell
+from lightning_hessian.callbacks.budgeting import Budgeting
+from lightning_hessian.callbacks.compat import Callback
 from lightning_hessian.callbacks.guard import Guard, named, sentence
 from lightning_hessian.callbacks.handover import HandOver
 from lightning_hessian.callbacks.instruments import measured
 from lightning_hessian.callbacks.pairing import Pairs, checked_monitors, incomparable
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches, probe_batches
-from lightning_hessian.callbacks.run_length import is_last_validation, share_done
 from lightning_hessian.callbacks.schedule import Schedule
 from lightning_hessian.callbacks.surroundings import (
     AVERAGED,
@@ -101,7 +100,6 @@ class MeasurementCallback(Callback):
         self.progress = progress
         self._panels = Panels(self.prefix, figures)
         self._progress: Progress | None = None  # of the measurement under way
-        self._account = Account(time_budget)
         self._history = History()
         self._identity = uuid.uuid4().hex  # drawn by the system: no seed of training moves
         self._num_validations = 0
@@ -109,12 +107,11 @@ class MeasurementCallback(Callback):
         self._ranks = ALONE
         self._pending: dict[str, float] | None = None
         self._clock: float | None = None
-        self._unmeasured: int | None = None  # the step of the last validation, where it was not
         self._pairs = Pairs(self.monitors, isinstance(data, str) and data == "train")
         self._guard = Guard(on_error)
+        self._budgeting = Budgeting(time_budget, self._guard, type(self).__name__)
         self._handover = HandOver(self._panels, self._guard, self.correlation_prefix)
         self._enabled = True
-        self._ended = False  # whether the run is over, and its last validation is measured late
         self._warned: set[str] = set()
 
     # What a subclass gives ---------------------------------------------------------------------
@@ -168,7 +165,7 @@ class MeasurementCallback(Callback):
             "history": self.history,
             "num_validations": self._num_validations,
             "identity": self._identity,
-            "account": self._account.state_dict(),
+            "account": self._budgeting.state_dict(),
             **self._panels.state_dict(),
         }
 
@@ -185,11 +182,8 @@ class MeasurementCallback(Callback):
         identity = state_dict.get("identity", self._identity)
         if not isinstance(identity, str):
             raise ValueError(f"identity={identity!r} is no text.")
-        account = Account(self.time_budget)
-        if "account" in state_dict:
-            account.load_state_dict(state_dict["account"])
+        self._budgeting.load_state_dict(state_dict["account"])
         self._panels.load_state_dict(state_dict)
-        self._account = account
         self._history, self._num_validations, self._identity = history, number, identity
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -202,7 +196,8 @@ class MeasurementCallback(Callback):
             self._batches = None
             self._pairs.forget()
         self._guard.speaks = trainer.is_global_zero
-        self._clock = self._unmeasured = None
+        self._clock = None
+        self._budgeting.begin()
         if not self._enabled:
             return
         if trainer.barebones:
@@ -249,8 +244,9 @@ class MeasurementCallback(Callback):
             return
         started = time.monotonic()
         if self._clock is not None:
-            self._account.earn(started - self._clock)
-        if self._may_measure(trainer):
+            self._budgeting.account.earn(started - self._clock)
+        fitting = trainer.state.fn == "fit"
+        if not fitting or self._budgeting.may_measure(trainer, self._is_due(trainer)):
             self._pending = self._measure_or_report(trainer, pl_module)
         self._clock = time.monotonic()
         if self._pending is not None:
@@ -279,9 +275,7 @@ class MeasurementCallback(Callback):
             if trainer.is_global_zero:
                 self._guard.attempt("drawing figures", self._draw, trainer, True)
             self._guard.settle(self._ranks)
-        said = self._account.summary()
-        if said is not None:
-            tell(f"{type(self).__name__}: {said}")
+        self._budgeting.summarize()
 
     # Inside ------------------------------------------------------------------------------------
 
@@ -299,9 +293,10 @@ class MeasurementCallback(Callback):
         """
         begun = time.monotonic()
         with self.session(pl_module, batches) as session:
-            if self._account.bounded and self._account.estimate is None:
+            account = self._budgeting.account
+            if account.bounded and account.estimate is None:
                 self._estimate(trainer, session)
-                if not self._affords(trainer):
+                if not self._budgeting.affords(trainer):
                     return None
             budget = replace(self.time_budget, share=None)
             allowance = budget.open(session, self._progress)
@@ -311,7 +306,7 @@ class MeasurementCallback(Callback):
             )  # fmt: skip
         seconds = time.monotonic() - begun
         if allowance.was_over:
-            self._account.estimate = max(seconds, self._account.estimate or 0.0)
+            account.estimate = max(seconds, account.estimate or 0.0)
             raise MeasurementError(
                 f"the time was up after {seconds:.3g} s, before all was measured, so nothing "
                 f"is logged. Raise time_budget={self.time_budget}, or lower num_batches "
@@ -343,40 +338,9 @@ class MeasurementCallback(Callback):
             costs = {one.name: float(one.cost(session)) for one in self.instruments}
         total = sum(costs.values())
         seconds = total * unit + (session.known.seconds_to_build or 0.0)
-        self._account.estimate = trainer.strategy.broadcast(seconds)
-        if self.time_budget.share is None:
-            return
         most = _ADVICE.get(max(costs, key=costs.__getitem__), "the cost of your instruments")
         advice = f"num_batches ({self.num_batches}) or {most.format(**vars(self))}"
-        done = self._guard.attempt("asking for the length of the run", share_done, trainer)
-        tell(f"{type(self).__name__}: {self._account.forecast(total, self.work[0], done, advice)}")
-
-    def _may_measure(self, trainer: Any) -> bool:
-        """Return whether to measure at this validation, the same on all ranks."""
-        if trainer.state.fn != "fit":
-            return True
-        due = self._is_due(trainer)
-        if not (due or (self._account.bounded and self._is_last(trainer))):
-            return False
-        allowed = self._affords(trainer)
-        self._unmeasured = None if allowed else trainer.global_step
-        self._account.skipped += not allowed
-        return allowed
-
-    def _is_last(self, trainer: Any) -> bool:
-        """Return whether this is the last validation of the fit, as far as can be foreseen."""
-        last = self._guard.attempt("asking for the end of the run", is_last_validation, trainer)
-        found: bool = trainer.strategy.broadcast(bool(last))
-        return found
-
-    def _affords(self, trainer: Any) -> bool:
-        """Return whether the budget pays for a whole measurement now, the same on all ranks."""
-        if trainer.state.fn != "fit" or not self._account.bounded:
-            return True
-        last = self._ended or self._is_last(trainer)
-        done = self._guard.attempt("asking for the length of the run", share_done, trainer)
-        found: bool = trainer.strategy.broadcast(self._account.allows(done=done, last=last))
-        return found
+        self._budgeting.estimate(trainer, seconds, (total, self.work[0]), advice)
 
     def _catch_up(self, trainer: Any, pl_module: Any) -> None:
         """Measure the last validation of a run whose end nobody foresaw; say so where it is late.
@@ -384,21 +348,12 @@ class MeasurementCallback(Callback):
         Its row is logged once more with the metrics of that validation, since the loggers have
         closed it.
         """
-        step, self._unmeasured = self._unmeasured, None
-        if step is None or self.time_budget.share is None:
+        if not self._budgeting.catches_up(trainer):
             return
-        if step != trainer.global_step:
-            tell(
-                f"{type(self).__name__}: the last validation, at step {step}, was not measured: "
-                f"the run went on to step {trainer.global_step} and ended before another."
-            )
-            return
-        self._ended = True
         pending = self._measure_or_report(trainer, pl_module)
-        self._ended = False
+        self._budgeting.caught_up(pending is not None)
         if pending is None:
             return
-        self._account.skipped -= 1
         if trainer.is_global_zero:
             self._guard.attempt(
                 "logging the statistics", self._handover.log_late, trainer, pending,
@@ -432,7 +387,7 @@ class MeasurementCallback(Callback):
         seconds = self._handover.draw(trainer, len(rows), self.drawings, paired, last)
         if self._clock is not None:  # drawing is no training that would earn measurements
             self._clock += seconds
-            self._account.pay(seconds)
+            self._budgeting.account.pay(seconds)
 
     def _draw_probe(self, trainer: Any, pl_module: Any) -> None:
         self._ranks = trainer_ranks(trainer, pl_module)
@@ -472,14 +427,14 @@ class MeasurementCallback(Callback):
             if self._progress is not None:
                 self._progress.close()
         seconds = time.monotonic() - begun
-        self._account.pay(seconds)
+        account = self._budgeting.account
+        account.pay(seconds)
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
             if found is None:
-                self._unmeasured = trainer.global_step
-                self._account.skipped += 1
+                self._budgeting.not_begun()
                 return None
             self._warn_of_cost(seconds)
-            self._account.measured(seconds)
+            account.measured(seconds)
             scalars: dict[str, float] = trainer.strategy.broadcast(found[0])
             return scalars
         if self._ranks.world > 1 and not isinstance(failure, RankError):
@@ -524,7 +479,7 @@ class MeasurementCallback(Callback):
 
     def _warn_of_cost(self, seconds: float) -> None:
         """Warn once of a measurement that takes long, where no budget bounds it."""
-        account = self._account
+        account = self._budgeting.account
         trained = account.trained / (account.made + 1)
         costly = seconds > max(_COSTLY_SECONDS, _COSTLY_SHARE * trained)
         if self.time_budget.share is None and self._clock is not None and costly:
