@@ -66,7 +66,7 @@ class Sent(TorchDispatchMode):
 
 
 def counted(sent: Sent) -> None:
-    """Lets the collectives of `Ranks` be counted too."""
+    """Let the collectives of `Ranks` be counted too."""
     joined, scattered, summed = Ranks.all_gather, Ranks.reduce_scatter, Ranks.all_reduce
 
     def count_joined(self: Ranks, part: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the larger part, the gradient itself, is the same in every product.
 from __future__ import annotations
 
 import itertools
+import linecache
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -41,6 +42,23 @@ class _Kind(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+
+def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph that can be called, without a copy of its source text that outlives it.
+
+    torch.fx writes a graph as Python code, and keeps the text for tracebacks until the process
+    ends: 0.2 MB for each measurement of a small attention layer (torch 2.13).
+
+    Args:
+        root: Holds the constants of the graph.
+        graph: What to run.
+    """
+    module = fx.GraphModule(root, graph)
+    name = type(module).forward.__code__.co_filename
+    fx.graph_module._loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
+    return module
 
 
 class LinearGraph:
@@ -181,7 +199,7 @@ class LinearGraph:
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 root.register_buffer(node.target, self.constants[node])
-        return fx.GraphModule(root, self.graph)
+        return graph_module(root, self.graph)
 
 
 class _Memory:

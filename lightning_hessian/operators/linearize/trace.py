@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_hessian.operators.linearize.graph import graph_module
+
 aten = torch.ops.aten
 
 _DEVICE_GUARDS = (torch.ops.prim.device.default,)
@@ -39,7 +41,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     with recorder:
         outputs = function(*given)
     recorder.graph.output([recorder.node_of(output) for output in outputs])
-    return fx.GraphModule(recorder.root, recorder.graph)
+    return graph_module(recorder.root, recorder.graph)
 
 
 class _Recorder(TorchDispatchMode):
