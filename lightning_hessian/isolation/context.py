@@ -189,7 +189,7 @@ def _training_modes(module: nn.Module) -> dict[nn.Module, bool]:
 
 @contextmanager
 def _twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Chooses kernels that have a second derivative, and puts the user's choice back."""
+    """Choose kernels that have a second derivative, and put the user's choice back."""
     submodules = list(module.modules())
     with ExitStack() as stack:
         # The fused attention kernels have no double backward.

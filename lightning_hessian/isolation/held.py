@@ -272,7 +272,7 @@ def untouched(
     them (`torch.func.functional_call`).
 
     Args:
-        module: The module.
+        module: The module that an evaluation may write to.
         hidden: Modules that it holds without having them registered (`Snapshot.hidden`), whose
             buffers are copied too.
         given: What stands for a parameter that an attribute holds, see `Copier`.

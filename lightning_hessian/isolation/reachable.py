@@ -80,14 +80,11 @@ class Reachable:
 
 
 def reachable(roots: Iterable[Any]) -> Reachable:
-    """Return the state within reach of some objects.
+    """Return the state within reach of some objects, the roots.
 
     Of the classes and functions of installed libraries only the attributes of instances are
     followed: a library's own caches are not the data set's. A Trainer ends the search, and so do
     the parameters of a LightningModule.
-
-    Args:
-        roots: Where to start.
     """
     found = Reachable()
     stack = list(roots)

@@ -82,12 +82,7 @@ class Ranks:
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def share_of(self, number: int) -> int:
-        """Return how many of so many things one rank has at most, where they are dealt out evenly.
-
-        Example:
-            >>> Ranks().share_of(7)
-            7
-        """
+        """Return how many of so many things a rank has at most, where they are dealt out evenly."""
         return -(-number // self.world)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
