@@ -31,8 +31,8 @@ from lightning_hessian import hessian_spectrum
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.operators.sharded import hessian_operator
-from lightning_hessian.probe.sharding.objective import objective_over
 from lightning_hessian.probe.parameters import ParameterSpace
+from lightning_hessian.probe.sharding.objective import objective_over
 
 TURNS = 3
 SAMPLES, NUM_BATCHES, PRODUCTS = 2000, 4, 100

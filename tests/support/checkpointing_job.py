@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hessian.operators.sharded import hessian_operator
-from lightning_hessian.probe.sharding.objective import objective_over
 from lightning_hessian.probe.parameters import ParameterSpace
+from lightning_hessian.probe.sharding.objective import objective_over
 
 ENGINES = ("auto", "autograd", "recompute", "finite_difference")
 NUM_PRODUCTS = 4
