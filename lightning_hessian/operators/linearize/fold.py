@@ -156,7 +156,7 @@ def batchable(product: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_spare(node: Any) -> bool:
-    """Whether a tensor may be written over by its only reader."""
+    """Return whether a tensor may be written over by its only reader."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
         return False
     if node.target in _VIEWS or node.target in _WRITING:
@@ -168,7 +168,7 @@ def _is_spare(node: Any) -> bool:
 
 
 def _drop_zero(graph: LinearGraph, node: fx.Node) -> None:
-    """Leaves out the adding of zeros."""
+    """Leave out the adding of zeros."""
     if node.target not in (aten.add.Tensor, aten.sub.Tensor) or not graph.is_settled(node):
         return
     first, second = node.args
