@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import trained
+from support import trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.damage import KINDS, damaged, events, rezipped
