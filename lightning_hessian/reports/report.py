@@ -24,8 +24,8 @@ from lightning_hessian.results.arguments import Rule, checked, nonempty_text, op
 from lightning_hessian.results.output import check_folder
 from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.statistics.scaling import fit_scaling
-from lightning_hessian.tracking.gradient_scalars import CORRELATED as OF_GRADIENTS
 from lightning_hessian.tracking.scalars import CORRELATED as OF_SPECTRA
+from lightning_hessian.tracking.scalars import GRADIENT_CORRELATED as OF_GRADIENTS
 
 DEFAULT_MONITORS = ("val_loss", "gap")
 """What is monitored where nothing is asked for; the gap as far as a run logged it."""

@@ -10,8 +10,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from support import trained
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support import trained
 from torch.func import functional_call
 
 from lightning_hessian import hessian_spectrum
