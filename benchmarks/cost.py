@@ -1,17 +1,18 @@
 """What a measurement costs, in gradients over the same probe batches.
 
-Run it with ``make bench``. Everything is a ratio taken in one run; times of the gradient are
-printed for orientation only.
+    OMP_NUM_THREADS=1 python benchmarks/cost.py [--clock cpu]
+
+Everything is a ratio taken in one run; times of the gradient are printed for orientation only.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timing import CLOCKS, in_turn, once, use_clock
 from torch import nn
 
 from lightning_hessian import hessian_spectrum
@@ -20,6 +21,7 @@ from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
 
 NUM_EIGENVALUES = 50
+ENGINES = ("linearize", "autograd", "recompute")
 
 
 class Transformer(nn.Module):
@@ -57,7 +59,8 @@ def lenet() -> nn.Module:
 
 
 def problems() -> Iterator[tuple[str, nn.Module, Callable[..., Any], list[Any]]]:
-    """Yield name, module, loss and probe batches."""
+    """Yield name, module, loss and probe batches, the same in every run."""
+    torch.manual_seed(0)
 
     def classify(model: nn.Module, batch: Any) -> torch.Tensor:
         return nn.functional.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
@@ -75,27 +78,29 @@ def problems() -> Iterator[tuple[str, nn.Module, Callable[..., Any], list[Any]]]
     yield "transformer, 4,096 tokens", Transformer(), classify, batches
 
 
-def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the median time of some work, after one run for warming up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def main() -> None:
     """Print one row for each problem, as the README shows it."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, K = {NUM_EIGENVALUES}\n")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu, with one thread, where other programs run too (%(default)s)",
+    )
+    options = parser.parse_args()
+    if options.clock == "cpu" and torch.get_num_threads() != 1:
+        parser.error("--clock cpu adds up the threads: set OMP_NUM_THREADS=1")
+    use_clock(options.clock)
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, K = {NUM_EIGENVALUES}, "
+        f"{options.clock} clock\n"
+    )
     print("| problem | parameters | gradient | product: linearize | autograd | recompute | "
           "products for K | whole measurement |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
     for name, model, loss_fn, batches in problems():
         space = ParameterSpace.select(model)
         objective = Objective(model, loss_fn, batches, space)
-        cells = []
         with objective.isolated():
             objective.value()
 
@@ -104,14 +109,21 @@ def main() -> None:
                 for index in range(len(objective.batches)):
                     torch.autograd.grad(objective.batch_loss(leaves, index), leaves)
 
-            for engine in ("linearize", "autograd", "recompute"):
+            works: dict[str, Callable[[], Any]] = {"gradient": gradient}
+            vector = torch.randn(space.size)
+            for engine in ENGINES:
                 operator = HessianOperator(objective, engine)
-                vector = torch.randn(space.size)
-                product = seconds(lambda o=operator, v=vector: o.matvec(v))
-                cells.append(f"{product / seconds(gradient):.1f}")
-        base = seconds(gradient)
-        spectrum = hessian_spectrum(model, loss_fn, batches, num_eigenvalues=NUM_EIGENVALUES)
-        cells += [str(spectrum.num_hvps), f"{spectrum.seconds / base:.0f} ({spectrum.engine})"]
+                works[engine] = lambda o=operator, v=vector: o.matvec(v)
+            times = in_turn(works, rounds=7)
+        del works, operator
+        base = times.median("gradient")
+        cells = [f"{times.ratio(engine, 'gradient'):.1f}" for engine in ENGINES]
+        taken, spectrum = once(
+            lambda m=model, f=loss_fn, b=batches: hessian_spectrum(
+                m, f, b, num_eigenvalues=NUM_EIGENVALUES
+            )
+        )
+        cells += [str(spectrum.num_hvps), f"{taken / base:.0f} ({spectrum.engine})"]
         print(f"| {name} | {space.size:,} | {1000 * base:.0f} ms | " + " | ".join(cells) + " |",
               flush=True)  # fmt: skip
 

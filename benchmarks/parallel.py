@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_hessian import hessian_spectrum
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.measure.budget import Budget
-from lightning_hessian.operators.choose import hessian_operator
-from lightning_hessian.probe.objectives import objective_over
+from lightning_hessian.operators.sharded import hessian_operator
 from lightning_hessian.probe.parameters import ParameterSpace
+from lightning_hessian.probe.sharding.objective import objective_over
 
 TURNS = 3
 SAMPLES, NUM_BATCHES, PRODUCTS = 2000, 4, 100
@@ -66,7 +66,7 @@ class Sent(TorchDispatchMode):
 
 
 def counted(sent: Sent) -> None:
-    """Lets the collectives of `Ranks` be counted too."""
+    """Let the collectives of `Ranks` be counted too."""
     joined, scattered, summed = Ranks.all_gather, Ranks.reduce_scatter, Ranks.all_reduce
 
     def count_joined(self: Ranks, part: Tensor) -> Tensor:

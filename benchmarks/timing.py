@@ -17,7 +17,7 @@ _clock = CLOCKS["wall"]
 
 
 def use_clock(name: str) -> None:
-    """Measures by this clock from now on; the processor's is right for one thread only."""
+    """Measure by this clock from now on; the processor's is right for one thread only."""
     global _clock
     _clock = CLOCKS[name]
 

@@ -28,7 +28,7 @@ NUM_EPOCHS = 15
 
 
 def main() -> None:
-    """Trains the network of the demo and draws all figures."""
+    """Train the network of the demo and draw all figures."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)

@@ -38,7 +38,7 @@ class Regression(L.LightningModule):
 
 
 def main() -> None:
-    """Trains for eight epochs and prints what was found."""
+    """Train for eight epochs and print what was found."""
     L.seed_everything(0)
     x = torch.randn(600, 10)
     y = torch.sin(x[:, :1]) + 0.5 * x[:, 1:2] * x[:, 2:3]

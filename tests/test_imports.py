@@ -181,7 +181,7 @@ def test_walls(module: str) -> None:
         ("operators.hessian", "import lightning"),
         ("operators.hessian", "from lightning_hessian.solvers import lanczos"),
         (
-            "operators.view",
+            "operators.batched",
             "if TYPE_CHECKING:\n    from lightning_hessian.measure.session import Session",
         ),
         ("probe.objective", "from lightning_hessian import measure"),

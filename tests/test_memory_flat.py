@@ -56,7 +56,7 @@ class Recurrent(nn.Module):
 
 
 class Attending(nn.Module):
-    """Attention of 32 positions, with all its weights."""
+    """Attention of 32 positions, or of one where there is one sample, with all its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Attending(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x).view(len(x) // 32, 32, 8)
+        h = self.first(x).view(-1, min(len(x), 32), 8)
         return self.last(self.attention(h, h, h)[0]).view(len(x), 1)
 
 

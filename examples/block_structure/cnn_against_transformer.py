@@ -74,7 +74,7 @@ def cross_entropy(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def train(net: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
-    """Trains by Adam in batches of 64."""
+    """Train by Adam in batches of 64."""
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
@@ -84,7 +84,7 @@ def train(net: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
 
 
 def main() -> None:
-    """Trains, measures, prints and draws."""
+    """Train, measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw; digits without it")
     parser.add_argument("--out", type=Path, default=Path("block_structure_output"))

@@ -35,7 +35,7 @@ def squared_error(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def lecun(net: nn.Module) -> nn.Module:
-    """Draws weights of variance 1 over the number of inputs (HBS assumption 2)."""
+    """Draw weights of variance 1 over the number of inputs (HBS assumption 2)."""
     for layer in net.modules():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -89,7 +89,7 @@ def slope(values: FloatArray, first: int = 0) -> float:
 
 
 def draw(curves: dict[str, FloatArray], gamma: float, path: Path) -> None:
-    """Draws the measured ratios and, dashed, the theory."""
+    """Draw the measured ratios and, dashed, the theory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 4.2), layout="constrained")
@@ -112,7 +112,7 @@ def draw(curves: dict[str, FloatArray], gamma: float, path: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints and draws."""
+    """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("block_structure_output"))
     parser.add_argument("--width", type=int, default=1000, help="d, inputs of the linear model")

@@ -29,7 +29,7 @@ def cross_entropy(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def train_and_measure(
     inputs: Tensor, labels: Tensor, steps: int, *, with_matrix: bool
 ) -> list[BlockStructure]:
-    """Trains by Adam on all samples at once; returns the blocks at log-spaced steps."""
+    """Train by Adam on all samples at once; return the blocks at log-spaced steps."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(inputs.shape[1], WIDTH, bias=False),
@@ -64,7 +64,7 @@ def share_of_links(blocks: BlockStructure) -> float:
 
 
 def main() -> None:
-    """Measures, prints and draws."""
+    """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw; digits without it")
     parser.add_argument("--out", type=Path, default=Path("block_structure_output"))

@@ -85,7 +85,7 @@ def loss_and_accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[fl
 def train(
     model: nn.Module, data: tuple[Tensor, Tensor], num_epochs: int, recipe: Recipe, state: Path
 ) -> None:
-    """Trains by momentum SGD; every epoch is kept in ``state``, and a stopped run goes on there."""
+    """Train by momentum SGD; every epoch is kept in ``state``, and a stopped run goes on there."""
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=recipe.weight_decay
     )
@@ -116,15 +116,14 @@ def train(
 def measure(
     name: str, model: nn.Module, data: tuple[Tensor, Tensor], folder: Path
 ) -> HessianSpectrum:
-    """Returns the top 1000 by a protocol: from the folder, where it has been measured before."""
+    """Return the top 1000 by a protocol: from the folder, where it has been measured before."""
     label = f"{name}_{len(data[1])}_{str(data[0].dtype).removeprefix('torch.')}"
     file = folder / f"{label}.npz"
     if not file.exists():
         checkpoint = folder / f"{label}.lanczos" if name == "converged" else None
-        protocol = "converged" if name == "converged" else PooledSLQ()
         spectrum = hessian_spectrum(
             model, loss_fn, [data], num_eigenvalues=1000, trace_probes=0, checkpoint=checkpoint,
-            protocol="converged" if protocol == "converged" else PooledSLQ(),
+            protocol="converged" if name == "converged" else PooledSLQ(),
         )  # fmt: skip
         save_spectrum(spectrum, file)
     return load_spectrum(file)
@@ -161,7 +160,7 @@ def row(title: str, values: FloatArray, count: int) -> str:
 
 
 def draw(spectra: dict[str, FloatArray], path: Path) -> None:
-    """Draws the values by rank, and d_ks as a function of K beside its critical value."""
+    """Draw the values by rank, and d_ks as a function of K beside its critical value."""
     figure, (left, right) = new_figure(width=9.6, height=4.2, ncols=2)
     for (name, values), colour in zip(spectra.items(), COLOURS, strict=False):
         positive = values[values > 0][:1000]
@@ -202,7 +201,7 @@ def trained(options: argparse.Namespace) -> nn.Module:
 
 
 def main() -> None:
-    """Trains, measures by both protocols, prints the tables and draws the figure."""
+    """Train, measure by both protocols, print the tables and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="holds MNIST/raw")
     parser.add_argument("--out", type=Path, default=Path("protocols_output"), help="(%(default)s)")

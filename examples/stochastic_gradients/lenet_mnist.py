@@ -83,7 +83,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def train(model: nn.Module, data: tuple[Tensor, Tensor], num_epochs: int) -> None:
-    """Trains by SGD as in SG appendix A.3, with two drops of the learning rate."""
+    """Train by SGD as in SG appendix A.3, with two drops of the learning rate."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=5e-4)
     drops = [int(0.4 * num_epochs), int(0.8 * num_epochs)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, 0.1)
@@ -180,7 +180,7 @@ def print_against_hessian(structure: GradientStructure, hessian: HessianSpectrum
 def measure(
     training: str, model: nn.Module, data: tuple[Tensor, Tensor], options: argparse.Namespace
 ) -> None:
-    """Measures one model and prints its rows."""
+    """Measure one model and print its rows."""
     structure = gradient_structure(
         model, loss_fn, [data], num_gradients=options.num_gradients, batch_size=100,
         num_eigenvectors=NUM_CLASSES - 1,
@@ -211,7 +211,7 @@ def measure(
 
 
 def main() -> None:
-    """Measures LeNet as it is initialised, and trained."""
+    """Measure LeNet as it is initialised, and trained."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="holds MNIST/raw")
     parser.add_argument("--num-gradients", type=int, default=5000, help="T")

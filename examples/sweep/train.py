@@ -102,7 +102,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def train(trial: Trial, out: Path) -> float:
-    """Trains one network and logs it offline under ``out``; returns the seconds it took."""
+    """Train one network and log it offline under ``out``; return the seconds it took."""
     started = time.monotonic()
     _quiet()
     torch.set_num_threads(1)

@@ -18,8 +18,8 @@ from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.results import ArgumentError, GradientStructure
 from lightning_hessian.results.arguments import checked
 from lightning_hessian.tracking.drawings import gradient_drawings
-from lightning_hessian.tracking.gradient_scalars import CORRELATED
 from lightning_hessian.tracking.panels import Drawings
+from lightning_hessian.tracking.scalars import GRADIENT_CORRELATED
 from lightning_hessian.tracking.spectra import encode_spectrum
 
 
@@ -48,18 +48,13 @@ class GradientStructureCallback(MeasurementCallback):
             where there are T of them, and else T of the same size drawn from their samples.
         num_eigenvalues: K, how many of the largest eigenvalues are fitted; well below T, since
             the end of a sampled spectrum falls off.
-        monitor: The metric, or metrics, to correlate the statistics with; ``"gap"`` is the
-            validation loss minus the loss on the probe, as in `HessianSpectrumCallback`.
-        every_n_validations: Measure at every n-th validation, or a schedule object; one with
-            ``during_validate=True`` measures in ``trainer.validate()`` too.
-        data: Where gradients are taken: ``"train"``, ``"val"`` (the first loader), a DataLoader,
-            or a list of batches. Training samples are drawn apart from training's own order.
+        monitor: As in `HessianSpectrumCallback`.
+        every_n_validations: As in `HessianSpectrumCallback`.
+        data: Where gradients are taken, as in `HessianSpectrumCallback`.
         num_batches: How many batches of the loader are drawn and kept on the device; where they
             are fewer than T, mini-batches are drawn from their samples in shuffled passes.
-        loss_fn: ``loss_fn(module, batch) -> mean loss``; else the module's ``hessian_loss(batch)``;
-            else its ``training_step`` with logging muted.
-        parameters: Which parameters: ``None`` (all that require grad), a glob or a list of globs,
-            a regex, or a predicate ``(name, parameter) -> bool``.
+        loss_fn: As in `HessianSpectrumCallback`.
+        parameters: As in `HessianSpectrumCallback`.
         tests: Whether to test the entries of the gradients too, which takes 4 T n bytes.
         max_tested: Test at most so many gradients and so many parameters, drawn at random; None
             for all.
@@ -71,8 +66,7 @@ class GradientStructureCallback(MeasurementCallback):
             free; above it they lie in a file.
         directory: Where that file lies.
         significance: Level of all tests.
-        figures: Figures are drawn at the first measurement, at every so many after it, and of the
-            last when training ends, and the spectrum of each is logged; None for neither.
+        figures: As in `HessianSpectrumCallback`.
         progress: Whether a measurement longer than a second shows a bar beside Lightning's.
         on_error: ``"warn"`` and train on, or ``"raise"``, when a measurement fails.
         seed: Of everything random here.
@@ -91,7 +85,7 @@ class GradientStructureCallback(MeasurementCallback):
     """
 
     prefix = "gradient"
-    correlated = CORRELATED
+    correlated = GRADIENT_CORRELATED
     correlation_prefix = "gradient_"
     work = ("gradients", "num_gradients")
 

@@ -17,12 +17,7 @@ class Guard:
     With ``on_error="warn"`` each kind of work that fails is told once, and training goes on. With
     ``"raise"`` the first exception is kept until `settle`, where all ranks raise together: most of
     the work is rank zero's alone, and a rank that raised by itself would leave the others waiting.
-
-    Args:
-        on_error: ``"warn"`` or ``"raise"``.
-
-    Attributes:
-        speaks: Whether this rank warns.
+    Only a rank that ``speaks`` warns.
     """
 
     def __init__(self, on_error: str) -> None:
@@ -32,13 +27,7 @@ class Guard:
         self._warned: set[str] = set()
 
     def attempt(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what an action returns; None where it raises.
-
-        Args:
-            what: What it does, for the warning: ``"the schedule"``.
-            action: Called with the arguments.
-            *arguments: Of the action.
-        """
+        """Return what an action returns; None where it raises. ``what`` names it in the warning."""
         try:
             return action(*arguments)
         except Exception as error:  # noqa: BLE001 - told here, or raised by `settle`

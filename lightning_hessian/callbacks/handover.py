@@ -18,12 +18,7 @@ class HandOver:
     """Gives statistics, correlations, spectra and figures to the loggers of a Trainer.
 
     What it is given as a function is called under the guard: it is the callback's or the user's,
-    and may raise.
-
-    Args:
-        panels: Where figures and spectra go.
-        guard: Takes in what fails.
-        correlation_prefix: Tells the correlations of siblings apart.
+    and may raise. ``correlation_prefix`` tells the correlations of siblings apart.
     """
 
     def __init__(self, panels: Panels, guard: Guard, correlation_prefix: str) -> None:
@@ -34,10 +29,8 @@ class HandOver:
     def log(self, trainer: Any, pl_module: Any, scalars: Mapping[str, float]) -> None:
         """Log the statistics in the row of the validation metrics; all ranks call it.
 
-        Args:
-            trainer: At the end of the validation epoch, before its metrics are logged.
-            pl_module: Its ``log_dict`` is open then.
-            scalars: By name; a name without a slash gets the prefix of the measurement.
+        It is called at the end of the validation epoch, while ``log_dict`` is open. A name without
+        a slash gets the prefix of the measurement.
         """
         logged = self._keys(scalars)
         if trainer.is_global_zero:
@@ -80,12 +73,9 @@ class HandOver:
         row: Mapping[str, float],
         correlations: Callable[[], Mapping[tuple[str, str], Correlation]],
     ) -> None:
-        """Log what rests on the metrics of the same validation: correlations, and the gap.
+        """Log the correlations of all measurements, and the gap of the last, ``row``.
 
-        Args:
-            trainer: After its metrics were logged, on rank zero.
-            row: The measurement with the monitored metrics.
-            correlations: Returns those of all measurements.
+        It is called on rank zero once the metrics of the same validation were logged.
         """
         found = self._attempt("correlating", correlations) or {}
         scalars = correlation_scalars(found, self._correlation_prefix)
@@ -102,11 +92,7 @@ class HandOver:
     ) -> None:
         """Give the spectrum of a measurement to the loggers, and tell them of which fit it is.
 
-        Args:
-            trainer: On rank zero.
-            step: Optimizer steps at the measurement.
-            identity: Of the fit.
-            code: Returns the spectrum as a text, None where there is none.
+        ``code`` returns the spectrum as a text, or None where there is none.
         """
         folder = self._attempt("finding a folder", own_folder, trainer)
         self._panels.add_identity(identity, log_step(trainer), trainer.loggers, folder)
@@ -124,12 +110,8 @@ class HandOver:
     ) -> float:
         """Draw the figures where they are due, and return the seconds that it took.
 
-        Args:
-            trainer: On rank zero.
-            num_measurements: So far.
-            drawings: Returns those of the last measurement.
-            correlations: Returns those of all measurements.
-            last: Whether training has ended, and what was not drawn is due.
+        ``drawings`` are of the last measurement, ``correlations`` of all; ``last`` says that
+        training has ended, and what was not drawn is due.
         """
         before = self._panels.seconds
         if self._panels.is_due(num_measurements, last):

@@ -17,16 +17,12 @@ from lightning_hessian.tracking.progress import Progress
 class Findings:
     """What the instruments of one measurement have found.
 
-    Attributes:
-        records: By the name of the instrument.
-        scalars: The statistics by logged name; one under another prefix than that of the callback
-            carries it.
-        absent: A sentence for each statistic that is absent.
+    A statistic under another prefix than that of the callback carries it in its name.
     """
 
-    records: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)  # by the name of the instrument
     scalars: dict[str, float] = field(default_factory=dict)
-    absent: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)  # a sentence for each missing statistic
 
 
 def measured(
@@ -41,15 +37,8 @@ def measured(
     """Return what the instruments find; all ranks call it together.
 
     An instrument may be a user's, so that any exception is taken in, those of its record too. One
-    that fails after another has succeeded costs its own statistics only.
-
-    Args:
-        instruments: In the order in which they measure.
-        session: What they share.
-        allowance: Of all of them together.
-        prefix: Of the callback.
-        strict: Whether every failure is raised, but one for lack of time.
-        progress: Told when the next instrument begins.
+    that fails after another has succeeded costs its own statistics only; under ``strict`` it is
+    raised, unless time was up. Names are logged under ``prefix``, that of the callback.
 
     Raises:
         Exception: The first instrument failed, or any of them under ``strict``.

@@ -33,10 +33,6 @@ def validation_loss(monitors: Sequence[str], known: Mapping[str, Any]) -> str | 
     It is the first monitored metric with "loss" in its name, else ``val_loss`` where it is logged;
     None where there is neither. An error rate or an accuracy has no gap to a loss.
 
-    Args:
-        monitors: The monitored metrics.
-        known: The metrics that are logged.
-
     Example:
         >>> validation_loss(("val_error", "gap"), {"val_error": 0.1, "val_loss": 0.3})
         'val_loss'
@@ -48,9 +44,7 @@ def validation_loss(monitors: Sequence[str], known: Mapping[str, Any]) -> str | 
 class Pairs:
     """Finds what a measurement is paired with: the metrics of the same validation.
 
-    Args:
-        monitors: The metrics asked for.
-        on_training_data: Whether the probe is of the training data, so that there is a gap.
+    There is a gap only where the probe is of the training data.
     """
 
     def __init__(self, monitors: Sequence[str], on_training_data: bool) -> None:
@@ -63,11 +57,7 @@ class Pairs:
         self._metrics = {}
 
     def see(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metrics of this validation; an older one that is kept among them is not.
-
-        Args:
-            metrics: ``trainer.callback_metrics``, at every validation.
-        """
+        """Return which of ``trainer.callback_metrics`` are of this validation, not of an older."""
         before, self._metrics = self._metrics, dict(metrics)
         return {name: v for name, v in self._metrics.items() if v is not before.get(name)}
 
@@ -80,9 +70,7 @@ class Pairs:
     ) -> tuple[dict[str, float], dict[str, str]]:
         """Return the monitored values, and for each that cannot be had why, by its name.
 
-        Args:
-            fresh: The metrics of this validation.
-            pending: The statistics measured in it.
+        ``fresh`` are the metrics of this validation, ``pending`` the statistics measured in it.
         """
         missing = {
             name: unknown_metric(name, list(self._metrics))
@@ -103,11 +91,7 @@ class Pairs:
 
 
 def incomparable(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Return what to tell where the number of fitted eigenvalues has changed, and d_ks with it.
-
-    Args:
-        rows: The measurements; the last is compared with the one before.
-    """
+    """Return what to tell where the last measurement has fitted another number of eigenvalues."""
     found = {}
     for name, count in rows[-1].items():
         if name.rpartition("/")[2] != "num_fitted":

@@ -46,11 +46,7 @@ class ProbeBatches(Sequence[Any]):
 def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) -> ProbeBatches:
     """Return the probe batches, to come to the Trainer's device through the transfer hooks.
 
-    Args:
-        trainer: The Trainer, attached to its module.
-        data: Where from; a list of batches is taken whole.
-        num_batches: How many batches.
-        seed: Of the draw.
+    A list of batches is taken whole.
 
     Raises:
         ValueError: The data is empty or the Trainer has no such loader.
@@ -72,12 +68,8 @@ def probe_batches(trainer: Any, data: ProbeData, num_batches: int, seed: int) ->
 def num_samples(trainer: Any, data: ProbeData, num_batches: int) -> int | None:
     """Return the most samples that the probe batches can hold, None where it cannot be told.
 
-    Nothing is read: it goes by the length of a map-style dataset and the loader's batch size.
-
-    Args:
-        trainer: The Trainer, its training data set up.
-        data: Where from.
-        num_batches: How many batches at most.
+    Nothing is read: it goes by the length of a map-style dataset and the loader's batch size. The
+    training data must have been set up.
     """
     loader = data
     if isinstance(data, str):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import Rule, nonempty_text
+from lightning_hessian.results.outside import reason
 from lightning_hessian.results.path_arguments import path_name
 
 
@@ -51,20 +53,19 @@ a_path = read_as(str, lambda name, value: Path(path_name(name, value)))
 """A path; an empty text is none."""
 
 
-def a_device(text: str) -> str:
-    """Return a torch device by name, once it has been seen to work."""
+def a_device(text: str) -> Any:
+    """Return a torch device by name, once something has been computed on it."""
     import torch
 
     try:
-        if torch.device(text).type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(1, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:100].rstrip(".")
+        device = torch.device(text)
+        torch.ones(1, device=device).sum().item()
+    except Exception as error:  # noqa: BLE001 - it depends on how torch was built
         raise argparse.ArgumentTypeError(
-            f"{text!r} cannot be used ({reason}). Give a device that torch finds here, such as cpu."
+            f"{text!r} cannot be used ({reason(error)[:100].rstrip('.')}). Give a device that "
+            "torch finds here, such as cpu."
         ) from None
-    return text
+    return device
 
 
 def entity_and_project(text: str) -> str:
@@ -75,3 +76,22 @@ def entity_and_project(text: str) -> str:
             f"{text!r} is not ENTITY/PROJECT; write my-team/my-project."
         )
     return text
+
+
+def named_values(texts: list[str], refusal: str) -> dict[str, Any]:
+    """Return what ``NAME=VALUE`` says in each text, values as JSON has them, else as text.
+
+    Args:
+        texts: What was given.
+        refusal: What is said of a text that is nothing of the kind, with ``{!r}`` in its place.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(refusal.format(text))
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

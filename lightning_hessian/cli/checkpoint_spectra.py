@@ -9,21 +9,13 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_hessian.cli import loading
 from lightning_hessian.cli.checkpoints import find_checkpoints, read_checkpoint
-from lightning_hessian.cli.loading import (
-    batches_of,
-    data_of,
-    module_class,
-    module_of,
-    named,
-    validation_metrics,
-)
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.options import PooledSLQ
 from lightning_hessian.measure.spectrum import hessian_spectrum
@@ -52,9 +44,6 @@ def measure_checkpoints(options: argparse.Namespace) -> int:
     A checkpoint that cannot be read or measured, whatever the reason, does not stop the others; it
     is named at the end.
 
-    Args:
-        options: Those of the command, `--module-arg` and `--data-arg` as mappings.
-
     Returns:
         The exit code: 0, or 1 where some of the checkpoints could not be measured.
 
@@ -65,53 +54,48 @@ def measure_checkpoints(options: argparse.Namespace) -> int:
     """
     paths = find_checkpoints(options.checkpoints)
     check_folder(options.out, files=("metrics.csv", "spectra_hessian.jsonl", "hparams.yaml"))
-    cls, device = module_class(options), _device(options.device)
-    if options.loss is not None:
-        named(options.loss)
-    if options.data is not None:
-        named(options.data)
+    cls = loading.module_class(options)
+    for text in filter(None, (options.loss, options.data)):
+        loading.named(text)  # a wrong name is told before anything is loaded
     folder = options.out / "spectra"
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in _SETTINGS}
     failed: dict[Path, str] = {}
     begun = time.monotonic()
     measured = 0
     files = _files(paths, folder)
     for place, path in enumerate(paths):
         file, label = files[path], f"{path.name} ({place + 1} of {len(paths)})"
-        if file.exists() and not options.again and _is_done(file, path, settings, options.out):
-            print(f"{label}: measured before", file=sys.stderr)
+        if file.exists() and not options.again and _is_done(file, path, options):
+            _say(f"{label}: measured before")
             continue
         try:
-            _measure(path, file, label, settings, cls, device, options)
+            _measure(path, file, label, cls, options)
             measured += 1
         except KeyboardInterrupt:
-            print(
-                f"\nlightning-hessian: stopped at {label}; run the same command again to go on.",
-                file=sys.stderr,
-            )
+            _say(f"\nlightning-hessian: stopped at {label}; run the same command again to go on.")
             raise SystemExit(130) from None
         except ArgumentError:
             raise  # it would be the same at every other checkpoint
         except Exception as error:  # noqa: BLE001 - the file, the module, the data: all the user's
             failed[path] = _why(error)
             if len(paths) > 1:
-                print(f"{label}: not measured: {failed[path]}", file=sys.stderr)
-        if failed and device.type == "cuda":
+                _say(f"{label}: not measured: {failed[path]}")
+        if failed and options.device.type == "cuda":
             torch.cuda.empty_cache()
         _write_tables(options.out)
     left_out = _write_tables(options.out)
     failed |= {path: left_out[file] for path, file in files.items() if file in left_out}
     for file in left_out.keys() - files.values():
-        print(f"left out of the tables: {left_out[file]}", file=sys.stderr)
+        _say(f"left out of the tables: {left_out[file]}")
     code = _told_at_the_end(failed, len(paths))
-    print(
-        f"{measured} measured in {time.monotonic() - begun:.0f} s; {options.out / 'metrics.csv'} "
-        f"has {len(list(folder.glob('*.npz'))) - len(left_out)} rows",
-        file=sys.stderr,
-    )
+    rows, seconds = len(list(folder.glob("*.npz"))) - len(left_out), time.monotonic() - begun
+    _say(f"{measured} measured in {seconds:.0f} s; {options.out / 'metrics.csv'} has {rows} rows")
     return code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _told_at_the_end(failed: dict[Path, str], count: int) -> int:
@@ -130,63 +114,35 @@ def _told_at_the_end(failed: dict[Path, str], count: int) -> int:
     told = f"{len(failed)} of {count} could not be measured. {named}"
     if len(failed) == count:
         raise ValueError(told)
-    print(f"lightning-hessian: {told}", file=sys.stderr)
+    _say(f"lightning-hessian: {told}")
     return 1
-
-
-def _device(text: str) -> torch.device:
-    """Return a device on which something can be computed.
-
-    Raises:
-        ArgumentError: There is none of that name here.
-    """
-    try:
-        device = torch.device(text)
-        torch.ones(1, device=device).sum().item()
-    except Exception as error:
-        # What torch raises depends on how it was built: RuntimeError, AssertionError, others.
-        raise ArgumentError(
-            "--device", text, f"Give cpu, or a device that torch finds here ({reason(error)})."
-        ) from error
-    return device
 
 
 def _why(error: Exception) -> str:
     """Return in one line why a checkpoint could not be measured, with a remedy for memory."""
-    text = (
-        reason(error)
-        if not isinstance(error, (ValueError, MeasurementError))
-        else " ".join(str(error).split())
-    )
+    ours = isinstance(error, (ValueError, MeasurementError))
+    text = " ".join(str(error).split()) if ours else reason(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in text.lower():
         return f"{text} Give fewer --num-batches, some --parameters, or another --device."
     return text
 
 
-def _measure(
-    path: Path,
-    file: Path,
-    label: str,
-    settings: dict[str, Any],
-    cls: Any,
-    device: torch.device,
-    options: argparse.Namespace,
-) -> None:
+def _measure(path: Path, file: Path, label: str, cls: Any, options: argparse.Namespace) -> None:
     """Measure one checkpoint, and write its file."""
     saved = read_checkpoint(path, trust=options.trust)
-    module = module_of(cls, saved, options).to(device)
-    data = data_of(options.data, saved, options)
-    batches = batches_of(module, data, options, device)
+    module = loading.module_of(cls, saved, options).to(options.device)
+    data = loading.data_of(saved, options)
+    batches = loading.batches_of(module, data, options)
     row: dict[str, Any] = {"step": 0, "epoch": 0, **saved.metrics}
     row |= {"step": saved.step, "epoch": saved.epoch}  # whatever was monitored under that name
     if options.validate:
-        row |= validation_metrics(module, data)
+        row |= loading.validation_metrics(module, data)
     state = file.with_suffix(".lanczos")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         spectrum = hessian_spectrum(
             module,
-            None if options.loss is None else named(options.loss),
+            None if options.loss is None else loading.named(options.loss),
             batches,
             num_eigenvalues=options.num_eigenvalues,
             parameters=options.parameters,
@@ -205,20 +161,13 @@ def _measure(
     notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     notes += [*absent, *saved.problems]
     for note in dict.fromkeys(notes):
-        print(f"{label}: {note}", file=sys.stderr)
-    extra = {
-        "settings": settings,
-        "source": _source(path),
-        "row": row,
-        "hparams": saved.hparams,
-        "notes": notes,
-    }
-    save_spectrum(spectrum, file, extra)
+        _say(f"{label}: {note}")
+    extra = {"settings": _settings(options), "source": _source(path), "row": row}
+    save_spectrum(spectrum, file, extra | {"hparams": saved.hparams, "notes": notes})
     state.unlink(missing_ok=True)  # it is kept where a bound on products ended the run
-    print(
+    _say(
         f"{label}: step {saved.step}, {spectrum.num_converged} of {len(spectrum.eigenvalues)} "
-        f"converged, {spectrum.num_hvps} products, {spectrum.seconds:.1f} s",
-        file=sys.stderr,
+        f"converged, {spectrum.num_hvps} products, {spectrum.seconds:.1f} s"
     )
 
 
@@ -238,9 +187,17 @@ class _Line:
         print(f"\r{self.label}: {num_products} products{found} ", end="", file=sys.stderr)
 
 
-def _files(paths: Iterable[Path], folder: Path) -> dict[Path, Path]:
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in _SETTINGS}
+
+
+def _source(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {"path": str(path), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+
+
+def _files(paths: list[Path], folder: Path) -> dict[Path, Path]:
     """Return where each checkpoint's spectrum goes: by name, with folders where names repeat."""
-    paths = list(paths)
     names = [path.stem for path in paths]
     found = {}
     for path in paths:
@@ -249,12 +206,7 @@ def _files(paths: Iterable[Path], folder: Path) -> dict[Path, Path]:
     return found
 
 
-def _source(path: Path) -> dict[str, Any]:
-    stat = path.stat()
-    return {"path": str(path), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
-
-
-def _is_done(file: Path, path: Path, settings: dict[str, Any], out: Path) -> bool:
+def _is_done(file: Path, path: Path, options: argparse.Namespace) -> bool:
     """Whether a file holds this very measurement.
 
     Raises:
@@ -263,10 +215,9 @@ def _is_done(file: Path, path: Path, settings: dict[str, Any], out: Path) -> boo
     try:
         extra = _extra(file)
     except (UnreadableFileError, OSError) as error:
-        print(f"{error} It is measured again.", file=sys.stderr)
+        _say(f"{error} It is measured again.")
         return False
-    theirs = extra["settings"]
-    ours = json.loads(json.dumps(settings))
+    theirs, ours = extra["settings"], json.loads(json.dumps(_settings(options)))
     different = [
         f"{name} {theirs.get(name)!r} there, {value!r} here"
         for name, value in ours.items()
@@ -274,7 +225,7 @@ def _is_done(file: Path, path: Path, settings: dict[str, Any], out: Path) -> boo
     ]
     if different:
         raise ValueError(
-            f"{out} holds measurements with other arguments ({'; '.join(different)}). Give "
+            f"{options.out} holds measurements with other arguments ({'; '.join(different)}). Give "
             "another --out, or --again."
         )
     try:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class Saved:
     hparams: dict[str, Any]
     has_data_hparams: bool
     trusted: bool
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...]
 
 
 def find_checkpoints(places: Iterable[Path]) -> list[Path]:
@@ -127,10 +126,8 @@ def _count(path: Path, content: Mapping[str, Any], name: str) -> int:
     value = content.get(name, 0)
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    whole = isinstance(value, int) or (
-        isinstance(value, float) and math.isfinite(value) and value == int(value)
-    )
-    if not whole or isinstance(value, bool) or not 0 <= value <= _LARGEST:
+    whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+    if not whole or not 0 <= value <= _LARGEST:
         raise UnreadableFileError(
             f"{path}: its {name} is {printable(repr(value), 60)}, not a whole number from 0 on. "
             "Save it again with trainer.save_checkpoint."

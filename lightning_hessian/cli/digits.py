@@ -22,7 +22,6 @@ from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.live import follow
 from lightning_hessian.reports.report import DEFAULT_MONITORS, correlation_report, write_report
 from lightning_hessian.reports.verdicts import answer_within, judged, ranked
-from lightning_hessian.results import HessianSpectrum
 from lightning_hessian.tracking.figures import rank_plot
 
 NUM_EPOCHS = 15
@@ -103,11 +102,10 @@ class DigitsData(L.LightningDataModule):
 
 
 class Table(L.Callback):
-    """Prints a line for each measurement, and keeps the first and the last spectrum."""
+    """Print a line for each measurement."""
 
     def __init__(self, hessian: HessianSpectrumCallback) -> None:
         self.hessian = hessian
-        self.first: HessianSpectrum | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the head."""

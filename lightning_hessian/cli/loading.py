@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_hessian.cli.checkpoints import Saved
 from lightning_hessian.linear.rng import preserved_rng, seed_everything
 from lightning_hessian.probe.arguments import batches
 from lightning_hessian.probe.samples import draw_batches
-from lightning_hessian.results.outside import reason as _first_line
+from lightning_hessian.results.outside import reason
 
 LIBRARIES: list[Any] = [L]
 """Lightning under either of its names, where they are installed."""
@@ -37,9 +38,7 @@ def named(text: str) -> Any:
     Raises:
         ValueError: There is no such thing; says what there is.
     """
-    where, colon, name = text.rpartition(":")
-    if not colon or not where or not name:
-        raise ValueError(f"{text!r} is not PKG:NAME, as project.model:Classifier or train.py:Net.")
+    where, _, name = text.rpartition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if where.endswith(".py"):
@@ -87,12 +86,9 @@ def _module_of_file(path: Path) -> Any:
 
 def _told(error: BaseException) -> str:
     """Return what an exception of the user's code says, and in which line it was raised."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    where = "" if last is None else f" in {Path(last.tb_frame.f_code.co_filename).name}"
-    line = "" if last is None else f", line {last.tb_lineno}"
-    return f"{type(error).__name__}{where}{line}: {_first_line(error)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}: {reason(error)}"
 
 
 def module_class(options: argparse.Namespace) -> Any:
@@ -114,12 +110,7 @@ def module_class(options: argparse.Namespace) -> Any:
 
 
 def module_of(cls: Any, saved: Saved, options: argparse.Namespace) -> Any:
-    """Return the module with the weights of a checkpoint.
-
-    Args:
-        cls: That of `module_class`.
-        saved: The checkpoint.
-        options: Those of the command.
+    """Return the module, of the class of `module_class`, with the weights of a checkpoint.
 
     Raises:
         ValueError: The class does not fit the checkpoint.
@@ -128,7 +119,7 @@ def module_of(cls: Any, saved: Saved, options: argparse.Namespace) -> Any:
         return _load(cls, saved, options.module_arg)
     except TypeError as error:
         raise ValueError(
-            f"{options.module} cannot be made from {saved.path} ({_first_line(error)}). Call "
+            f"{options.module} cannot be made from {saved.path} ({reason(error)}). Call "
             "save_hyperparameters() in __init__ before training, or give --module-arg NAME=VALUE."
         ) from error
     except (MemoryError, torch.OutOfMemoryError):
@@ -150,29 +141,25 @@ def _load(cls: Any, saved: Saved, arguments: Mapping[str, Any]) -> Any:
     return load(saved.path, map_location="cpu", **arguments)
 
 
-def data_of(text: str | None, saved: Saved, options: argparse.Namespace) -> Any:
+def data_of(saved: Saved, options: argparse.Namespace) -> Any:
     """Return a datamodule that is set up, a loader, or batches; None for the module's own.
 
     Raises:
         ValueError: It cannot be made.
     """
+    text = options.data
     if text is None:
         return None
     source = named(text)
+    is_module = isinstance(source, type) and issubclass(source, DATA_MODULES)
     try:
-        if isinstance(source, type) and issubclass(source, DATA_MODULES):
-            data = (
-                _load(source, saved, options.data_arg)
-                if saved.has_data_hparams
-                else source(**options.data_arg)
-            )
-        elif callable(source):
-            data = source(**options.data_arg)
+        if is_module and saved.has_data_hparams:
+            data = _load(source, saved, options.data_arg)
         else:
-            data = source
+            data = source(**options.data_arg) if callable(source) else source
     except TypeError as error:
         raise ValueError(
-            f"{text} cannot be made ({_first_line(error)}). Give --data-arg NAME=VALUE."
+            f"{text} cannot be made ({reason(error)}). Give --data-arg NAME=VALUE."
         ) from error
     except Exception as error:
         raise ValueError(f"{text} cannot be made ({_told(error)}).") from error
@@ -186,10 +173,8 @@ def data_of(text: str | None, saved: Saved, options: argparse.Namespace) -> Any:
     return batches("--data", data)
 
 
-def batches_of(
-    module: Any, data: Any, options: argparse.Namespace, device: torch.device
-) -> list[Any]:
-    """Return the probe batches on a device, through the module's transfer hooks.
+def batches_of(module: Any, data: Any, options: argparse.Namespace) -> list[Any]:
+    """Return the probe batches on the device, through the module's transfer hooks.
 
     Raises:
         ValueError: There is no such loader, or it is empty.
@@ -203,7 +188,7 @@ def batches_of(
             if data is not None:
                 raise
             raise ValueError(
-                f"{options.module} has no {hook} of its own ({_first_line(error)}). Give --data."
+                f"{options.module} has no {hook} of its own ({reason(error)}). Give --data."
             ) from error
         if isinstance(loader, (list, tuple)) and options.split == "val":
             loader = loader[0]  # several: the first, as in the callback
@@ -215,7 +200,8 @@ def batches_of(
     with preserved_rng():  # the hooks may augment
         seed_everything(options.seed)
         ready = [module._on_before_batch_transfer(batch, dataloader_idx=0) for batch in drawn]
-        return [module._apply_batch_transfer_handler(batch, device=device) for batch in ready]
+        move, device = module._apply_batch_transfer_handler, options.device
+        return [move(batch, device=device) for batch in ready]
 
 
 def validation_metrics(module: Any, data: Any) -> dict[str, float]:

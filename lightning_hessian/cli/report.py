@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning_hessian.cli.arguments import a_path, a_text, entity_and_project, read_as
+from lightning_hessian.cli.arguments import (
+    a_path,
+    a_text,
+    entity_and_project,
+    named_values,
+    read_as,
+)
 from lightning_hessian.results.arguments import live_interval, num_workers, row_choice
+from lightning_hessian.results.escaping import visible
+from lightning_hessian.results.output import check_file, check_folder
 
 SUMMARY = "say which statistic goes with the validation loss, over one run or many"
 DESCRIPTION = """\
@@ -32,97 +39,48 @@ examples:
 OUTPUT = ("report.html", "report.md", "correlations.csv", "correlations.json")
 """The files that the command writes."""
 
+_NO_FILTER = "--filter {}: write KEY=VALUE, for example state=finished."
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
+    many: dict[str, Any] = {"action": "append", "type": a_text}
+    key: dict[str, Any] = {"type": a_text, "metavar": "CONFIG_KEY"}
     add("runs", nargs="+", type=a_text, metavar="RUN", help="where a run, or many, can be read")
-    add(
-        "--monitor",
-        action="append",
-        type=a_text,
-        metavar="KEY",
-        help="logged metric to correlate with; may be repeated; gap is the generalization gap "
-        "(val_loss, and gap where it was logged)",
-    )
-    add(
-        "--statistic",
-        action="append",
-        type=a_text,
-        metavar="GLOB",
-        help="logged keys that are correlated with it; may be repeated (those of the callbacks); "
-        "each one more makes the correction for their number stricter",
-    )
-    add(
-        "--out",
-        type=a_path,
-        default=Path("hessian_report"),
-        help="folder to write to (%(default)s)",
-    )
-    add(
-        "--at",
-        type=read_as(float, row_choice),
-        default="last",
-        metavar="last|best|STEP",
-        help="which measurement stands for a run across runs: the last, that with the best "
-        "monitor, or the last one up to a step (%(default)s)",
-    )
-    add(
-        "--mode",
-        choices=("min", "max"),
-        default="min",
-        help="whether the best monitor is the smallest or the largest (%(default)s)",
-    )
-    add(
-        "--group",
-        type=a_text,
-        metavar="CONFIG_KEY",
-        help="config key that colours and groups the runs",
-    )
-    add(
-        "--size",
-        type=a_text,
-        metavar="CONFIG_KEY",
-        help="config key of the model's size, for scaling fits",
-    )
-    add(
-        "--filter",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of the runs of a W&B project: config.optimizer=adam, state=finished; may be repeated",
-    )
-    add(
-        "--publish",
-        type=entity_and_project,
-        metavar="ENTITY/PROJECT",
-        help="also save it as a W&B Report there",
-    )
+    text = "logged metric to correlate with; may be repeated; gap is the generalization gap "
+    text += "(val_loss, and gap where it was logged)"
+    add("--monitor", **many, metavar="KEY", help=text)
+    text = "logged keys that are correlated with it; may be repeated (those of the callbacks); "
+    text += "each one more makes the correction for their number stricter"
+    add("--statistic", **many, metavar="GLOB", help=text)
+    add("--out", type=a_path, default=Path("hessian_report"), help="folder (%(default)s)")
+    text = "which measurement stands for a run across runs: the last, that with the best "
+    text += "monitor, or the last one up to a step (%(default)s)"
+    row = read_as(float, row_choice)
+    add("--at", type=row, default="last", metavar="last|best|STEP", help=text)
+    text = "whether the best monitor is the smallest or the largest (%(default)s)"
+    add("--mode", choices=("min", "max"), default="min", help=text)
+    add("--group", **key, help="config key that colours and groups the runs")
+    add("--size", **key, help="config key of the model's size, for scaling fits")
+    text = "of the runs of a W&B project: config.optimizer=adam, state=finished; may be repeated"
+    add("--filter", action="append", default=[], metavar="KEY=VALUE", help=text)
+    text = "also save it as a W&B Report there"
+    add("--publish", type=entity_and_project, metavar="ENTITY/PROJECT", help=text)
     add("--no-cache", action="store_true", help="read every run again, keep nothing")
-    add(
-        "--workers",
-        type=read_as(int, num_workers),
-        metavar="N",
-        help="processes (one for each core)",
-    )
+    text = "processes (one for each core)"
+    add("--workers", type=read_as(int, num_workers), metavar="N", help=text)
     live = parser.add_argument_group("watching one local run that is still training")
     live.add_argument("--live", action="store_true", help="write the report again as rows come in")
-    live.add_argument(
-        "--interval",
-        type=read_as(float, live_interval),
-        default=10.0,
-        metavar="SECONDS",
-        help="how often (%(default)g)",
-    )
+    seconds: dict[str, Any] = {"type": read_as(float, live_interval), "metavar": "SECONDS"}
+    live.add_argument("--interval", **seconds, default=10.0, help="how often (%(default)g)")
     live.add_argument("--once", action="store_true", help="with --live: look once, then stop")
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     monitors = list(dict.fromkeys(options.monitor or ["val_loss", "gap"]))
-    from lightning_hessian.results.output import check_folder
-
     if options.live:
         _follow(options, monitors)
         return
@@ -134,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         warnings.simplefilter("ignore", RunLeftOutWarning)  # told below
         table = load_runs(
             options.runs,
-            filters=_filters(options.filter),
+            filters=named_values(options.filter, _NO_FILTER),
             keys=[*monitors, *(options.statistic or [])],
             cache=not options.no_cache,
             workers=options.workers,
@@ -163,32 +121,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
-    from lightning_hessian.reports.live import follow  # type: ignore[import-not-found, unused-ignore]
-    from lightning_hessian.results.output import check_file
+    from lightning_hessian.reports.live import follow
 
     if len(options.runs) != 1 or not Path(options.runs[0]).is_dir():
         raise ValueError("--live takes one folder of a run on this machine.")
     page_file = options.out if options.out.suffix == ".html" else options.out / "live.html"
     check_file(page_file, "--out")
-    page = follow(
-        Path(options.runs[0]),
-        options.out,
-        monitor=monitors,
-        interval=options.interval,
-        once=options.once,
-    )
-    print(f"Report: {page}")
+    how = {"interval": options.interval, "once": options.once}
+    print(f"Report: {follow(Path(options.runs[0]), options.out, monitor=monitors, **how)}")
 
 
 def _summary(report: Any) -> str:
     """Return the answer in a few lines for the terminal."""
-    from lightning_hessian.reports.verdicts import (
-        answer_within,
-        interval_text,
-        judged,
-        number,
-        ranked,
-    )
+    from lightning_hessian.reports import verdicts
+    from lightning_hessian.reports.verdicts import interval_text, judged, number, ranked
 
     across = bool(report.across)
     pairs = ranked(report.across) if across else ranked(report.within)
@@ -206,26 +152,10 @@ def _summary(report: Any) -> str:
     if not pairs:
         lines.append("  no run has two rows with a statistic and the monitor")
     if not across:
-        lines.append(answer_within(report.within))
+        lines.append(verdicts.answer_within(report.within))
     return "\n".join(map(_line, lines))
 
 
 def _line(text: str) -> str:
     """Return one line that moves no cursor, whatever a run is called."""
-    from lightning_hessian.results.escaping import visible
-
     return visible(text.replace("\n", " ").replace("\r", " "))
-
-
-def _filters(texts: list[str]) -> dict[str, Any]:
-    """Return ``KEY=VALUE`` as W&B takes it, numbers and booleans as such."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--filter {text}: write KEY=VALUE, for example state=finished.")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return found

@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 from lightning_hessian.cli.arguments import a_path, a_text, entity_and_project
+from lightning_hessian.results.output import check_file
+from lightning_hessian.results.outside import reason
 
 SUMMARY = "build the W&B dashboard"
 DESCRIPTION = (
@@ -18,25 +20,13 @@ DESCRIPTION = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument(
-        "path", metavar="ENTITY/PROJECT", type=entity_and_project, help="where the view belongs"
-    )
-    parser.add_argument(
-        "--monitor",
-        action="append",
-        type=a_text,
-        metavar="METRIC",
-        help="monitored metric; may be given several times (val_loss and gap)",
-    )
-    parser.add_argument(
-        "--name", type=a_text, default="Hessian spectra", help="of the view (%(default)s)"
-    )
-    parser.add_argument(
-        "--spec",
-        type=a_path,
-        metavar="FILE",
-        help="write the view as JSON here instead of saving it",
-    )
+    add = parser.add_argument
+    add("path", metavar="ENTITY/PROJECT", type=entity_and_project, help="where the view belongs")
+    text = "monitored metric; may be given several times (val_loss and gap)"
+    add("--monitor", action="append", type=a_text, metavar="METRIC", help=text)
+    add("--name", type=a_text, default="Hessian spectra", help="of the view (%(default)s)")
+    text = "write the view as JSON here instead of saving it"
+    add("--spec", type=a_path, metavar="FILE", help=text)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -46,7 +36,6 @@ def run(options: argparse.Namespace) -> None:
         ConnectionError: The server was not reached, knows no key of ours, or refused the view.
         ModuleNotFoundError: wandb-workspaces is not installed.
     """
-    from lightning_hessian.results.output import check_file
     from lightning_hessian.tracking.dashboard import build_workspace, workspace_json
 
     entity, _, project = options.path.partition("/")
@@ -54,26 +43,22 @@ def run(options: argparse.Namespace) -> None:
         check_file(options.spec, "--spec")
     monitors = options.monitor or ["val_loss", "gap"]
     workspace = build_workspace(entity, project, monitor=monitors, name=options.name)
-    if options.spec is not None:
-        options.spec.parent.mkdir(parents=True, exist_ok=True)
-        options.spec.write_text(json.dumps(workspace_json(workspace), indent=1) + "\n")
-        print(f"View: {options.spec}")
-        return
-    print(f"View: {_saved(workspace, options.path)}")
+    place = options.spec
+    if place is None:
+        place = _saved(workspace, options.path)
+    else:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(workspace_json(workspace), indent=1) + "\n")
+    print(f"View: {place}")
 
 
 def _saved(workspace: Any, path: str) -> str:
     """Save a workspace, and return its address."""
     try:
-        found: str = workspace.save().url
-        return found
+        return str(workspace.save().url)
     except Exception as error:  # wandb raises errors of many kinds, none of which it promises
         raise ConnectionError(
-            f"W&B did not take the view of {path}: {_first_line(error)}. Check the network, "
+            f"W&B did not take the view of {path}: {reason(error).rstrip('.')}. Check the network, "
             "`wandb login` (or WANDB_API_KEY) and the name of the project, or write the view to a "
             "file with --spec FILE."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -89,13 +89,6 @@ def _run_of(arrays: dict[str, Any]) -> RunRecord:
     named = (*texts.values(), *keys, *problems, *identities)
     if not all(isinstance(text, str) for text in named):
         raise TypeError("a name that is no text")
-    config = flat_config(meta["config"])
-    columns = dict(zip(keys, values, strict=True))
-    return RunRecord(
-        **texts,
-        config=config,
-        steps=steps,
-        columns=columns,
-        problems=problems,
-        identities=identities,
-    )
+    config, columns = flat_config(meta["config"]), dict(zip(keys, values, strict=True))
+    read = {"config": config, "steps": steps, "columns": columns}
+    return RunRecord(**texts, **read, problems=problems, identities=identities)

@@ -35,7 +35,8 @@ def read_csv(file: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         header = _fields(lines[0])
     except csv.Error as error:
         raise UnreadableFileError(f"{file} has no header of keys: {error}") from error
-    rows, doubtful, numeric = _rows(lines, header, file, problems)
+    rows, doubtful = _rows(lines, header, file, problems)
+    numeric = {key for row in rows for key in row}
     for key, text in doubtful:
         if key in numeric:  # a column without any number is text, which is no problem
             problems.append(f"{text}, left out")
@@ -73,9 +74,8 @@ def _fields(line: str) -> list[str]:
 
 def _rows(
     lines: list[str], header: list[str], file: Path, problems: Problems
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]], set[str]]:
-    """Return rows, doubtful fields with a sentence each, and the keys that have numbers."""
-    numeric: set[str] = set()
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Return the rows of numbers, and doubtful fields with a sentence each."""
     doubtful: list[tuple[str, str]] = []
     doubted: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
@@ -98,7 +98,6 @@ def _rows(
                 continue
             try:
                 row[key] = float(value)
-                numeric.add(key)
             except ValueError:
                 doubted[key] = doubted.get(key, 0) + 1
                 if doubted[key] <= bounds.NUM_PROBLEMS + 1:
@@ -108,4 +107,4 @@ def _rows(
         num_values += len(row)
         if num_values > bounds.NUM_VALUES:
             raise UnreadableFileError(f"{file} holds more than {bounds.NUM_VALUES} values")
-    return rows, doubtful, numeric
+    return rows, doubtful

@@ -31,23 +31,16 @@ def read_hparams(file: Path, problems: list[str]) -> dict[str, ConfigValue]:
             return {}
         inside(file, file.parent)
         text = read_bounded(file, bounds.CONFIG_BYTES).decode("utf-8", errors="replace")
+        loader = _loader()
         with unreadable(file.name):
-            loaded = _load(text)
+            loaded = loader(text).get_single_data()
             return flat_config(loaded) if isinstance(loaded, dict) else {}
     except (UnreadableFileError, OSError, ModuleNotFoundError) as error:
         problems.append(f"{file.name} left out: {reason(error)}")
         return {}
 
 
-def _load(text: str) -> Any:
-    loader = _loader()(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _loader() -> Any:
     """Return PyYAML's safe loader with bounds on depth and unfolded size."""
     import yaml  # type: ignore[import-untyped,unused-ignore]

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
 
+from lightning_hessian.histories import wandb_runs
 from lightning_hessian.histories.cache import RunCache
 from lightning_hessian.histories.local_runs import LocalRun, find_all, read_local_run
 from lightning_hessian.histories.parallel import Progress, map_runs
 from lightning_hessian.histories.run_table import RunRecord, RunTable, with_unique_names
-from lightning_hessian.histories.wandb_runs import (
-    WandbPath,
-    list_wandb_runs,
-    parse_wandb_path,
-    read_wandb_run,
-    wandb_state,
-)
 from lightning_hessian.results import ArgumentError, UnreadableFileError, bounds
-from lightning_hessian.results.arguments import (
-    Rule,
-    checked,
-    flag,
-    num_workers,
-    optional,
-    texts,
-)
+from lightning_hessian.results.arguments import Rule, checked, flag, num_workers, optional, texts
 from lightning_hessian.results.outside import printable, unreadable
 from lightning_hessian.results.path_arguments import path_name, paths
 
@@ -122,27 +109,21 @@ def load_runs(
         raise ArgumentError(
             "filters", filters, "They choose among the runs of a W&B project, and none was named."
         )
-    runs: list[RunRecord] = []
-    skipped: list[str] = []
-    if local:
-        read = functools.partial(_read_cached, kept)
-        found = map_runs(
-            read,
-            find_all(local),
-            what="read",
-            progress=shown,
-            workers=workers,
-            seconds=bounds.RUN_SECONDS,
-            failed=lambda run, why: f"{run.folder}: {why}",
-        )
-        runs += [run for run in found if isinstance(run, RunRecord)]
-        skipped += [printable(run) for run in found if isinstance(run, str)]
+    found = map_runs(
+        functools.partial(_read_cached, kept),
+        find_all(local),
+        what="read",
+        progress=shown,
+        workers=workers,
+        seconds=bounds.RUN_SECONDS,
+        failed=lambda run, why: f"{run.folder}: {why}",
+    )
     for place in remote:
         fetch = functools.partial(_fetch_cached, kept, (*LONG_RUN_KEYS, *keys))
-        listed = list_wandb_runs(place, filters)
-        fetched = map_runs(fetch, listed, what="fetched", progress=shown, threads=_THREADS)
-        runs += [run for run in fetched if isinstance(run, RunRecord)]
-        skipped += [printable(run) for run in fetched if isinstance(run, str)]
+        listed = wandb_runs.list_wandb_runs(place, filters)
+        found += map_runs(fetch, listed, what="fetched", progress=shown, threads=_THREADS)
+    runs = [run for run in found if isinstance(run, RunRecord)]
+    skipped = [printable(run) for run in found if isinstance(run, str)]
     kept.prune()
     named = "; ".join(skipped[:_NAMED]) + ("; ..." if len(skipped) > _NAMED else "")
     if not runs:
@@ -153,10 +134,10 @@ def load_runs(
     return RunTable(with_unique_names(runs), tuple(skipped))
 
 
-def _told_apart(sources: Iterable[Source]) -> tuple[list[WandbPath], list[Path]]:
+def _told_apart(sources: Iterable[Source]) -> tuple[list[wandb_runs.WandbPath], list[Path]]:
     remote, local = [], []
     for source in sources:
-        found = parse_wandb_path(source) if isinstance(source, str) else None
+        found = wandb_runs.parse_wandb_path(source) if isinstance(source, str) else None
         if found is not None and not Path(source).exists():
             remote.append(found)
         else:
@@ -168,12 +149,7 @@ def _read_cached(cache: RunCache, run: LocalRun) -> RunRecord | str:
     """Return a run on the disk, or why it cannot be read."""
     try:
         with unreadable(run.folder):
-            key = ("local", run.state())
-            found = cache.get(key)
-            if found is None:
-                found = read_local_run(run)
-                cache.put(key, found)
-            return found
+            return _cached(cache, ("local", run.state()), lambda: read_local_run(run))
     except (UnreadableFileError, OSError, ModuleNotFoundError) as error:
         return str(error)
 
@@ -182,13 +158,17 @@ def _fetch_cached(cache: RunCache, wanted: tuple[str, ...], run: Any) -> RunReco
     """Return a run on a server, or why it cannot be read."""
     try:
         with unreadable(run.url):
-            state = wandb_state(run)
-            key = None if state is None else (*state, wanted)
-            found = None if key is None else cache.get(key)
-            if found is None:
-                found = read_wandb_run(run, wanted)
-                if key is not None:
-                    cache.put(key, found)
-            return found
+            state = wandb_runs.wandb_state(run)
+            if not state:
+                return wandb_runs.read_wandb_run(run, wanted)
+            return _cached(cache, (*state, wanted), lambda: wandb_runs.read_wandb_run(run, wanted))
     except UnreadableFileError as error:
         return str(error)
+
+
+def _cached(cache: RunCache, key: tuple[Any, ...], read: Callable[[], RunRecord]) -> RunRecord:
+    found = cache.get(key)
+    if found is None:
+        found = read()
+        cache.put(key, found)
+    return found

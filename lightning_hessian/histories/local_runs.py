@@ -124,39 +124,54 @@ def read_local_run(run: LocalRun) -> RunRecord:
         ModuleNotFoundError: It takes a package that is not installed.
     """
     with unreadable(run.folder):
-        return cleaned(_read_offline(run) if run.kind == "offline" else _read_rows(run))
+        return cleaned(_read(run))
 
 
-def _read_rows(run: LocalRun) -> RunRecord:
-    read = read_csv if run.kind == "csv" else read_events
+def _read(run: LocalRun) -> RunRecord:
     rows: list[dict[str, Any]] = []
+    config: dict[str, Any] = {}
     problems: list[str] = []
     broken: list[str] = []
+    run_id = name = ""
     for file in run.files:
+        trouble: tuple[str, ...]
         try:
             inside(file, file.parent)
-            more, trouble = read(file)
-        except (UnreadableFileError, OSError) as error:
+            if run.kind == "offline":
+                part = read_offline_run(file, summary=False)
+                more, trouble, place = part.rows, part.problems, file.parent.name
+                config |= part.config
+                run_id, name = part.run_id, part.name or name
+                if part.exit_code is None and part.complete:
+                    trouble = (*trouble, "the run has not ended (live, or killed)")
+            else:
+                more, trouble = (read_csv if run.kind == "csv" else read_events)(file)
+                place = file.name
+        except (ValueError, OSError) as error:
             broken.append(str(error))
             continue
         rows += more
-        problems += [f"{file.name}: {problem}" for problem in trouble]
+        problems += [f"{place}: {problem}" for problem in trouble]
     if len(broken) == len(run.files):
         raise UnreadableFileError("; ".join(broken))
-    config = read_hparams(run.folder / _HPARAMS, problems)
+    if run.kind == "offline":
+        identities = identities_in(rows)
+    else:
+        config |= read_hparams(run.folder / _HPARAMS, problems)
+        # Not resolved: what the user typed is what he will recognise.
+        run_id, name = str(run.folder), "/".join(run.folder.absolute().parts[-2:])
+        identities = identities_beside(run.folder)
     steps, columns = columns_of(rows)
-    # Not resolved: what the user typed is what he will recognise.
-    name = "/".join(run.folder.absolute().parts[-2:])
     return RunRecord(
-        str(run.folder),
-        name,
-        str(run.folder),
-        run.kind,
-        config,
-        steps,
-        columns,
-        (*broken, *problems),
-        identities_beside(run.folder),
+        run_id=run_id,
+        name=name or run_id,
+        source=str(run.folder),
+        kind=run.kind,
+        config=flat_config(config),
+        steps=steps,
+        columns=columns,
+        problems=(*broken, *problems),
+        identities=identities,
     )
 
 
@@ -164,41 +179,6 @@ def _kind(file: Path) -> str:
     if file.suffix == ".csv":
         return "csv"
     return "tensorboard" if file.name.startswith(_EVENTS) else "offline"
-
-
-def _read_offline(run: LocalRun) -> RunRecord:
-    rows: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
-    problems: list[str] = []
-    run_id = name = ""
-    broken: list[str] = []
-    for file in run.files:
-        try:
-            inside(file, file.parent)
-            part = read_offline_run(file, summary=False)
-        except (ValueError, OSError) as error:
-            broken.append(str(error))
-            continue
-        rows += part.rows
-        config |= part.config
-        run_id, name = part.run_id, part.name or name
-        problems += [f"{file.parent.name}: {problem}" for problem in part.problems]
-        if part.exit_code is None and part.complete:
-            problems.append(f"{file.parent.name}: the run has not ended (live, or killed)")
-    if len(broken) == len(run.files):
-        raise UnreadableFileError("; ".join(broken))
-    steps, columns = columns_of(rows)
-    return RunRecord(
-        run_id,
-        name or run_id,
-        str(run.folder),
-        run.kind,
-        flat_config(config),
-        steps,
-        columns,
-        (*broken, *problems),
-        identities_in(rows),
-    )
 
 
 def find_all(paths: Iterable[Path]) -> list[LocalRun]:

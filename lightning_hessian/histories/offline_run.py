@@ -12,11 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning_hessian.histories.transaction_log import (
-    EmptyRunError,
-    TransactionLog,
-    check_file_header,
-)
+from lightning_hessian.histories.transaction_log import TransactionLog, check_file_header
 from lightning_hessian.results import UnreadableFileError, arguments, bounds
 from lightning_hessian.results.outside import (
     check_integer,
@@ -28,8 +24,6 @@ from lightning_hessian.results.outside import (
     unreadable,
 )
 from lightning_hessian.results.path_arguments import path_name
-
-__all__ = ["EmptyRunError", "OfflineRun", "finite_or_float", "read_offline_run"]
 
 _NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
@@ -110,7 +104,7 @@ def read_offline_run(path: str | PathLike[str], *, summary: bool = True) -> Offl
             `lightning_hessian.results.bounds`; a ValueError.
         ValueError: There are several runs.
     """
-    file_path = _find_file(Path(path))
+    file_path = find_run_file(Path(path))
     with open_regular(file_path, bounds.RUN_FILE_BYTES) as file, unreadable(file_path):
         return _read(file, file_path, summary)
 
@@ -158,7 +152,7 @@ def _read(file: BinaryIO, file_path: Path, summary: bool) -> OfflineRun:
     )
 
 
-def _find_file(path: Path) -> Path:
+def find_run_file(path: Path) -> Path:
     """Return the one `.wandb` file that ``path`` means."""
     if path.is_file():
         return path
@@ -205,7 +199,8 @@ class _Updates:
     def apply(self, record: Any) -> None:
         """Take in a `ConfigRecord` or a `SummaryRecord`."""
         changes = [(item, item.value_json) for item in record.update]
-        for item, text in [*changes, *((item, None) for item in record.remove)]:
+        changes += [(item, None) for item in record.remove]
+        for item, text in changes:
             path = tuple(item.nested_key) or (item.key,)
             self._texts.pop(path, None)  # the order of the dict is that of the last changes
             self._texts[path] = text

@@ -30,7 +30,7 @@ def map_in_processes(
     failed: Callable[[Item, str], Result] | None,
     done: Callable[[int], None],
 ) -> list[Result]:
-    """Return ``function(item)`` of every item, in order.
+    """Return ``function(item)`` of every item, in order, as `map_runs` describes it.
 
     Args:
         function: Defined at the top of a module, so that processes find it.
@@ -40,10 +40,6 @@ def map_in_processes(
         seconds: How long one item may take; for ever if None.
         failed: What stands for an item whose process died or took too long.
         done: Called with the number of items done.
-
-    Raises:
-        Exception: That of the first item that raised.
-        RuntimeError: A process died or took too long, and there is no ``failed``.
     """
     results: dict[int, Result] = {}
     waiting = iter(range(len(items)))
@@ -62,7 +58,9 @@ def map_in_processes(
                 if kind == "raised":
                     raise value
                 if kind == "lost":
-                    results[at] = _lost(items[at], value, failed)
+                    if failed is None:
+                        raise RuntimeError(f"{value} Try workers=1.")
+                    results[at] = failed(items[at], value)
                     worker.end()
                     worker = running[place] = _Worker(function, method)
                 else:
@@ -74,12 +72,6 @@ def map_in_processes(
         for worker in running:
             worker.end()
     return [results[place] for place in range(len(items))]
-
-
-def _lost(item: Item, why: str, failed: Callable[[Item, str], Result] | None) -> Result:
-    if failed is None:
-        raise RuntimeError(f"{why} Try workers=1.")
-    return failed(item, why)
 
 
 class _Worker:

@@ -104,14 +104,10 @@ class RunTable:
         known = self.config_keys() if config else self.keys()
         if key in known:
             return
-        near = nearest(key, known)
+        near = ", ".join(nearest(key, known))
+        there = f"nearest: {near}." if near else "they have no keys at all."
         what = "has it in its config" if config else "logged it"
-        raise ArgumentError(
-            argument,
-            key,
-            f"None of the {len(self)} run(s) {what}; "
-            + (f"nearest: {', '.join(near)}." if near else "they have no keys at all."),
-        )
+        raise ArgumentError(argument, key, f"None of the {len(self)} run(s) {what}; {there}")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield tidy rows: run, name, step, ``config.<key>`` and the metrics that the row has."""
@@ -134,8 +130,7 @@ class RunTable:
             writer = csv.writer(file)
             named = [*columns, *self.keys()]
             writer.writerow(map(csv_cell, named))
-            for row in self.rows():
-                writer.writerow([csv_cell(row.get(key, "")) for key in named])
+            writer.writerows([csv_cell(row.get(key, "")) for key in named] for row in self.rows())
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> tuple[FloatArray, dict[str, FloatArray]]:
@@ -220,11 +215,7 @@ def _bounded(value: float | None) -> ConfigValue:
 
 
 def cleaned(run: RunRecord) -> RunRecord:
-    """Return a run whose texts every file and terminal takes: no controls, names of bounded length.
-
-    Args:
-        run: What was read.
-    """
+    """Return a run whose texts every file and terminal takes: no controls, bounded names."""
     return replace(
         run,
         run_id=printable(run.run_id),

@@ -89,15 +89,16 @@ def each_run_once(table: RunTable, statistics: Sequence[str], monitors: Sequence
     members: dict[int, list[RunRecord]] = {}
     for index, run in enumerate(runs):
         members.setdefault(first(index), []).append(run)
-    told = [_sentence(group, *keys) for group in members.values() if len(group) > 1]
+    groups = [_fullest_first(group, *keys) for group in members.values()]
+    told = [_sentence(*group) for group in groups if len(group) > 1]
     if not told and not apart:
         return table
     if told:
         more = f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
-        count = "1 run" if len(members) == 1 else f"{len(members)} runs"
+        count = "1 run" if len(groups) == 1 else f"{len(groups)} runs"
         named = "; ".join(told[:_NAMED])
         warnings.warn(f"{len(runs)} records are {count}: {named}{more}.", stacklevel=3)
-    kept = tuple(_together(group, *keys) for group in members.values())
+    kept = tuple(_together(*group) for group in groups)
     return replace(table, runs=kept, copies=(*table.copies, *told, *apart))
 
 
@@ -110,17 +111,11 @@ def _candidates(runs: Sequence[RunRecord], statistics: Sequence[str]) -> Iterato
             values = run.series(key)
             seen = np.isfinite(values)
             singles = values[seen].astype(np.float32).tolist()
-            marks |= {
-                (key, step, value)
-                for step, value in zip(run.steps[seen].tolist(), singles, strict=True)
-            }
+            marks |= {(key, *at) for at in zip(run.steps[seen].tolist(), singles, strict=True)}
         for mark in marks:
             holders.setdefault(mark, []).append(index)
-    pairs = set()
-    for indices in holders.values():
-        # Neighbours are enough: what is equal to the same run is equal.
-        pairs |= set(pairwise(indices))
-    yield from sorted(pairs)
+    # Neighbours are enough: what is equal to the same run is equal.
+    yield from sorted({pair for indices in holders.values() for pair in pairwise(indices)})
 
 
 def _relation(
@@ -162,31 +157,26 @@ def _at(run: RunRecord, key: str, steps: Any) -> Any:
     return run.series(key)[np.searchsorted(run.steps, steps)].astype(np.float32)
 
 
-def _fullest(
+def _fullest_first(
     group: Sequence[RunRecord], statistics: Sequence[str], monitors: Sequence[str]
-) -> RunRecord:
+) -> list[RunRecord]:
     def values(run: RunRecord) -> int:
         return int(sum(np.isfinite(run.series(k)).sum() for k in (*statistics, *monitors)))
 
-    return max(group, key=values)  # of equal ones the first
+    kept = max(group, key=values)  # of equal ones the first
+    return [kept, *(run for run in group if run is not kept)]
 
 
-def _sentence(
-    group: Sequence[RunRecord], statistics: Sequence[str], monitors: Sequence[str]
-) -> str:
-    kept = _fullest(group, statistics, monitors)
-    others = [f"{run.name} ({run.kind}, {run.source})" for run in group if run is not kept]
+def _sentence(kept: RunRecord, *others: RunRecord) -> str:
+    named = ", ".join(f"{run.name} ({run.kind}, {run.source})" for run in others)
     verb = "are" if len(others) > 1 else "is"
-    return f"{', '.join(others)} {verb} the same run as {kept.name}, counted once"
+    return f"{named} {verb} the same run as {kept.name}, counted once"
 
 
-def _together(
-    group: Sequence[RunRecord], statistics: Sequence[str], monitors: Sequence[str]
-) -> RunRecord:
+def _together(kept: RunRecord, *others: RunRecord) -> RunRecord:
     """Return the fullest record, with the rows of others before and after it."""
-    kept = _fullest(group, statistics, monitors)
-    for other in group:
-        if other is kept or not len(other) or not len(kept):
+    for other in others:
+        if not len(other) or not len(kept):
             continue
         outside = (other.steps < kept.steps[0]) | (other.steps > kept.steps[-1])
         if outside.any():

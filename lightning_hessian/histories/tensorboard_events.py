@@ -51,21 +51,19 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     with open_regular(path, bounds.RUN_FILE_BYTES) as file, unreadable(path):
         for offset, payload, checksum in _records(file, masked_crc32c, problems):
             # Checksums in Python take 0.1 s a megabyte. Pictures are long and hold no scalars.
-            if len(payload) <= _SHORT and masked_crc32c(payload) != checksum:
-                problems.append(f"the event at byte {offset} does not match its checksum, left out")
-                continue
+            matches = len(payload) > _SHORT or masked_crc32c(payload) == checksum
             try:
-                scalars = dict(_scalars(Event.FromString(payload), offset, problems))
+                event = Event.FromString(payload) if matches else Event()
+                scalars = dict(_scalars(event, offset, problems))
             except DecodeError:
                 problems.append(f"the event at byte {offset} is no Event, left out")
                 continue
-            step = scalars.pop("", None)
-            if not scalars:
-                continue
-            if len(payload) > _SHORT and masked_crc32c(payload) != checksum:
+            if scalars and len(payload) > _SHORT:
+                matches = masked_crc32c(payload) == checksum
+            if not matches:
                 problems.append(f"the event at byte {offset} does not match its checksum, left out")
-                continue
-            rows.append({"step": step, **scalars})
+            elif scalars:
+                rows.append({"step": event.step, **scalars})
             num_values += len(scalars)
             if num_values > bounds.NUM_VALUES:
                 raise UnreadableFileError(f"{path} holds more than {bounds.NUM_VALUES} values")
@@ -103,8 +101,9 @@ def _records(
 
 
 def _scalars(event: Any, offset: int, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """Yield the step, under no name, and the scalars of an event."""
-    yield "", event.step
+    """Yield the scalars of an event."""
+    from tensorboard.util.tensor_util import make_ndarray  # type: ignore[import-untyped,unused-ignore]
+
     for value in event.summary.value:
         kind = value.WhichOneof("value")
         if not value.tag or len(value.tag) > bounds.KEY_LENGTH:
@@ -114,24 +113,15 @@ def _scalars(event: Any, offset: int, problems: Problems) -> Iterator[tuple[str,
         elif kind == "tensor" and value.metadata.plugin_data.plugin_name in ("", "scalars"):
             # A tensor may claim any shape: one number stands for all of them in this format.
             sizes = [dim.size for dim in value.tensor.tensor_shape.dim]
+            name = printable(value.tag, 200)
             if any(size != 1 for size in sizes):
                 if math.prod(sizes) > bounds.RECORD_BYTES:
-                    name = printable(value.tag, 200)
                     problems.append(f"{name!r} at byte {offset} claims {sizes} values, left out")
                 continue
             try:
-                number = _number(value.tensor)
+                array = make_ndarray(value.tensor)
             except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-                name = printable(value.tag, 200)
                 problems.append(f"{name!r} at byte {offset} left out: {reason(error)}")
                 continue
-            if number is not None:
-                yield value.tag, number
-
-
-def _number(tensor: Any) -> float | None:
-    """Return the number in a tensor of one element, None where it is something else."""
-    from tensorboard.util.tensor_util import make_ndarray  # type: ignore[import-untyped,unused-ignore]
-
-    array = make_ndarray(tensor)
-    return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "fiu" else None
+            if array.size == 1 and array.dtype.kind in "fiu":
+                yield value.tag, float(array.reshape(()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning_hessian.histories.run_table import RunRecord, cleaned, columns_of, flat_config
@@ -81,10 +82,10 @@ def list_wandb_runs(path: WandbPath, filters: Mapping[str, Any] | None = None) -
     return runs
 
 
-def wandb_state(run: Any) -> tuple[Any, ...] | None:
-    """Return what changes whenever the history of a run does; None for one that still runs."""
+def wandb_state(run: Any) -> tuple[Any, ...]:
+    """Return what changes whenever the history of a run does; nothing for one that still runs."""
     if run.state not in ENDED:
-        return None
+        return ()
     return ("wandb", run.url, run.state, run.lastHistoryStep, getattr(run, "heartbeat_at", None))
 
 
@@ -98,8 +99,6 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
     Raises:
         ConnectionError: The server went away.
     """
-    from fnmatch import fnmatchcase
-
     problems = []
     try:
         last = run.lastHistoryStep
@@ -107,13 +106,9 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
             rows = list(run.scan_history(page_size=_PAGE))
         else:
             # A scan with several keys would return only the rows that hold all of them.
-            keys = [
-                key
-                for key in (run.history_keys or {}).get("keys", {})
-                if any(fnmatchcase(key, pattern) for pattern in wanted)
-            ]
-            counter = "trainer/global_step"
-            counted = [counter] if counter in (run.history_keys or {}).get("keys", {}) else []
+            logged = (run.history_keys or {}).get("keys", {})
+            keys = [key for key in logged if any(fnmatchcase(key, glob) for glob in wanted)]
+            counted = [key for key in ("trainer/global_step",) if key in logged]
             rows = []
             for key in keys:
                 rows += run.scan_history(keys=[key, "_step", *counted], page_size=_STEPS_AT_ONCE)
@@ -125,19 +120,10 @@ def read_wandb_run(run: Any, wanted: Iterable[str]) -> RunRecord:
     if run.state not in ENDED:
         problems.append(f"the run is {run.state}: more rows may come")
     steps, columns = columns_of(rows)
-    path = f"{run.entity}/{run.project}/{run.id}"
+    path, identities = f"{run.entity}/{run.project}/{run.id}", identities_in(rows)
+    name, kind = run.name or run.id, "wandb"
     return cleaned(
-        RunRecord(
-            run.id,
-            run.name or run.id,
-            path,
-            "wandb",
-            config,
-            steps,
-            columns,
-            tuple(problems),
-            identities_in(rows),
-        )
+        RunRecord(run.id, name, path, kind, config, steps, columns, tuple(problems), identities)
     )
 
 
@@ -156,9 +142,8 @@ def explained(error: Exception, path: WandbPath) -> Exception:
             f"{where}: no such folder here, and W&B does not know you ({text[:150]}). Run "
             "`wandb login`, set WANDB_API_KEY, or give a run folder."
         )
-    if type(error).__module__.split(".")[0] in ("wandb", "requests", "urllib3") or isinstance(
-        error, (OSError, TimeoutError)
-    ):
+    from_a_client = type(error).__module__.split(".")[0] in ("wandb", "requests", "urllib3")
+    if from_a_client or isinstance(error, OSError):  # as TimeoutError is
         return ConnectionError(
             f"{where}: the W&B server did not answer ({kind}: {text[:150]}). Check the network "
             "and WANDB_BASE_URL, or give an offline run folder."

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_hessian.linear.rng import preserved_rng
+from lightning_hessian.linear.rng import GENERATORS, preserved_rng, restorer
 
 _SPEECH = ("log", "log_dict", "print")
 _MOST_VISITED = 10_000
@@ -54,7 +52,7 @@ def preserved_generators(root: Any, seed: int) -> Iterator[Callable[[int], None]
     containers. What the block is given starts them from another seed.
     """
     found = _generators(root)
-    saved = [copy.deepcopy(_generator_state(generator)) for generator in found]
+    undo = [restorer(generator) for generator in found]
 
     def restart(seed: int) -> None:
         for generator in found:
@@ -70,24 +68,12 @@ def preserved_generators(root: Any, seed: int) -> Iterator[Callable[[int], None]
         restart(seed)
         yield restart
     finally:
-        for generator, state in zip(found, saved, strict=True):
-            if isinstance(generator, np.random.Generator):
-                generator.bit_generator.state = state
-            elif isinstance(generator, random.Random):
-                generator.setstate(state)
-            else:
-                generator.set_state(state)
-
-
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+        for restore in undo:
+            restore()
 
 
 def _generators(root: Any) -> list[Any]:
     """Return the generators within reach; of large containers the first entries are looked at."""
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     found: list[Any] = []
     seen: set[int] = set()
     stack = [root]
@@ -96,7 +82,7 @@ def _generators(root: Any) -> list[Any]:
         if id(value) in seen or isinstance(value, (Tensor, np.ndarray, str, bytes, type)):
             continue
         seen.add(id(value))
-        if isinstance(value, kinds):
+        if isinstance(value, GENERATORS):
             found.append(value)
         elif isinstance(value, dict):
             stack += list(itertools.islice(value.values(), 100))
@@ -203,7 +189,7 @@ def _training_modes(module: nn.Module) -> dict[nn.Module, bool]:
 
 @contextmanager
 def _twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Chooses kernels that have a second derivative, and puts the user's choice back."""
+    """Choose kernels that have a second derivative, and put the user's choice back."""
     submodules = list(module.modules())
     with ExitStack() as stack:
         # The fused attention kernels have no double backward.

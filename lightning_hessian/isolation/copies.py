@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -140,11 +139,6 @@ def _shared(found: Reachable, files: list[Any]) -> dict[int, Any]:
         with suppress(OSError, ValueError):  # then the copy fails, and says so
             memo[id(file)] = _reopened(file)
             files.append(memo[id(file)])
-    for generator in found.generators:
-        if isinstance(generator, torch.Generator):  # torch before 2.5 cannot copy one
-            fresh = torch.Generator(generator.device)
-            fresh.set_state(generator.get_state())
-            memo[id(generator)] = fresh
     spans = {_span(array) for array in found.arrays}
     scarce = sum(last - first for first, last in spans) > _COPIED_BYTES
     for value in found.arrays:
@@ -169,10 +163,6 @@ def _reopened(file: Any) -> Any:
     """Return another handle to an open file, at the same place.
 
     A copy that shared the handle would move its position, and close it when it goes.
-
-    Raises:
-        ValueError: It is none that can be opened anew.
-        OSError: The same.
     """
     if file.closed or not isinstance(file.name, (str, bytes)) or not file.readable():
         raise ValueError("not a named file open for reading")

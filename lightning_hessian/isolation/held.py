@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
-import random
+import operator
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lightning_hessian.linear.rng import GENERATORS
 
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that torch keeps in every module: registries, hooks, the mode."""
@@ -29,7 +30,6 @@ _NOT_WRITTEN_TO = ("lightning.", "pytorch_lightning.", "torch.optim.", "torch.ut
 """Where classes come from whose objects no forward pass writes to: they may hold all the data."""
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 DEEPEST = 12
 
 
@@ -45,14 +45,16 @@ def is_own(value: Any) -> bool:
 
 
 def slots_of(value: Any) -> dict[str, Any]:
-    """Return what an object holds in slots, by name."""
-    names = itertools.chain.from_iterable(
-        (slots,) if isinstance(slots, str) else slots
-        for kind in type(value).__mro__
-        if (slots := vars(kind).get("__slots__"))
-    )
-    wanted = [name for name in names if name not in ("__dict__", "__weakref__")]
-    return {name: getattr(value, name) for name in wanted if hasattr(value, name)}
+    """Return what an object holds in slots, by name; no code of its class runs."""
+    found: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            slot = vars(kind).get(name)
+            if isinstance(slot, types.MemberDescriptorType):
+                with suppress(AttributeError):  # it has no value yet
+                    found[name] = slot.__get__(value)
+    return found
 
 
 class Copier:
@@ -101,10 +103,12 @@ class Copier:
         if isinstance(value, np.ndarray):
             return self._noted(value, value.copy())
         if isinstance(value, GENERATORS):
-            return self._noted(value, _generator_copied(value))
+            if isinstance(value, torch.Generator):  # no deep copy of one works within torch.func
+                return self._noted(value, value.clone_state())
+            return self._noted(value, copy.deepcopy(value))
         if isinstance(value, tuple):
             entries = [self(entry, depth) for entry in value]
-            if all(map(is_same, entries, value)):
+            if all(map(operator.is_, entries, value)):
                 return value
             kind: Any = type(value)
             made = kind(*entries) if hasattr(kind, "_fields") else kind(entries)
@@ -139,19 +143,6 @@ class Copier:
             attributes = vars(made)
             attributes.update({name: self(part, depth) for name, part in attributes.items()})
         return made
-
-
-def is_same(first: Any, second: Any) -> bool:
-    """Return whether two names stand for one object."""
-    return first is second
-
-
-def _generator_copied(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        made = torch.Generator(generator.device)
-        made.set_state(generator.get_state())
-        return made
-    return copy.deepcopy(generator)
 
 
 class ModuleState:
@@ -223,6 +214,30 @@ def kept(parts: Sequence[nn.Module]) -> Iterator[None]:
             put(vars(part), state)
 
 
+@contextmanager
+def entries_kept(dictionaries: Iterable[dict[Any, Any]]) -> Iterator[None]:
+    """Open a block after which dictionaries have the same entries as before, in their order."""
+    before = [(held, dict(held)) for held in dictionaries]
+    try:
+        yield
+    finally:
+        for held, entries in before:
+            held.clear()
+            held.update(entries)
+
+
+@contextmanager
+def without_hooks(parts: Iterable[nn.Module], rests: Callable[[Any], bool]) -> Iterator[None]:
+    """Open a block in which some of the forward hooks of modules rest; all others stay."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    registries = [vars(part)[kind] for part in parts for kind in kinds]
+    with entries_kept(registries):
+        for registry in registries:
+            for key in [key for key, hook in registry.items() if rests(hook)]:
+                del registry[key]
+        yield
+
+
 def shallow(held: dict[str, Any]) -> dict[str, Any]:
     """Return what a module holds, with copies of the registries but not of what is in them."""
     return held | {name: copy.copy(held[name]) for name in _REGISTRIES}
@@ -257,7 +272,7 @@ def untouched(
     them (`torch.func.functional_call`).
 
     Args:
-        module: The module.
+        module: The module that an evaluation may write to.
         hidden: Modules that it holds without having them registered (`Snapshot.hidden`), whose
             buffers are copied too.
         given: What stands for a parameter that an attribute holds, see `Copier`.

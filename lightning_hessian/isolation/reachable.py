@@ -12,7 +12,6 @@ import io
 import mmap
 import operator
 import os
-import random
 import sys
 import types
 import zlib
@@ -28,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Generator = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-"""Kinds of random number generators."""
+from lightning_hessian.isolation.held import slots_of
+from lightning_hessian.linear.rng import GENERATORS
 
 _ATOMS = (
     bool, int, float, complex, str, bytes, type(None), type(...), PurePath, Enum, torch.dtype,
@@ -81,14 +80,11 @@ class Reachable:
 
 
 def reachable(roots: Iterable[Any]) -> Reachable:
-    """Return the state within reach of some objects.
+    """Return the state within reach of some objects, the roots.
 
     Of the classes and functions of installed libraries only the attributes of instances are
     followed: a library's own caches are not the data set's. A Trainer ends the search, and so do
     the parameters of a LightningModule.
-
-    Args:
-        roots: Where to start.
     """
     found = Reachable()
     stack = list(roots)
@@ -102,7 +98,7 @@ def reachable(roots: Iterable[Any]) -> Reachable:
         if isinstance(value, (Tensor, np.ndarray)) and not _holds_objects(value):
             shown, more = _checksum(value, checked), []
             found.arrays.append(value)
-        elif isinstance(value, Generator):
+        elif isinstance(value, GENERATORS):
             shown, more = _generator_print(value), []
             found.generators.append(value)
         elif isinstance(value, io.IOBase):
@@ -199,31 +195,13 @@ def _attributes(value: Any) -> dict[str, Any]:
         return {}
     if root in sys.stdlib_module_names and root not in ("builtins", *_PLAIN_STDLIB):
         return dict(os.environ) if value is os.environ else {}
-    found: dict[str, Any] = {}
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            slot = kind.__dict__.get(name)
-            if isinstance(slot, types.MemberDescriptorType):
-                found[name] = _slot(slot, value)
-    own = _own_dict(value)
+    try:
+        own = dict(object.__getattribute__(value, "__dict__"))
+    except (AttributeError, TypeError):
+        own = {}
     if belongs_to_lightning(value, "LightningModule"):  # what trains changes as it trains
         own = {name: v for name, v in own.items() if name not in vars(nn.Module())}
-    return found | own
-
-
-def _own_dict(value: Any) -> dict[str, Any]:
-    try:
-        return dict(object.__getattribute__(value, "__dict__"))
-    except (AttributeError, TypeError):
-        return {}
-
-
-def _slot(slot: types.MemberDescriptorType, value: Any) -> Any:
-    try:
-        return slot.__get__(value)
-    except AttributeError:
-        return None
+    return slots_of(value) | own
 
 
 def _of_class(kind: type) -> dict[str, Any]:

@@ -8,17 +8,16 @@ generators stand as it begins, and its recomputation finds the same, whenever it
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils.checkpoint as checkpointing
 
+from lightning_hessian.linear.rng import global_restorer, preserved_rng
 from lightning_hessian.results import MeasurementError
 
 Note = Callable[[], Callable[[], AbstractContextManager[None]]]
@@ -97,10 +96,12 @@ def _noting(original: Callable[..., Any], note: Note) -> Callable[..., Any]:
     ) -> Any:
         if _is_transformed():
             return _nothing()
-        block, draws = note(), _generators()
+        block, as_drawn = note(), global_restorer()
 
         def again(*inputs: Any, **options: Any) -> None:
-            with block(), _as_drawn(draws), recomputing(note):
+            # torch knows of its own generators only, and without `preserve_rng_state` not of these.
+            with block(), preserved_rng(), recomputing(note):
+                as_drawn()
                 function(*inputs, **options)
 
         contexts = _contexts_of(context_fn)
@@ -147,31 +148,3 @@ class _Anew:
 
     def __exit__(self, *error: Any) -> Any:
         return self._entered.pop().__exit__(*error)
-
-
-def _generators() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _put_generators(state: tuple[Any, ...]) -> None:
-    python, numpy, cpu, cuda = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
-
-
-@contextmanager
-def _as_drawn(state: tuple[Any, ...]) -> Iterator[None]:
-    """Open a block in which the global generators go on from a state; torch keeps its own.
-
-    It knows of torch's generators only, and with ``preserve_rng_state=False`` not of these.
-    """
-    before = _generators()
-    _put_generators(state)
-    try:
-        yield
-    finally:
-        _put_generators(before)

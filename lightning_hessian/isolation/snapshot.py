@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
+import operator
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from lightning_hessian.isolation.held import (
     DEEPEST,
-    GENERATORS,
     INTERNAL,
     equal_bits,
     has_digits,
     is_own,
-    is_same,
     local_part,
     put,
     shallow,
     slots_of,
 )
+from lightning_hessian.linear.rng import GENERATORS, restorer
 
 _MOST_VISITED = 100_000
 """Objects within a module's attributes beyond which the walk ends: no model holds so many."""
@@ -38,9 +37,6 @@ class Snapshot:
     It covers what no copy made for an evaluation can: what the backward passes write to, and what
     is written to behind the module's back. It takes the memory of one copy of the parameters,
     where the Krylov basis takes a hundred of them or more.
-
-    Args:
-        module: The module.
 
     Attributes:
         hidden: Modules that it holds in attributes, containers or objects, unregistered.
@@ -110,7 +106,7 @@ class Snapshot:
                     self.hidden.append(part)
                     self._module(part)
         elif isinstance(value, GENERATORS):
-            self._undo.append(_generator_undo(value))
+            self._undo.append(restorer(value))
         elif isinstance(value, (list, dict, set, deque)):
             self._undo.append(_container_undo(value))
         for part in self._within(value):
@@ -210,24 +206,13 @@ def _container_undo(container: Any) -> Callable[[], None]:
             same = container == before
         elif isinstance(container, dict):
             same = list(container) == list(before) and all(
-                map(is_same, container.values(), before.values())
+                map(operator.is_, container.values(), before.values())
             )
         else:
-            same = len(container) == len(before) and all(map(is_same, container, before))
+            same = len(container) == len(before) and all(map(operator.is_, container, before))
         if not same:
             container.clear()
             add = container.update if isinstance(container, (set, dict)) else container.extend
             add(before)
 
     return undo
-
-
-def _generator_undo(generator: Any) -> Callable[[], None]:
-    if isinstance(generator, np.random.Generator):
-        state = copy.deepcopy(generator.bit_generator.state)
-        return lambda: setattr(generator.bit_generator, "state", state)
-    if isinstance(generator, random.Random):
-        kept = generator.getstate()
-        return lambda: generator.setstate(kept)
-    found = generator.get_state()
-    return lambda: generator.set_state(found)

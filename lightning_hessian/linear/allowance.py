@@ -68,11 +68,7 @@ class Allowance:
         return self._clock() - self._begun
 
     def affords(self, products: int) -> bool:
-        """Return whether a piece of work may begin.
-
-        Args:
-            products: How many products it takes.
-        """
+        """Return whether a piece of work that takes so many products may begin."""
         left = self.products_left
         if left is not None and products > left:
             return False
@@ -85,11 +81,7 @@ class Allowance:
 
     @contextmanager
     def limited_to(self, products: int) -> Iterator[None]:
-        """Allow only so many more products within a block.
-
-        Args:
-            products: How many; what is left of the whole is a bound all the same.
-        """
+        """Allow only so many more products within a block, and no more than are left anyway."""
         whole, limit = self.products, self.spent + products
         self.products = limit if whole is None else min(whole, limit)
         try:

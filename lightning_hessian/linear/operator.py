@@ -13,23 +13,19 @@ from lightning_hessian.results import MeasurementError
 
 
 class SymmetricOperator(Protocol):
-    """A symmetric linear operator on vectors of length ``size``."""
+    """A symmetric linear operator on vectors of length ``size``.
 
-    @property
-    def size(self) -> int:
-        """Order n of the operator."""
+    Attributes:
+        size: Order n of the operator.
+        shard: Which entries of a vector this process holds; n_local of them, all n if alone.
+        dtype: Precision of the vectors.
+        device: Where the vectors live.
+    """
 
-    @property
-    def shard(self) -> Shard:
-        """Which entries of a vector this process holds; n_local of them, all n if alone."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the vectors."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vectors live."""
+    size: int
+    shard: Shard
+    dtype: torch.dtype
+    device: torch.device
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return the product with a vector [n_local], a new tensor [n_local]."""
@@ -91,7 +87,6 @@ class RestrictedOperator:
         coordinates: int64 [m], which of them; vectors of the block are in this order.
 
     Example:
-        >>> from lightning_hessian.linear.operator import MatrixOperator
         >>> matrix = torch.tensor([[1.0, 9.0, 2.0], [9.0, 9.0, 9.0], [2.0, 9.0, 3.0]])
         >>> block = RestrictedOperator(MatrixOperator(matrix), torch.tensor([0, 2]))
         >>> block.matvec(torch.ones(2))

@@ -1,4 +1,4 @@
-"""Ranks that measure together: which part of a vector each holds, sums, and agreed failures."""
+"""Ranks that measure together: their collectives, and failures that all of them raise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,6 @@ from torch import Tensor
 
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.results.base import text_of
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 # The names since torch 2.13, and those before.
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -55,17 +51,12 @@ class Ranks:
         (1, tensor([1., 1.]))
     """
 
-    group: ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it cannot change
 
     @classmethod
-    def of(cls, group: ProcessGroup | None, device: torch.device) -> Ranks:
-        """Return the ranks of a process group whose tensors live on ``device``.
-
-        Args:
-            group: A process group; None for a process by itself.
-            device: The module's.
-        """
+    def of(cls, group: dist.ProcessGroup | None, device: torch.device) -> Ranks:
+        """Return the ranks of a process group, None for one alone, with tensors on ``device``."""
         if group is None or dist.get_world_size(group) == 1:
             return cls()
         sent = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
@@ -91,12 +82,7 @@ class Ranks:
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def share_of(self, number: int) -> int:
-        """Return how many of so many things one rank has at most, where they are dealt out evenly.
-
-        Example:
-            >>> Ranks().share_of(7)
-            7
-        """
+        """Return how many of so many things a rank has at most, where they are dealt out evenly."""
         return -(-number // self.world)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -214,7 +200,9 @@ class Ranks:
         Raises:
             RankError: Always; it names the first rank that failed, and why.
         """
-        text = None if failure is None else _sentence(failure)
+        text = None if failure is None else text_of(failure)
+        if text is not None and not isinstance(failure, MeasurementError):
+            text = f"{type(failure).__name__}: {text}"
         texts = self.all_gather_object(text)
         first = next((i for i, said in enumerate(texts) if said is not None), 0)
         failed = sum(said is not None for said in texts)
@@ -224,8 +212,3 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def _sentence(error: Exception) -> str:
-    text = text_of(error)
-    return text if isinstance(error, MeasurementError) else f"{type(error).__name__}: {text}"

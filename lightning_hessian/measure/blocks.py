@@ -92,7 +92,7 @@ def block_structure(
             steps for each density, then more probes, then more steps. Densities that do not fit
             are left out, all of them. When time is up, what is complete is returned.
         hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"`` or ``"recompute"``.
-        loss_options: How the loss is evaluated: train or evaluation mode, what a batch weighs.
+        loss_options: As in `hessian_spectrum`.
         return_matrix: Whether to return the Hessian itself, [n, n]; takes n products.
         process_group: Processes that make the measurement together, as in `hessian_spectrum`.
         on_progress: ``on_progress(num_hvps, None)``, called after every product.

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from lightning_hessian.isolation.context import isolated
 from lightning_hessian.linear.allowance import Allowance
-from lightning_hessian.linear.memory import free_bytes, memory_explained, most_bytes
-from lightning_hessian.linear.ranks import RankError, Ranks
-from lightning_hessian.linear.shards import Shard
+from lightning_hessian.linear.memory import free_bytes, memory_explained
+from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.measure.arguments import GRADIENT_RULES, together
 from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.gradient_checks import (
+    check_alike,
+    check_count,
+    check_enough,
+    check_number,
+    check_space,
+    gram_bytes,
+    too_many,
+)
+from lightning_hessian.measure.gradient_tests import entry_tests
 from lightning_hessian.measure.session import Session
 from lightning_hessian.operators.gradients.gram import combinations, gram_matrix, spectra
 from lightning_hessian.operators.gradients.history import GradientHistory
@@ -37,15 +43,12 @@ from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results import (
-    ArgumentError,
     FloatArray,
     GradientStructure,
     MeasurementError,
-    RowTests,
 )
 from lightning_hessian.results.arguments import check_fields, checked, optional
 from lightning_hessian.results.path_arguments import existing_folder
-from lightning_hessian.statistics.gaussianity import MIN_POINTS, row_tests
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,10 +111,8 @@ def gradient_structure(
         budget: Its seconds: after so many no further gradients are computed.
         on_progress: ``on_progress(num_gradients, None)``, called now and then with the number of
             gradients computed so far.
-        process_group: Processes that make the measurement together: all make this call with the
-            same arguments. Mini-batches are dealt out to them, each holds a slice of the
-            parameters of G, and all get the same numbers, whatever their number. By default this
-            process measures alone.
+        process_group: As in `hessian_spectrum`. Mini-batches are dealt out to the processes, and
+            each holds a slice of the parameters of G.
         seed: Of everything random here.
 
     Raises:
@@ -179,7 +180,7 @@ class GradientsRecord:
 
     @property
     def _found(self) -> tuple[dict[str, float], list[str]]:
-        from lightning_hessian.tracking.gradient_scalars import gradient_scalars
+        from lightning_hessian.tracking.scalars import gradient_scalars
 
         return gradient_scalars(self.structure, self.significance)
 
@@ -239,28 +240,7 @@ class GradientsInstrument:
         space = ParameterSpace.select(model, self.parameters)
         if self.num_gradients is not None:  # before so many are drawn
             _left_by_gram(self.memory_budget, self.num_gradients, space.device, self.tests, ranks)
-        with ranks.together():
-            minibatches = draw_minibatches(
-                data,
-                batch_size=self.batch_size,
-                num_minibatches=self.num_gradients,
-                seed=seed,
-                ranks=ranks,
-            )
-            _check_enough(minibatches.total, self.tests)
-            source = None
-            if len(minibatches):
-                source = MiniBatchGradients(
-                    model,
-                    loss_fn,
-                    minibatches,
-                    space,
-                    mode=self.mode,
-                    clip_norm=self.clip_norm,
-                    seed=seed,
-                )
-                source.on_product = allowance.spend
-        _check_alike(minibatches, space, ranks)
+        minibatches, source = self._drawn(model, loss_fn, data, space, allowance, ranks, seed)
         gradients: GradientRows
         if ranks.world == 1 and source is not None:
             gradients = source
@@ -280,14 +260,14 @@ class GradientsInstrument:
                 _precondition(gradients)
             gram = gram_matrix(gradients, memory_budget=budget, allowance=allowance)
             count = len(gram)
-            _check_count(count, minibatches.total, self.tests, ranks)
+            check_count(count, minibatches.total, self.tests, ranks)
             found = spectra(
                 gram, self.num_eigenvalues, space.size, self.num_eigenvectors, ranks=ranks
             )
             del gram
             vectors = None if found.weights is None else combinations(gradients, found.weights)
         dimension_tests, iteration_tests = (
-            _tests(gradients, self.max_tested, self.significance, seed)
+            entry_tests(gradients, self.max_tested, self.significance, seed)
             if isinstance(gradients, GradientHistory)
             else (None, None)
         )
@@ -311,82 +291,40 @@ class GradientsInstrument:
             eigenvectors=vectors,
         )
 
-
-def check_number(num_gradients: int, tests: bool, memory_budget: float | None) -> None:
-    """Check T by itself: enough for the tests, and no more than any memory here could hold.
-
-    Whether they fit into what is free is known only at the measurement.
-
-    Raises:
-        ArgumentError: T is too small, or its T x T inner products can never fit.
-    """
-    _check_enough(num_gradients, tests)
-    most = most_bytes() / 2 if memory_budget is None else memory_budget
-    if 2 * _gram_bytes(num_gradients) > most:
-        raise ArgumentError("num_gradients", num_gradients, _too_many(num_gradients, most))
-
-
-def _gram_bytes(num_gradients: int) -> int:
-    return 8 * num_gradients**2
-
-
-def _too_many(num_gradients: int, memory_budget: float) -> str:
-    return (
-        f"The inner products of {num_gradients} gradients take "
-        f"{_gram_bytes(num_gradients) / 1e9:.2g} GB, more than half of the "
-        f"{memory_budget / 1e9:.2g} GB that may be used. Lower num_gradients to "
-        f"{int(math.sqrt(memory_budget / _gram_bytes(1) / 2))} at most, or raise memory_budget."
-    )
-
-
-def check_space(space: ParameterSpace, tests: bool) -> None:
-    """Check that parameters are whole, and gradients long enough for the tests.
-
-    Raises:
-        ValueError: They are not.
-    """
-    if space.held is not None:
-        raise ValueError(
-            "The structure of gradients cannot be measured on parameters in shards yet "
-            "(`fully_shard`, tensor parallelism, or FSDP1 with too little memory to gather them). "
-            "Use strategy='ddp', or measure a checkpoint on one device."
-        )
-    if tests and space.size < MIN_POINTS:
-        raise ValueError(
-            f"{space.size} parameters are too few to be tested (at least {MIN_POINTS}); give "
-            "tests=False."
-        )
-
-
-def _check_enough(num_gradients: int, tests: bool) -> None:
-    if num_gradients < _least(tests):
-        raise ArgumentError(
-            "num_gradients",
-            num_gradients,
-            f"That is too few: tests need {MIN_POINTS}, spectra alone (tests=False) 2. Raise it, "
-            "lower batch_size, or bring more data.",
-        )
-
-
-def _least(tests: bool) -> int:
-    return MIN_POINTS if tests else 2
-
-
-def _check_alike(minibatches: MiniBatches, space: ParameterSpace, ranks: Ranks) -> None:
-    """Check that all ranks draw the same mini-batches for the same parameters.
-
-    Raises:
-        RankError: They do not.
-    """
-    told = ranks.all_gather_object((minibatches.total, minibatches.checksum(), space.size))
-    for rank, other in enumerate(told):
-        if other != told[0]:
-            raise RankError(
-                f"Rank {rank} has other data or parameters than rank 0: {other[0]} and "
-                f"{told[0][0]} mini-batches, {other[2]:,} and {told[0][2]:,} parameters"
-                f"{'' if other[1] == told[0][1] else ', other samples'}. Give all ranks the same "
-                "data in the same order, and the same arguments."
+    def _drawn(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction | None,
+        data: Any,
+        space: ParameterSpace,
+        allowance: Allowance,
+        ranks: Ranks,
+        seed: int,
+    ) -> tuple[MiniBatches, MiniBatchGradients | None]:
+        """Return the mini-batches, and the gradients of this rank's share, None without any."""
+        with ranks.together():
+            minibatches = draw_minibatches(
+                data,
+                batch_size=self.batch_size,
+                num_minibatches=self.num_gradients,
+                seed=seed,
+                ranks=ranks,
             )
+            check_enough(minibatches.total, self.tests)
+            source = None
+            if len(minibatches):
+                source = MiniBatchGradients(
+                    model,
+                    loss_fn,
+                    minibatches,
+                    space,
+                    mode=self.mode,
+                    clip_norm=self.clip_norm,
+                    seed=seed,
+                )
+                source.on_product = allowance.spend
+        check_alike(minibatches, space, ranks)
+        return minibatches, source
 
 
 def _left_by_gram(
@@ -408,10 +346,10 @@ def _left_by_gram(
         sharing = hosts.count(hosts[ranks.rank]) if device.type == "cpu" else ranks.neighbours
         memory_budget = free_bytes(device) / 2 / sharing
     memory_budget = ranks.all_reduce_min(memory_budget)
-    gram_bytes = _gram_bytes(num_gradients)
-    if 2 * gram_bytes > memory_budget:
-        raise MeasurementError(_too_many(num_gradients, memory_budget))
-    return memory_budget - gram_bytes
+    needed = gram_bytes(num_gradients)
+    if 2 * needed > memory_budget:
+        raise MeasurementError(too_many(num_gradients, memory_budget))
+    return memory_budget - needed
 
 
 def _precondition(gradients: GradientRows) -> None:
@@ -421,22 +359,6 @@ def _precondition(gradients: GradientRows) -> None:
         return
     with gradients.shard.ranks.together():
         gradients.precondition(adam_preconditioner(gradients))
-
-
-def _check_count(count: int, wanted: int, tests: bool, ranks: Ranks) -> None:
-    """Says where time cut the gradients short, or raises if too few are left."""
-    least = _least(tests)
-    if count < least:
-        raise MeasurementError(
-            f"The time was up after {count} gradients, and at least {least} are needed. Allow "
-            "more, or lower num_gradients or batch_size."
-        )
-    if count < wanted and ranks.rank == 0:
-        warnings.warn(
-            f"The time was up after {count} of {wanted} gradients; allow more or lower "
-            "num_gradients.",
-            stacklevel=5,  # past the function, and both decorators, to the caller
-        )
 
 
 def _told(
@@ -452,54 +374,3 @@ def _told(
             engines.append(told[1])
             computed += told[2]
     return losses, "+".join(dict.fromkeys(engines)), computed
-
-
-def _tests(
-    history: GradientHistory, max_tested: int | None, significance: float, seed: int
-) -> tuple[RowTests, RowTests]:
-    """Return the tests over dimensions and over iterations."""
-    rng = np.random.default_rng(seed)
-
-    def chosen(count: int) -> NDArray[np.int64] | None:
-        if max_tested is None or max_tested >= count:
-            return None
-        return np.sort(rng.choice(count, max_tested, replace=False))
-
-    ranks = history.shard.ranks
-    gradients, parameters = chosen(history.num_gradients), chosen(history.size)
-    num_gradients = history.num_gradients if gradients is None else len(gradients)
-    here = history.shard
-    if parameters is not None:
-        here = here.restricted(torch.from_numpy(parameters))[0]
-    return (
-        _rows_tested(
-            history.by_gradient(gradients), Shard.even(num_gradients, ranks), significance, seed
-        ),
-        _rows_tested(history.by_parameter(parameters), here, significance, seed + 1),
-    )
-
-
-def _rows_tested(
-    blocks: Iterator[NDArray[Any]], rows: Shard, significance: float, seed: int
-) -> RowTests:
-    """Return the tests of all rows, of which each rank is given a share, block by block."""
-    ranks = rows.ranks
-    results = torch.zeros(2, rows.length, dtype=torch.float64)
-    places = torch.arange(rows.size)[rows.positions]
-    done, one = 0, None
-    for block in blocks:
-        with ranks.together():
-            if len(block):
-                one = row_tests(
-                    block, significance=significance, seed=seed, first=int(places[done])
-                )
-                part = results[:, done : done + len(block)]
-                part[0], part[1] = map(torch.from_numpy, (one.ks_distances, one.p_values))
-                done += len(block)
-    whole = rows.gather(results.to(ranks.device)).cpu().numpy()
-    # A rank without rows does not know K; the others do.
-    empty = np.empty(0)
-    known = ranks.all_gather_object(one and replace(one, ks_distances=empty, p_values=empty))
-    one = next(found for found in known if found is not None)
-    found: RowTests = replace(one, ks_distances=whole[0], p_values=whole[1])
-    return found

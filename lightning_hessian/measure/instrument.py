@@ -101,9 +101,3 @@ class Scalars:
     def absent(self) -> Sequence[str]:
         """Return the sentences on what is missing."""
         return self.missing
-
-
-def drawings_of(record: Any) -> Mapping[str, Any]:
-    """Return what draws a record's figures, by name; nothing for a record without any."""
-    make = getattr(record, "drawings", None)
-    return {} if make is None else make()

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
-from lightning_hessian.measure.arguments import RULES, SPECTRUM_RULES, together
+from lightning_hessian.measure.arguments import RULES, SPECTRUM_RULES, layer_choice, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.session import Session
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 """``"layer"``, or names of groups of parameters with what selects each."""
-
-_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 @checked(SPECTRUM_RULES, together)
@@ -71,14 +69,14 @@ def layer_spectra(
             dots.
         num_eigenvalues: K for each; as many as there are parameters, if they are fewer.
         protocol: As in `hessian_spectrum`.
-        tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
+        tol: As in `hessian_spectrum`.
         budget: Bounds on the products and the time of all layers together.
         hvp: As in `hessian_spectrum`.
-        loss_options: How the loss is evaluated.
+        loss_options: As in `hessian_spectrum`.
         trace_probes: Hutchinson probes for the trace of each; 0 for none.
-        basis: How much memory the Krylov basis may take, where, and in which precision.
-        process_group: Processes that make the measurement together.
-        on_progress: ``on_progress(num_hvps, num_converged)``, called after every product.
+        basis: As in `hessian_spectrum`.
+        process_group: As in `hessian_spectrum`.
+        on_progress: As in `hessian_spectrum`.
         seed: Of everything random here.
 
     Returns:
@@ -227,13 +225,13 @@ class LayersInstrument:
                 continue
             one = replace(self.spectrum, num_eigenvalues=count, parameters=selection)
             records[name] = one.measure(session, allowance)
-        said: tuple[str, ...] = ()
-        if left_out:
-            said = (
-                f"Layers without a spectrum: {', '.join(left_out)}. The products or the time "
-                "allowed were spent on those before. Raise the budget, or name fewer layers.",
-            )
-        return LayersRecord(records, said)
+        if not left_out:
+            return LayersRecord(records)
+        said = (
+            f"Layers without a spectrum: {', '.join(left_out)}. The products or the time allowed "
+            "were spent on those before. Raise the budget, or name fewer layers."
+        )
+        return LayersRecord(records, (said,))
 
 
 def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelection]:
@@ -242,23 +240,13 @@ def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelecti
     Raises:
         ValueError: As `layer_spectra`.
     """
-    if isinstance(layers, str):
-        if layers != "layer":
-            raise ArgumentError("layers", layers, "Give 'layer', or a mapping from names to globs.")
-        groups = _by_module(model)
-    else:
-        groups = dict(layers)
-    if not groups:
+    if not layers:
         raise ArgumentError("layers", layers, "It names no layer; give None for none.")
-    for name, selection in groups.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(
-                f"layers: the name {name!r} cannot be part of a key; use letters, digits and "
-                "underscores only."
-            )
+    chosen = layer_choice("layers", layers)
+    groups: dict[str, ParameterSelection] = _by_module(model) if chosen == "layer" else chosen
+    for selection in groups.values():
         ParameterSpace.select(model, selection)
-    alike = {name.lower() for name in groups}
-    if len(alike) < len(groups):
+    if len({name.lower() for name in groups}) < len(groups):
         raise ValueError(
             f"layers: two of the names {sorted(groups)} differ by case only; loggers that write "
             "files cannot tell them apart. Rename one."
@@ -269,10 +257,9 @@ def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelecti
 def _by_module(model: nn.Module) -> dict[str, ParameterSelection]:
     """Return a group for each module with trainable parameters of its own."""
     members: dict[str, set[str]] = {}
-    for name in ParameterSpace.select(model).names:
-        members.setdefault(name.replace("_orig_mod.", "").rpartition(".")[0], set()).add(
-            name.replace("_orig_mod.", "")
-        )
+    for full_name in ParameterSpace.select(model).names:
+        name = full_name.replace("_orig_mod.", "")
+        members.setdefault(name.rpartition(".")[0], set()).add(name)
     groups: dict[str, ParameterSelection] = {}
     for module, names in members.items():
         key = re.sub(r"[^A-Za-z0-9]+", "_", module) or "root"

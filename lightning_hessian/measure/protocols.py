@@ -120,7 +120,7 @@ def whole_density(
 
 
 def check_protocol(
-    protocol: SpectrumProtocol, num_eigenvalues: int | None, checkpoint: object = None
+    protocol: SpectrumProtocol, num_eigenvalues: int | None, checkpoint: object
 ) -> int:
     """Return K, by default that of the protocol.
 
@@ -128,14 +128,13 @@ def check_protocol(
         ArgumentError: A checkpoint, where the protocol keeps none.
     """
     pooled = isinstance(protocol, PooledSLQ)
-    count = num_eigenvalues
-    if count is None:
-        count = DEFAULT_POOLED if pooled else DEFAULT_EIGENVALUES
     if checkpoint is not None and pooled:
         raise ArgumentError(
             "checkpoint", checkpoint, "PooledSLQ keeps no checkpoint; leave checkpoint=None."
         )
-    return count
+    if num_eigenvalues is not None:
+        return num_eigenvalues
+    return DEFAULT_POOLED if pooled else DEFAULT_EIGENVALUES
 
 
 def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> str | None:

@@ -17,13 +17,12 @@ from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.measure.options import LossOptions
-from lightning_hessian.operators.choose import hessian_operator
 from lightning_hessian.operators.engines import gradient_of
+from lightning_hessian.operators.sharded import hessian_operator
 from lightning_hessian.probe.objective import LossFunction, Objective
-from lightning_hessian.probe.objectives import objective_over
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
-from lightning_hessian.probe.sharding.objective import ranks_of
+from lightning_hessian.probe.sharding.objective import objective_over, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -227,15 +227,38 @@ class SpectrumInstrument:
         """Raise where the arguments do not fit the model, before anything is measured.
 
         Raises:
-            ValueError: The selection matches nothing, or has fewer than K parameters.
+            ValueError: The selection matches nothing, or has fewer than K parameters; or parameters
+                are distributed in a way that cannot be measured.
         """
-        pooled = isinstance(self.protocol, PooledSLQ)
-        check_selection(model, self.parameters, 1 if pooled else self.count)
+        ranks_of(model, torch.device("cpu"))
+        space = ParameterSpace.select(model, self.parameters)
+        if self._least > space.size:
+            raise ArgumentError(
+                "num_eigenvalues",
+                self.count,
+                f"The {len(space.names)} selected parameter tensors hold {space.size} numbers, so "
+                f"H has {space.size} eigenvalues. Ask for 1 to {space.size}.",
+            )
 
     def check_budget(self, budget: Budget) -> None:
         """Raise where the products allowed are too few for K eigenvalues and the trace."""
-        least = 1 if isinstance(self.protocol, PooledSLQ) else self.count
-        split_bound(least, budget.products, self.trace_probes)
+        if self.trace_probes == 1:
+            raise ArgumentError(
+                "trace_probes", 1, "One gives no standard error; use 0 or at least 2."
+            )
+        least = self._least + self.trace_probes
+        if budget.products is not None and budget.products < least:
+            raise ArgumentError(
+                "budget",
+                f"Budget(products={budget.products})",
+                f"It is too small: {self._least} eigenvalues and {self.trace_probes} trace probes "
+                f"take at least {least} products. Raise it, or lower num_eigenvalues.",
+            )
+
+    @property
+    def _least(self) -> int:
+        """How many eigenvalues there must be; pooled ones are as many as they are."""
+        return 1 if isinstance(self.protocol, PooledSLQ) else self.count
 
     def cost(self, session: Session) -> int:
         """Return how many products a measurement takes, about."""
@@ -313,47 +336,3 @@ class SpectrumInstrument:
             allowance=allowance,
         )
         return ritz_top(ritz, self.count, self.tol)
-
-
-def check_selection(
-    model: nn.Module, parameters: ParameterSelection, num_eigenvalues: int
-) -> ParameterSpace:
-    """Return the selected parameters, having checked that K eigenvalues can be asked of them.
-
-    Raises:
-        ValueError: The selection matches nothing, or has fewer than K parameters; or parameters
-            are distributed in a way that cannot be measured.
-    """
-    ranks_of(model, torch.device("cpu"))
-    space = ParameterSpace.select(model, parameters)
-    if not 1 <= num_eigenvalues <= space.size:
-        raise ArgumentError(
-            "num_eigenvalues",
-            num_eigenvalues,
-            f"The {len(space.names)} selected parameter tensors hold {space.size} numbers, so H "
-            f"has {space.size} eigenvalues. Ask for 1 to {space.size}.",
-        )
-    return space
-
-
-def split_bound(num_eigenvalues: int, max_hvps: int | None, trace_probes: int) -> tuple[int, int]:
-    """Return how many products go to the trace and how many, at most, to the eigenvalues.
-
-    Raises:
-        ValueError: The bound is too small, or a single probe was asked for.
-    """
-    if trace_probes == 1:
-        raise ArgumentError(
-            "trace_probes", trace_probes, "One gives no standard error; use 0 or at least 2."
-        )
-    if max_hvps is None:
-        return trace_probes, default_bound(num_eigenvalues)
-    if max_hvps < num_eigenvalues + trace_probes:
-        raise ArgumentError(
-            "budget",
-            f"Budget(products={max_hvps})",
-            f"It is too small: {num_eigenvalues} eigenvalues and {trace_probes} trace probes take "
-            f"at least {num_eigenvalues + trace_probes} products. Raise it, or lower "
-            "num_eigenvalues.",
-        )
-    return trace_probes, max_hvps - trace_probes

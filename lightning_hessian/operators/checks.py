@@ -106,15 +106,11 @@ class Checks:
         return own
 
     def skips_rows(self, index: int) -> bool:
-        """Whether some row of a parameter moves the loss of a batch and gets no gradient."""
+        """Return whether some row of a parameter moves the loss of a batch and gets no gradient."""
         return self._objective.anywhere(self._graphs[index].skips_rows)
 
     def check(self, products: Sequence[Product], engines: Sequence[str]) -> float:
-        """Return the largest relative difference from another way to the same product.
-
-        Args:
-            products: Of each batch.
-            engines: By which they are made.
+        """Return the largest relative difference of the products from a second way to them.
 
         Raises:
             NoSecondDerivativeError: The second derivative itself is wrong, whatever the engine.
@@ -147,10 +143,7 @@ class Checks:
     # Differences ----------------------------------------------------------------------------------
 
     def _check_differences(self, products: Sequence[Product]) -> float:
-        """Check that differences are linear and symmetric, over the batches to check together.
-
-        One small batch may be rough where their mean is not.
-        """
+        """Check that differences are linear and symmetric: their mean, one batch may be rough."""
         # Products are linear in v, but the step is not. At half the step and twice the vector the
         # two errors would cancel, so the vector is split into two others.
         first, second = self.vectors
@@ -183,9 +176,6 @@ class Checks:
         Kinks (of rectifiers, of pooling) add curvature that a difference sees and no derivative,
         and of a batch of a million activations it comes out alike at both steps but for noise. So
         where the loss has kinks, the two must agree as they do without them.
-
-        Raises:
-            NoSecondDerivativeError: They differ from the product, and from nothing else.
         """
         graph, vector = self._graphs[index], self.vectors[1]
         tolerance = _HIDDEN.get(self.precision(index), _HIDDEN_TOLERANCE)
@@ -216,7 +206,7 @@ class Checks:
         return product if live is None else Restricted(product, live)
 
     def _holds_constant(self, index: int) -> bool:
-        """Whether the loss of a batch takes values out of the reach of autograd."""
+        """Return whether the loss of a batch takes values out of the reach of autograd."""
         leaves = tuple(value.requires_grad_() for value in self._objective.point())
         with _Detached() as detached:
             self._objective.batch_loss(leaves, index)
@@ -246,11 +236,7 @@ class Checks:
     # Symmetry -------------------------------------------------------------------------------------
 
     def _check_symmetry(self, index: int, found: Tensor, asymmetry: float) -> None:
-        """Check that u.Hv = v.Hu, to what rounding explains.
-
-        Raises:
-            NoSecondDerivativeError: It is not.
-        """
+        """Check that u.Hv = v.Hu, to what rounding explains."""
         eps = torch.finfo(self.precision(index)).eps
         if asymmetry <= eps**0.5:
             return

@@ -11,8 +11,7 @@ from torch import Tensor
 from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
-from lightning_hessian.operators.hessian import HessianOperator
-from lightning_hessian.operators.view import HessianView
+from lightning_hessian.operators.hessian import HessianOperator, HessianView
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError
@@ -71,11 +70,7 @@ class DataParallelHessian:
         self._width = ranks.share_of(self.size)
 
     def restricted(self, names: Sequence[str]) -> DataParallelHessian:
-        """Return the diagonal block of some parameter tensors, as a view that shares all graphs.
-
-        Args:
-            names: Of the tensors.
-        """
+        """Return the diagonal block of the named tensors, as a view that shares all graphs."""
         view = copy.copy(self)
         with self.shard.ranks.together():
             if self._local is not None:
@@ -94,7 +89,7 @@ class DataParallelHessian:
             MeasurementError: A product failed, or is NaN or infinite, on some rank; names it.
         """
         count, ranks = len(vectors), self.shard.ranks
-        whole = self._gathered(vectors)
+        whole = self._all_gather(vectors)
         # One more entry for each rank: how many ranks have failed.
         sent = vectors.new_zeros(ranks.world, count * self._width + 1)
         failure: Exception | None = None
@@ -128,7 +123,7 @@ class DataParallelHessian:
         if self.on_product is not None:
             self.on_product(products)
 
-    def _gathered(self, vectors: Tensor) -> Tensor:
+    def _all_gather(self, vectors: Tensor) -> Tensor:
         """Return whole vectors [b, n] from the ranks' parts."""
         count, world = len(vectors), self.shard.ranks.world
         part = torch.nn.functional.pad(vectors, (0, self._width - vectors.shape[1]))

@@ -69,12 +69,7 @@ class _Linearised:
         return lambda tangents: folded(*tangents)
 
     def restricted(self, which: Sequence[int], point: Sequence[Tensor]) -> Product:
-        """Return the product of the block of some parameters: nothing else is computed.
-
-        Args:
-            which: Their places among the tangents.
-            point: A tensor in the shape of each parameter.
-        """
+        """Return the product of the block of some parameters: nothing else is computed."""
         return _Linearised(fold_restricted(self._folded, which, point))
 
 
@@ -137,11 +132,7 @@ class _Retained:
 def _check_flat(
     objective: Objective, index: int, gradient: Sequence[Tensor], flat: Sequence[int]
 ) -> None:
-    """Check that gradients without a graph are constant, as where the loss is linear.
-
-    Raises:
-        MeasurementError: One is not: an operation's backward hides its own derivative.
-    """
+    """Check that gradients without a graph are constant, as where the loss is linear."""
     generator = torch.Generator().manual_seed(0)
     moved = []
     for value in objective.point():
@@ -158,7 +149,7 @@ def _check_flat(
 
 
 def recompute(objective: Objective, index: int) -> Product:
-    """Return a product that builds the graph anew each time and keep nothing."""
+    """Return a product that builds the graph anew each time and keeps nothing."""
     return lambda tangents: autograd(objective, index)(tangents)
 
 
@@ -311,11 +302,7 @@ def gradient_of(
 ) -> Sequence[Tensor]:
     """Return the gradient of the loss of a batch, with zeros where it depends on nothing.
 
-    Args:
-        objective: The loss.
-        index: Of the batch.
-        leaves: Values of the parameters that require grad; by default the present ones.
-        create_graph: Whether it can be differentiated again.
+    ``leaves`` are values of the parameters that require grad; by default the present ones.
     """
     if leaves is None:
         leaves = tuple(value.requires_grad_() for value in objective.point())
@@ -351,11 +338,7 @@ def gradients_by(
     vectors: Sequence[Tensor] | None = None,
     **options: bool,
 ) -> Sequence[Tensor | None]:
-    """Return what ``torch.autograd.grad`` does, with None for leaves that nothing depends on.
-
-    Raises:
-        MeasurementError: A part of the loss is under reentrant activation checkpointing.
-    """
+    """Return what ``torch.autograd.grad`` does, with None for leaves that nothing depends on."""
     try:
         return torch.autograd.grad(outputs, leaves, vectors, allow_unused=True, **options)
     except RuntimeError as error:

@@ -32,8 +32,8 @@ from lightning_hessian.operators.engines import (
     retained_bytes,
 )
 from lightning_hessian.operators.loss_graph import read_graphs
-from lightning_hessian.operators.view import HessianView
 from lightning_hessian.probe.objective import Objective
+from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
 _MOST_SAVED = 0.5
@@ -127,19 +127,12 @@ class HessianOperator:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return H v for a vector [n_local], a new tensor [n_local]."""
-        tangents = self.objective.space.split(vector)
-        total = torch.zeros_like(vector)
-        for product, weight in zip(self.products, self.objective.weights, strict=True):
-            total.add_(self.objective.space.flatten(product(tangents)), alpha=weight)
+        found = _summed(self.products, self.objective.weights, self.objective.space, vector)
         self.count(1)
-        return total
+        return found
 
     def restricted(self, names: Sequence[str]) -> Any:
-        """Return the diagonal block of some parameter tensors, as a view that shares all graphs.
-
-        Args:
-            names: Of the tensors.
-        """
+        """Return the diagonal block of the named tensors, as a view that shares all graphs."""
         return HessianView(self, names)
 
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -195,13 +188,7 @@ class HessianOperator:
         self._build(graphs, made)
 
     def _linearize_if_it_pays(self, graph: Product, index: int, expected_products: int) -> bool:
-        """Build linearisations where they are cheaper than retained graphs, by what is counted.
-
-        Args:
-            graph: The product of a batch by its graph.
-            index: Of that batch.
-            expected_products: As above.
-        """
+        """Build linearisations where they cost less than graphs like that of batch ``index``."""
         others = len(self.objective.batches) - 1
         try:
             retained = self._cost(graph)
@@ -224,12 +211,7 @@ class HessianOperator:
         return counted(lambda: product(tangents))[1]
 
     def _build(self, engines: list[str], made: Mapping[int, Product] | None = None) -> None:
-        """Make the product of each batch by its engine, and check each kind.
-
-        Args:
-            engines: Of each batch.
-            made: The products that have been made, by batch.
-        """
+        """Make the product of each batch by its engine, unless it is made, and check each kind."""
         self.engine, self._engines = "+".join(dict.fromkeys(engines)), engines
         made = made or {}
         with self._explained(self.engine):
@@ -263,3 +245,74 @@ class HessianOperator:
             if is_out_of_memory(error):
                 raise short_of_memory(error) from None
             raise explained(engine, error) from error
+
+
+class HessianView:
+    """The block of a `HessianOperator` that belongs to some of its parameter tensors.
+
+    It shares the graphs that the whole keeps, and computes nothing for the other parameters: a
+    product goes no further back than these, and costs what they cost. A linearised product is
+    folded once more, for about the price of one product. Products count as those of the whole.
+
+    Args:
+        whole: The operator, alive as long as the view.
+        names: Of the parameter tensors.
+
+    Attributes:
+        size: Order of the block.
+        shard: Which entries of a vector this rank holds: all.
+        engine: That of the whole.
+    """
+
+    def __init__(self, whole: HessianOperator, names: Sequence[str]) -> None:
+        objective = whole.objective
+        self.whole = whole
+        self.space = objective.space.subspace(names)
+        self.size, self.dtype, self.device = self.space.size, self.space.dtype, self.space.device
+        self.shard = self.space.shard(objective.ranks)
+        self.engine = whole.engine
+        which, point = objective.space.places(names), objective.point()
+        self._products = [_restricted(product, which, point) for product in whole.products]
+
+    def restricted(self, names: Sequence[str]) -> HessianView:
+        """Return the block of fewer of the parameter tensors."""
+        return HessianView(self.whole, names)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return the product with a vector [n_local], a new tensor [n_local]."""
+        found = _summed(self._products, self.whole.objective.weights, self.space, vector)
+        self.whole.count(1)
+        return found
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Return the products with the rows of [b, n_local], a new tensor [b, n_local]."""
+        return torch.stack([self.matvec(vector) for vector in vectors])
+
+
+def _restricted(product: Product, which: Sequence[int], point: Sequence[Tensor]) -> Product:
+    """Return a product for some of the parameters; where it cannot be cut down, with zeros."""
+    restricted = getattr(product, "restricted", None)
+    if restricted is not None:
+        found: Product = restricted(which, point)
+        return found
+    zeros = [torch.zeros_like(value) for value in point]
+
+    def embedded(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        whole = list(zeros)
+        for i, tangent in zip(which, tangents, strict=True):
+            whole[i] = tangent
+        found = product(tuple(whole))
+        return [found[i] for i in which]
+
+    return embedded
+
+
+def _summed(
+    products: Sequence[Product], weights: Sequence[float], space: ParameterSpace, vector: Tensor
+) -> Tensor:
+    """Return the weighted sum of the products of all batches with a vector [n_local]."""
+    tangents = space.split(vector)
+    total = torch.zeros_like(vector)
+    for product, weight in zip(products, weights, strict=True):
+        total.add_(space.flatten(product(tangents)), alpha=weight)
+    return total

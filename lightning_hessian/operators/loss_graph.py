@@ -101,14 +101,10 @@ def _read(loss: Tensor, batch: Any, dtype: torch.dtype) -> LossGraph:
         structure=structure.hexdigest(),
         operations=frozenset(names),
         custom_functions=tuple(sorted(custom)),
-        coarsest=max((d for d in dtypes if d in _FLOATS), key=_eps),
+        coarsest=max((d for d in dtypes if d in _FLOATS), key=lambda d: torch.finfo(d).eps),
         has_kinks=any(name.startswith(_KINKS) for name in names),
         skips_rows=skips_rows,
     )
-
-
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:

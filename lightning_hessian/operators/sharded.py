@@ -1,4 +1,4 @@
-"""The Hessian over parameters that are sharded over ranks."""
+"""The Hessian over parameters that are sharded over ranks, and the one that fits an objective."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_hessian.linear.memory import free_bytes, is_out_of_memory, short_of_memory
+from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.operator import RestrictedOperator
 from lightning_hessian.linear.ranks import RankError
-from lightning_hessian.operators.engines import autograd, explained
+from lightning_hessian.operators.data_parallel import DataParallelHessian
+from lightning_hessian.operators.engines import autograd
 from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.sharding.objective import ShardedObjective
-from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
+from lightning_hessian.results import NoSecondDerivativeError
 
 ENGINES = ("autograd", "recompute", "finite_difference")
 """Those that need no tracing: collectives stand in the middle of the derivative."""
@@ -67,9 +69,6 @@ class ShardedHessian(HessianOperator):
 
         Collectives stand in the middle of the derivative, unit by unit, so that no part of it can
         be left out on one rank alone.
-
-        Args:
-            names: Of the tensors.
         """
         space = self.objective.space
         ends = list(itertools.accumulate(space.sizes, initial=0))
@@ -81,12 +80,7 @@ class ShardedHessian(HessianOperator):
         return torch.stack([self.matvec(vector) for vector in vectors])
 
     def _build_within(self, budget: float, expected_products: int) -> None:
-        """Keep as many graphs as fit on every rank.
-
-        Raises:
-            NoSecondDerivativeError: No rank can differentiate twice.
-            RankError: Some rank failed, and the others must not go on alone.
-        """
+        """Keep as many graphs as fit on every rank."""
         try:
             with self.objective.ranks.together():
                 self._keep_graphs(budget)
@@ -97,17 +91,19 @@ class ShardedHessian(HessianOperator):
 
     def _keep_graphs(self, budget: float) -> None:
         num_batches = len(self.objective.batches)
-        try:
-            with self.objective.counting() as kept:
-                product = autograd(self.objective, 0)
-        except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, MeasurementError):
-                raise
-            if is_out_of_memory(error):
-                raise short_of_memory(error) from None
-            raise explained("autograd", error) from error
-        del product
+        with self._explained("autograd"), self.objective.counting() as kept:
+            autograd(self.objective, 0)
         self.objective.ranks.stay_together()
         fitting = int(self.objective.ranks.all_reduce_min(budget // max(1, sum(kept.values()))))
         fitting = min(num_batches, fitting)
         self._build(["autograd"] * fitting + ["recompute"] * (num_batches - fitting))
+
+
+def hessian_operator(
+    objective: Objective, engine: str = "auto", *, expected_products: int = 200
+) -> HessianOperator | DataParallelHessian:
+    """Return the Hessian of an objective, for however many ranks evaluate or hold it."""
+    if isinstance(objective, ShardedObjective):
+        return ShardedHessian(objective, engine, expected_products=expected_products)
+    kind = HessianOperator if objective.ranks.world == 1 else DataParallelHessian
+    return kind(objective, engine, expected_products=expected_products)

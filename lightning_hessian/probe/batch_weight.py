@@ -174,11 +174,7 @@ def _is_sequence_first(module: nn.Module) -> bool:
 
 
 def _decided(every: Sequence[Sizes], sequence_first: bool) -> tuple[list[float], str | None]:
-    """Return the weights of all batches, and what to warn of.
-
-    Raises:
-        ValueError: They cannot be told.
-    """
+    """Return the weights of all batches, and what to warn of."""
     if any(sizes.has_ignored for sizes in every):
         missing = [i for i, sizes in enumerate(every) if sizes.tokens is None]
         if missing and len(every) > 1:

@@ -258,11 +258,7 @@ def _pool(batches: Sequence[Any]) -> Fetch:
 
 
 def _joined(batches: Sequence[Any]) -> Any:
-    """Return the samples of all batches as one; what is no tensor is the first one's.
-
-    Raises:
-        ValueError: They differ in shape.
-    """
+    """Return the samples of all batches as one; what is no tensor is the first one's."""
     columns: list[list[Tensor]] = []
     for batch in batches:
         tensors: list[Tensor] = []

@@ -88,10 +88,10 @@ class Objective:
         self._training = mode == "train"
         self._seed = seed
         self._upcast = any(is_half(t) for t in (*module.parameters(), *module.buffers()))
-        self._agreed_buffers: dict[str, Tensor] = {}
+        self._broadcast_buffers: dict[str, Tensor] = {}
         if ranks.world > 1:  # running statistics may differ: all evaluate with the first rank's
             for name, buffer in module.named_buffers():
-                self._agreed_buffers[name] = ranks.broadcast(buffer.detach().clone())
+                self._broadcast_buffers[name] = ranks.broadcast(buffer.detach().clone())
         self._snapshot: Snapshot | None = None
         self._writes = False  # whether some evaluation has written to parameters
 
@@ -168,13 +168,7 @@ class Objective:
     def _called(
         self, state: Mapping[str, Tensor], parameters: Sequence[Tensor], call: tuple[Any, int]
     ) -> Any:
-        """Return the loss, with tensors in the places of the module's own.
-
-        Args:
-            state: The tensors, by the name of what they stand for.
-            parameters: Those that the loss is a function of.
-            call: What the loss function is given beside the module.
-        """
+        """Return the loss, with named tensors in the places of the module's own."""
         own = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
         given = {id(own[name]): tensor for name, tensor in state.items() if name in own}
         block = self._surroundings(given, parameters)
@@ -222,7 +216,7 @@ class Objective:
         return flag
 
     def _prepared(self, batch: Any, index: int) -> tuple[Any, int]:
-        """Seeds random layers, and returns the arguments of the loss: a copy of the batch."""
+        """Seed random layers, and return the arguments of the loss: a copy of the batch."""
         seed_everything(self._seed + index)
         batch = apply_to_collection(batch, Tensor, lambda t: t.to(self.space.device, copy=True))
         if self._upcast:
@@ -255,7 +249,7 @@ class Objective:
     def _buffers(self) -> dict[str, Tensor]:
         """Return copies of the buffers, for the loss to write to."""
         own = dict(self._module.named_buffers())
-        return {name: buffer.clone() for name, buffer in (self._agreed_buffers or own).items()}
+        return {name: buffer.clone() for name, buffer in (self._broadcast_buffers or own).items()}
 
     def _state(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return what to evaluate the module with: parameters given, all others constant."""
@@ -268,11 +262,7 @@ class Objective:
 
 
 def checked_loss(loss: Any, index: int) -> Tensor:
-    """Return a loss as a scalar.
-
-    Raises:
-        MeasurementError: It is none.
-    """
+    """Return a loss as a scalar, or raise a MeasurementError where it is none."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise MeasurementError(
@@ -355,11 +345,7 @@ def _cloned(batch: Any, device: torch.device) -> Any:
 
 
 def _dealt(batches: Iterable[Any], ranks: Ranks) -> list[Any]:
-    """Return the batches of this rank, which may be none.
-
-    Raises:
-        ValueError: There is none on any rank.
-    """
+    """Return the batches of this rank, which may be none, but not on all ranks."""
     if isinstance(batches, Sequence):
         held = list(batches[ranks.rank :: ranks.world])
     else:

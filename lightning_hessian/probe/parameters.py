@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 import itertools
@@ -95,19 +96,15 @@ class ParameterSpace:
         )
 
     def subspace(self, names: Sequence[str]) -> ParameterSpace:
-        """Return the space of some of the parameters, in the order that they have here.
-
-        Args:
-            names: Names of parameters of this space.
-        """
+        """Return the space of the parameters with these names, in the order that they have here."""
         which = self.places(names)
         dtypes = tuple(self.dtypes[i] for i in which)
-        return ParameterSpace(
+        return dataclasses.replace(
+            self,
             names=tuple(self.names[i] for i in which),
             shapes=tuple(self.shapes[i] for i in which),
             dtypes=dtypes,
             dtype=functools.reduce(torch.promote_types, dtypes),
-            device=self.device,
             held=None if self.held is None else tuple(self.held[i] for i in which),
         )
 
@@ -203,7 +200,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 
 def is_half(tensor: Tensor) -> bool:
-    """Whether a tensor is float16 or bfloat16."""
+    """Return whether a tensor is float16 or bfloat16."""
     return tensor.dtype in _HALF
 
 
@@ -220,12 +217,13 @@ def _chosen(
         return list(trainable)
     if callable(selection):
         chosen = [
-            p for p, names in trainable.items() if any(selection(_clean(n), p) for n in names)
+            p for p, names in trainable.items() if any(selection(clean_name(n), p) for n in names)
         ]
         if not chosen:
+            first = next(iter(trainable.values()))[0]
             raise ValueError(
                 f"parameters={selection!r} accepts none of the {len(trainable)} trainable "
-                f"parameters, of which the first is {_clean(next(iter(trainable.values()))[0])!r}."
+                f"parameters, of which the first is {clean_name(first)!r}."
             )
         return chosen
     patterns = [selection] if isinstance(selection, (str, re.Pattern)) else list(selection)
@@ -241,7 +239,7 @@ def _chosen(
 
 
 def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
-    name = _clean(name)
+    name = clean_name(name)
     if isinstance(pattern, re.Pattern):
         return pattern.search(name) is not None
     if pattern.startswith("re:"):
@@ -251,7 +249,7 @@ def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
 
 def _no_match(pattern: str | re.Pattern[str], aliases: dict[nn.Parameter, list[str]]) -> str:
     text = pattern if isinstance(pattern, str) else f"re:{pattern.pattern}"
-    names = [_clean(name) for group in aliases.values() for name in group]
+    names = [clean_name(name) for group in aliases.values() for name in group]
     if any(_matches(pattern, name) for name in names):
         return (
             f"parameters={text!r} matches only frozen parameters (requires_grad=False). "
@@ -263,8 +261,9 @@ def _no_match(pattern: str | re.Pattern[str], aliases: dict[nn.Parameter, list[s
     )
 
 
-def _clean(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+def clean_name(name: str) -> str:
+    """Return a name without what `torch.compile` puts into it."""
+    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
 
 
 def _check_supported(name: str, parameter: nn.Parameter) -> None:

@@ -123,7 +123,7 @@ def partition_choice(name: str, value: Any) -> Any:
 
 
 def _numbered(module: nn.Module, cuts: _Cuts) -> Partition:
-    """Numbers the blocks in the order of their first mention."""
+    """Number the blocks in the order of their first mention."""
     kept = {parameter for name, parameter in module.named_parameters() if name in cuts}
     space = ParameterSpace.select(module, lambda _, parameter: parameter in kept)
     number: dict[str, int] = {}

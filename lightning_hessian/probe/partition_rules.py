@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from lightning_hessian.probe.arguments import a_module
+from lightning_hessian.probe.parameters import clean_name
 from lightning_hessian.probe.partition_heads import (
     FUSED,
     SEPARATE,
@@ -262,15 +263,10 @@ NAMED: dict[str, Callable[[nn.Module], Iterator[BlockRule]]] = {
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
     """Yield each submodule with its name and its own trainable parameters: local to full name."""
-    first = {parameter: _clean(name) for name, parameter in module.named_parameters()}
+    first = {parameter: clean_name(name) for name, parameter in module.named_parameters()}
     for prefix, layer in module.named_modules():
         own = layer.named_parameters(recurse=False)
-        yield _clean(prefix), layer, {local: first[p] for local, p in own if p.requires_grad}
-
-
-def _clean(name: str) -> str:
-    """Return a name without what `torch.compile` puts into it."""
-    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+        yield clean_name(prefix), layer, {local: first[p] for local, p in own if p.requires_grad}
 
 
 def _layer_name(prefix: str, layer: nn.Module, local: str) -> str:
@@ -298,7 +294,7 @@ def _output_dims(layer: nn.Module) -> dict[str, int]:
 def _of_attention(
     attention: nn.MultiheadAttention, block: str, local: str, parameter: str, unit: int
 ) -> BlockRule:
-    """Cuts a parameter of torch's own attention: fused, or one weight for each of three sizes."""
+    """Cut a parameter of torch's own attention: fused, or one weight for each of three sizes."""
     if local.startswith("in_proj"):
         return BlockRule(parameter, block, unit, parts=_QKV)
     part = next(name for name in _QKV if name[0] == local[0])
@@ -312,7 +308,7 @@ def _num_outputs(layer: nn.Module) -> int:
 def _fused(
     layer: nn.Module, own: Mapping[str, str], block: str, heads: Heads, where: str
 ) -> Iterator[BlockRule]:
-    """Cuts a fused projection by head; with grouped queries its parts are of different sizes."""
+    """Cut a fused projection by head; with grouped queries its parts are of different sizes."""
     dims = _output_dims(layer)
     if "weight" not in dims:
         return

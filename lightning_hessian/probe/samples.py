@@ -104,7 +104,8 @@ def _over(
     if type(batch_sampler) is BatchSampler:
         size = batch_sampler.batch_size
         order = _order(batch_sampler.sampler, dataset, generator, first_samples)
-        chunks = _chunks(itertools.islice(order, num_batches * size), size)
+        indices = list(itertools.islice(order, num_batches * size))
+        chunks = [indices[i : i + size] for i in range(0, len(indices), size)]
     else:
         chunks = list(itertools.islice(batch_sampler, num_batches))
     return DataLoader(dataset, batch_sampler=chunks, collate_fn=collate, generator=generator)
@@ -123,15 +124,6 @@ def _order(
         size = len(source) if first_samples is None else min(first_samples, len(source))
         return torch.randperm(size, generator=generator).tolist()
     # A sampler of the user's own (a subset, weights) says what training sees: follow a copy of it.
-    found: Iterable[int] = _copied(sampler, dataset)
+    # It has generators of its own, and the dataset is not copied.
+    found: Iterable[int] = copy.deepcopy(sampler, memo={id(dataset): dataset})
     return found
-
-
-def _copied(sampler: Any, dataset: Any) -> Any:
-    """Return a copy with generators of its own, without copying the dataset."""
-    return copy.deepcopy(sampler, memo={id(dataset): dataset})
-
-
-def _chunks(order: Iterable[int], size: int) -> list[list[int]]:
-    indices = list(order)
-    return [indices[i : i + size] for i in range(0, len(indices), size)]

@@ -16,7 +16,7 @@ from lightning_hessian.results import FloatArray
 from lightning_hessian.statistics.correlation import fisher_interval, pearson
 from lightning_hessian.statistics.dependence import partial_correlation, permutation_p_value
 from lightning_hessian.statistics.multiple_testing import benjamini_hochberg, holm
-from lightning_hessian.statistics.scaling import ScalingFit, fit_scaling
+from lightning_hessian.statistics.scaling import ScalingFit
 
 
 @dataclass(frozen=True)
@@ -102,46 +102,33 @@ def choose_points(
     group: str | None = None,
     size: str | None = None,
 ) -> Points:
-    """Return one point of each run.
+    """Return one point of each run, by the arguments of `correlation_report`.
 
-    Args:
-        table: The runs.
-        statistics: Keys of statistics.
-        monitors: Keys of monitored metrics; the first decides what is best.
-        at: ``"last"`` row with a statistic and a monitor, ``"best"`` such row, or the last such row
-            up to a step.
-        mode: Whether the best is the ``"min"`` or the ``"max"`` of the monitor.
-        group: Config key for colours.
-        size: Config key for scaling fits.
+    The row that is chosen has a statistic and the first monitor, which decides what is best.
 
     Raises:
-        ValueError: ``at`` or ``mode`` is none of these, or no run has the config key.
+        ValueError: No run has the config key.
     """
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode={mode!r} is neither 'min' nor 'max'.")
     for argument, key in (("group", group), ("size", size)):
         if key is not None:
             table.require(key, config=True, argument=argument)
-    names, steps, rows, groups, sizes, left_out = [], [], [], [], [], []
-    keys = [*statistics, *monitors]
+    chosen: list[tuple[RunRecord, int]] = []
+    left_out = []
     for run in table:
         index = _row(run, statistics, monitors, at, mode)
         if index is None:
             until = f" up to step {at:g}" if isinstance(at, (int, float)) else ""
             left_out.append(f"{run.name}: no row{until} has a statistic and {monitors[0]}")
-            continue
-        names.append(run.name)
-        steps.append(run.steps[index])
-        rows.append([run.series(key)[index] for key in keys])
-        groups.append("" if group is None else _label(run.config.get(group)))
-        sizes.append(math.nan if size is None else _size(run.config.get(size)))
-    values = np.array(rows, dtype=np.float64).reshape(len(names), len(keys))
+        else:
+            chosen.append((run, index))
+    keys = [*statistics, *monitors]
+    configs = [run.config for run, _ in chosen]
     return Points(
-        names=tuple(names),
-        steps=np.array(steps, dtype=np.float64),
-        values=dict(zip(keys, values.T, strict=True)),
-        groups=tuple(groups),
-        sizes=np.array(sizes, dtype=np.float64),
+        names=tuple(run.name for run, _ in chosen),
+        steps=np.array([run.steps[index] for run, index in chosen], dtype=np.float64),
+        values={key: np.array([run.series(key)[index] for run, index in chosen]) for key in keys},
+        groups=tuple("" if group is None else _label(config.get(group)) for config in configs),
+        sizes=np.array([math.nan if size is None else _size(c.get(size)) for c in configs]),
         left_out=tuple(left_out),
     )
 
@@ -155,8 +142,6 @@ def _row(
     usable = np.flatnonzero(measured & np.isfinite(monitor))
     if isinstance(at, (int, float)):
         usable = usable[run.steps[usable] <= at]
-    elif at not in ("last", "best"):
-        raise ValueError(f"at={at!r} is neither 'last' nor 'best' nor a step.")
     if len(usable) == 0:
         return None
     if at == "best":
@@ -182,11 +167,8 @@ def across_runs(
     """Return every pair across runs, corrected for their number."""
     pairs = [_across(points, s, m) for m in monitors for s in statistics]
     p_values = [pair.p_value for pair in pairs]
-    corrected = zip(holm(p_values), benjamini_hochberg(p_values), strict=True)
-    return [
-        replace(pair, holm=float(h), bh=float(q))
-        for pair, (h, q) in zip(pairs, corrected, strict=True)
-    ]
+    corrected = zip(pairs, holm(p_values), benjamini_hochberg(p_values), strict=True)
+    return [replace(pair, holm=float(h), bh=float(q)) for pair, h, q in corrected]
 
 
 def _across(points: Points, statistic: str, monitor: str) -> AcrossRuns:
@@ -196,12 +178,11 @@ def _across(points: Points, statistic: str, monitor: str) -> AcrossRuns:
     labels = np.array(points.groups, dtype=str)[both]
     found = pearson(x, y)
     defined = not math.isnan(found.r)
-    names = sorted(set(labels.tolist()))
-    within, freedom = math.nan, len(names) - 1
-    if defined and 1 < len(names) < len(x) - 2:
-        indicator = np.column_stack([labels == name for name in names[1:]]).astype(np.float64)
+    members = {name: labels == name for name in sorted(set(labels.tolist()))}
+    within, freedom = math.nan, len(members) - 1
+    if defined and 1 < len(members) < len(x) - 2:
+        indicator = np.column_stack(list(members.values())[1:]).astype(np.float64)
         within = partial_correlation(x, y, indicator)
-    members = {name: labels == name for name in names} if len(names) > 1 else {}
     return AcrossRuns(
         statistic=statistic,
         monitor=monitor,
@@ -214,13 +195,10 @@ def _across(points: Points, statistic: str, monitor: str) -> AcrossRuns:
         r_within_groups=within,
         within_interval=fisher_interval(within, len(x), num_controlled=freedom),
         groups={
-            name: (pearson(x[mask], y[mask]).r, int(mask.sum())) for name, mask in members.items()
+            name: (pearson(x[mask], y[mask]).r, int(mask.sum()))
+            for name, mask in members.items()
+            if len(members) > 1
         },
         # A point is a run here, and its neighbours mean nothing: no word of differences.
         reason=found.reason.partition("; r_differences")[0] if not defined else "",
     )
-
-
-def scaling_fits(points: Points, keys: Sequence[str], size: str) -> list[Scaling]:
-    """Return how each key scales with the size of the run."""
-    return [Scaling(key, size, fit_scaling(points.sizes, points.values[key])) for key in keys]

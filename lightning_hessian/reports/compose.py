@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
+from lightning_hessian.reports import figures
 from lightning_hessian.reports.across import AcrossRuns
 from lightning_hessian.reports.document import (
     Block,
@@ -18,14 +21,7 @@ from lightning_hessian.reports.document import (
     bold,
     code,
 )
-from lightning_hessian.reports.figures import (
-    Drawing,
-    across_figure,
-    has_band,
-    over_runs_figure,
-    run_figure,
-    scaling_figure,
-)
+from lightning_hessian.reports.figures import Drawing
 from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.method import how_to_read
 from lightning_hessian.reports.verdicts import (
@@ -44,6 +40,9 @@ from lightning_hessian.reports.verdicts import (
 )
 from lightning_hessian.reports.within import WithinRun
 from lightning_hessian.statistics.verdict import excludes_zero
+
+Columns = dict[str, Callable[[Any], str]]
+"""What a table says of each pair, by the title of the column."""
 
 _SHOWN_RUNS = 60  # rows of the table of runs, and of problems
 _SINGLY = 3  # up to so many runs are told one by one
@@ -67,6 +66,12 @@ def compose(report: CorrelationReport) -> Document:
     blocks += [Heading("How to read this"), how_to_read(report)]
     blocks += _runs(report)
     return Document(f"Which statistic goes with {monitors}?", tuple(_told_apart(blocks)))
+
+
+def _table(pairs: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> Table:
+    """Return a table with a row for each pair; a column "what it says" holds sentences."""
+    rows = tuple(tuple(cell(pair) for cell in columns.values()) for pair in pairs)
+    return Table(tuple(columns), rows, words=int("what it says" in columns))
 
 
 def _told_apart(blocks: Sequence[Block]) -> Iterator[Block]:
@@ -98,17 +103,13 @@ def _answer_across(report: CorrelationReport) -> str:
     sentences = []
     for monitor in report.monitors:
         pairs = [pair for pair in ranked(report.across) if pair.monitor == monitor]
-        sure = [p for p in pairs if is_sure(p)]
-        if sure:
-            named = ", ".join(f"{bold(code(p.statistic))} (r = {number(p.r)})" for p in sure)
-            sentences.append(f"Across runs, {named} went with {code(monitor)}")
-        else:
-            best = next((p for p in pairs if not math.isnan(p.r)), None)
-            what = (
-                "" if best is None else f"; nearest: {code(best.statistic)}, r = {number(best.r)}"
-            )
-            nothing = bold("no statistic")
-            sentences.append(f"Across runs, {nothing} went with {code(monitor)}{what}")
+        sure = [f"{bold(code(p.statistic))} (r = {number(p.r)})" for p in pairs if is_sure(p)]
+        named = ", ".join(sure) or bold("no statistic")
+        sentence = f"Across runs, {named} went with {code(monitor)}"
+        best = next((p for p in pairs if not math.isnan(p.r)), None)
+        if best is not None and not sure:
+            sentence += f"; nearest: {code(best.statistic)}, r = {number(best.r)}"
+        sentences.append(sentence)
     tests = len(report.across)
     corrected = f" (corrected for {tests} pairs)" if tests > 1 else ""
     return ". ".join(sentences) + f"{corrected}."
@@ -120,73 +121,62 @@ def _across(report: CorrelationReport) -> Iterator[Block]:
     for monitor in report.monitors:
         pairs = [pair for pair in ranked(report.across) if pair.monitor == monitor]
         yield Heading(f"Across runs: {monitor}")
-        inside = (f"within {group}",) if group else ()
-        rows = tuple(
-            (
-                code(p.statistic),
-                number(p.r),
-                interval_text(p.fisher),
-                number(p.spearman),
-                p_text(p.p_value),
-                p_text(p.holm),
-                *((number(p.r_within_groups),) if group else ()),
-                str(p.num_points),
-                verdict_across(p, len(report.across), group),
-            )
-            for p in pairs
-        )
-        header = ("statistic", "r", "95 %", "Spearman", "p", "Holm", *inside)
-        yield Table((*header, "runs", "what it says"), rows, words=1)
+        columns: Columns = {
+            "statistic": lambda p: code(p.statistic),
+            "r": lambda p: number(p.r),
+            "95 %": lambda p: interval_text(p.fisher),
+            "Spearman": lambda p: number(p.spearman),
+            "p": lambda p: p_text(p.p_value),
+            "Holm": lambda p: p_text(p.holm),
+        }
+        if group:
+            columns[f"within {group}"] = lambda p: number(p.r_within_groups)
+        columns["runs"] = lambda p: str(p.num_points)
+        columns["what it says"] = lambda p: verdict_across(p, len(report.across), group)
+        yield _table(pairs, columns)
         defined = [p.statistic for p in pairs if not math.isnan(p.r)][:_PANELS]
         if defined:
-            yield across_figure(report.points, defined, monitor, group)
+            yield figures.across_figure(report.points, defined, monitor, group)
         yield _more_across(pairs, group)
 
 
 def _more_across(pairs: Sequence[AcrossRuns], group: str | None) -> Table:
     """Return the further coefficients, and r in each group with its number of runs."""
+    columns: Columns = {
+        "further numbers": lambda p: code(p.statistic),
+        "Kendall": lambda p: number(p.kendall),
+        "BH": lambda p: p_text(p.bh),
+    }
     names = sorted({name for pair in pairs for name in pair.groups})
-    names = names if len(names) <= _MOST_GROUPS else []
-    rows = tuple(
-        (
-            code(p.statistic),
-            number(p.kendall),
-            p_text(p.bh),
-            *(_in_group(p.groups.get(name)) for name in names),
-        )
-        for p in pairs
-    )
-    groups = (f"r for {group} {name} (runs)" for name in names)
-    return Table(("further numbers", "Kendall", "BH", *groups), rows)
+    for name in names if len(names) <= _MOST_GROUPS else ():
+        columns[f"r for {group} {name} (runs)"] = functools.partial(_in_group, name=name)
+    return _table(pairs, columns)
 
 
-def _in_group(found: tuple[float, int] | None) -> str:
-    return "" if found is None else f"{number(found[0])} ({found[1]})"
+def _in_group(pair: AcrossRuns, name: str) -> str:
+    r, num_runs = pair.groups.get(name, (math.nan, 0))
+    return f"{number(r)} ({num_runs})" if num_runs else ""
 
 
 def _scaling(report: CorrelationReport) -> Iterator[Block]:
     assert report.points is not None
     size = report.scaling[0].size
     yield Heading(f"Scaling with {size}")
-    rows = tuple(
-        (
-            code(s.quantity),
-            number(s.fit.exponent, 3),
-            " to ".join(number(end, 3) for end in s.fit.interval)
-            if has_band(s)
-            else number(math.nan),
-            number(s.fit.r),
-            str(s.fit.num_points),
-            str(s.fit.num_sizes),
-            _scaling_words(s.fit.interval, s.fit.reason, size),
-        )
-        for s in report.scaling
+    yield _table(
+        report.scaling,
+        {
+            "quantity": lambda s: code(s.quantity),
+            "exponent": lambda s: number(s.fit.exponent, 3),
+            "95 %": lambda s: interval_text(s.fit.interval, 3) if figures.has_band(s) else NOTHING,
+            "r of logs": lambda s: number(s.fit.r),
+            "runs": lambda s: str(s.fit.num_points),
+            "sizes": lambda s: str(s.fit.num_sizes),
+            "what it says": lambda s: _scaling_words(s.fit.interval, s.fit.reason, size),
+        },
     )
-    header = ("quantity", "exponent", "95 %", "r of logs", "runs", "sizes", "what it says")
-    yield Table(header, rows, words=1)
-    drawn = [scaling for scaling in report.scaling if has_band(scaling)][:_PANELS]
+    drawn = [scaling for scaling in report.scaling if figures.has_band(scaling)][:_PANELS]
     if drawn:
-        yield scaling_figure(report.points, drawn)
+        yield figures.scaling_figure(report.points, drawn)
 
 
 def _scaling_words(interval: tuple[float, float], reason: str, size: str) -> str:
@@ -238,34 +228,20 @@ def _over_runs(report: CorrelationReport) -> Iterator[Block]:
     for monitor in report.monitors:
         overs = [over for over in report.over if over.monitor == monitor]
         overs.sort(key=lambda over: (over.holm, -abs(over.median_differences)))
-        rows = tuple(
-            (
-                code(o.statistic),
-                number(o.median_r),
-                interval_text(o.range_r),
-                number(o.median_differences),
-                interval_text(o.range_differences),
-                f"{o.num_positive} of {o.num_runs}",
-                p_text(o.sign_p),
-                p_text(o.holm),
-                verdict_over(o, len(report.over)),
-            )
-            for o in overs
-        )
-        header = (
-            f"with {monitor}",
-            "median r",
-            "smallest to largest",
-            "median r of differences",
-            "smallest to largest",
-            "positive",
-            "sign test p",
-            "Holm",
-            "what it says",
-        )
-        yield Table(header, rows, words=1)
+        columns: Columns = {
+            f"with {monitor}": lambda o: code(o.statistic),
+            "median r": lambda o: number(o.median_r),
+            "smallest to largest": lambda o: interval_text(o.range_r),
+            "median r of differences": lambda o: number(o.median_differences),
+            "smallest to largest of differences": lambda o: interval_text(o.range_differences),
+            "positive": lambda o: f"{o.num_positive} of {o.num_runs}",
+            "sign test p": lambda o: p_text(o.sign_p),
+            "Holm": lambda o: p_text(o.holm),
+            "what it says": lambda o: verdict_over(o, len(report.over)),
+        }
+        yield _table(overs, columns)
         if overs:
-            yield over_runs_figure(report.within, [o.statistic for o in overs], monitor)
+            yield figures.over_runs_figure(report.within, [o.statistic for o in overs], monitor)
     yield Text("Every run by itself, with intervals, is in correlations.csv.", muted=True)
 
 
@@ -282,54 +258,51 @@ def _each_run(report: CorrelationReport) -> Iterator[Block]:
             yield _run_table(pairs)
             drawn = [pair for pair in pairs if not math.isnan(pair.r)][:_PANELS]
             if drawn:
-                yield run_figure(run, drawn, monitor)
+                yield figures.run_figure(run, drawn, monitor)
             yield _more_within(pairs)
 
 
 def _run_table(pairs: Sequence[WithinRun]) -> Table:
-    rows = tuple(
-        (
-            code(p.statistic),
-            number(p.r),
-            interval_text((p.block.low, p.block.high)),
-            number(p.r_differences),
-            interval_text((p.differences.low, p.differences.high)),
-            p_text(p.differences.p_value),
-            p_text(p.holm),
-            str(p.num_points),
-            judged(p).sentence,
-        )
-        for p in pairs
+    return _table(
+        pairs,
+        {
+            "statistic": lambda p: code(p.statistic),
+            "r": lambda p: number(p.r),
+            "95 % blocks": lambda p: interval_text((p.block.low, p.block.high)),
+            "r of differences": lambda p: number(p.r_differences),
+            "95 % blocks of differences": lambda p: interval_text(
+                (p.differences.low, p.differences.high)
+            ),
+            "p": lambda p: p_text(p.differences.p_value),
+            "Holm": lambda p: p_text(p.holm),
+            "rows": lambda p: str(p.num_points),
+            "what it says": lambda p: judged(p).sentence,
+        },
     )
-    header = ("statistic", "r", "95 % blocks", "r of differences", "95 % blocks", "p", "Holm")
-    return Table((*header, "rows", "what it says"), rows, words=1)
 
 
 def _more_within(pairs: Sequence[WithinRun]) -> Table:
     """Return the further coefficients of one run."""
-    rows = tuple(
-        (
-            code(p.statistic),
-            interval_text(p.fisher),
-            p_text(p.shift_p),
-            number(p.spearman),
-            number(p.kendall),
-            number(p.partial),
-            p_text(p.differences_shift_p),
-            p_text(p.bh),
-            NOTHING
-            if p.lead is None
-            else f"{p.lead.lag:+d}".replace("-", MINUS).replace("+0", "0"),
-            NOTHING if p.lead is None else number(p.lead.r),
-            NOTHING if p.lead is None else interval_text(p.lead.interval),
-        )
-        for p in pairs
+    return _table(
+        pairs,
+        {
+            "further numbers": lambda p: code(p.statistic),
+            "95 % Fisher": lambda p: interval_text(p.fisher),
+            "p shifts": lambda p: p_text(p.shift_p),
+            "Spearman": lambda p: number(p.spearman),
+            "Kendall": lambda p: number(p.kendall),
+            "r given step": lambda p: number(p.partial),
+            "p shifts, differences": lambda p: p_text(p.differences_shift_p),
+            "BH": lambda p: p_text(p.bh),
+            "lead": lambda p: _lag(p.lead.lag) if p.lead else NOTHING,
+            "r there": lambda p: number(p.lead.r) if p.lead else NOTHING,
+            "its interval": lambda p: interval_text(p.lead.interval) if p.lead else NOTHING,
+        },
     )
-    header = (
-        "further numbers", "95 % Fisher", "p shifts", "Spearman", "Kendall", "r given step",
-        "p shifts, differences", "BH", "lead", "r there", "its interval",
-    )  # fmt: skip
-    return Table(header, rows)
+
+
+def _lag(lag: int) -> str:
+    return f"{lag:+d}".replace("-", MINUS) if lag else "0"
 
 
 def _runs(report: CorrelationReport) -> Iterator[Block]:

@@ -23,11 +23,7 @@ _PLAIN_CODE = re.compile(r"[^`|\\<>&\s](?:[^`|\\<>&]*[^`|\\<>&\s])?")
 
 @dataclass(frozen=True)
 class Heading:
-    """A section begins.
-
-    Attributes:
-        text: Its title.
-    """
+    """The title of a section."""
 
     text: str
 
@@ -47,11 +43,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Bullets:
-    """A list.
-
-    Attributes:
-        items: Its points, marked up like a `Text`.
-    """
+    """A list of points, marked up like a `Text`."""
 
     items: tuple[str, ...]
 

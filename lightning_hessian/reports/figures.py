@@ -68,17 +68,10 @@ def across_figure(
 ) -> Drawing:
     """Return one panel for each statistic: the monitor against it, one dot a run.
 
-    Args:
-        points: One point a run.
-        statistics: Keys of statistics, best first.
-        monitor: Key of the monitored metric.
-        group: What the colours mean, None for one colour.
+    ``group`` is what the colours mean, None for one colour.
     """
     with _style():
-        columns = min(3, len(statistics))
-        lines = -(-len(statistics) // columns)
-        figure, grid = new_figure(3.1 * columns, 2.7 * lines + 0.4, nrows=lines, ncols=columns,
-                                  sharey=True, squeeze=False)  # fmt: skip
+        figure, grid = _panels(len(statistics), sharey=True)
         handles: dict[str, Any] = {}
         for axes, statistic in zip(grid.flat, statistics, strict=False):
             x, y = points.values[statistic], points.values[monitor]
@@ -89,20 +82,12 @@ def across_figure(
             axes.set_xlabel(_plain(statistic))
             _log_if_wide(axes, x, y)
             quiet_grid(axes)
-        for axes in grid.flat[len(statistics) :]:
-            axes.set_visible(False)
         for axes in grid[:, 0]:
             axes.set_ylabel(_plain(monitor))
         if group is not None and len(handles) > 1:
-            figure.legend(
-                handles.values(),
-                map(_plain, handles),
-                title=_plain(group),
-                ncols=min(6, len(handles)),
-                loc="outside upper center",
-                frameon=False,
-                fontsize="small",
-            )
+            place: dict[str, Any] = {"loc": "outside upper center", "ncols": min(6, len(handles))}
+            place |= {"title": _plain(group), "frameon": False, "fontsize": "small"}
+            figure.legend(handles.values(), map(_plain, handles), **place)
         colours = f", coloured by {group}" if group else ""
         caption = f"{monitor} against each statistic; a dot is a run{colours}."
         return _drawing(figure, f"across_{_slug(monitor)}", caption)
@@ -111,11 +96,7 @@ def across_figure(
 def scaling_figure(points: Points, scalings: Sequence[Scaling]) -> Drawing:
     """Return one log-log panel for each quantity that scales, with its line and 95 % band."""
     with _style():
-        columns = min(3, len(scalings))
-        lines = -(-len(scalings) // columns)
-        figure, grid = new_figure(
-            3.1 * columns, 2.7 * lines, nrows=lines, ncols=columns, squeeze=False
-        )
+        figure, grid = _panels(len(scalings))
         for axes, scaling in zip(grid.flat, scalings, strict=False):
             y = points.values[scaling.quantity]
             for _, colour, marker, mask in _groups(points):
@@ -130,11 +111,20 @@ def scaling_figure(points: Points, scalings: Sequence[Scaling]) -> Drawing:
             axes.set_ylabel(_plain(scaling.quantity))
             axes.set_title(f"exponent {scaling.fit.exponent:.2f}", fontsize="small")
             quiet_grid(axes)
-        for axes in grid.flat[len(scalings) :]:
-            axes.set_visible(False)
-        return _drawing(
-            figure, "scaling", "Least-squares lines in the log-log plot with 95 % bands."
-        )
+        caption = "Least-squares lines in the log-log plot with 95 % bands."
+        return _drawing(figure, "scaling", caption)
+
+
+def _panels(count: int, **shared: bool) -> tuple[Figure, Any]:
+    """Return a figure with so many panels, up to three beside each other."""
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure, grid = new_figure(
+        3.1 * columns, 2.7 * lines + 0.4, nrows=lines, ncols=columns, squeeze=False, **shared
+    )
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, grid
 
 
 def over_runs_figure(
@@ -169,13 +159,7 @@ def over_runs_figure(
 
 
 def run_figure(run: RunRecord, pairs: Sequence[WithinRun], monitor: str) -> Drawing:
-    """Return, for one run, each statistic with the monitor over the steps, and lead and lag.
-
-    Args:
-        run: The run.
-        pairs: Its pairs with the monitor, best first.
-        monitor: Key of the monitored metric.
-    """
+    """Return, for one run, each statistic with the monitor over the steps, and lead and lag."""
     with _style():
         figure, grid = new_figure(
             8.2, 1.75 * len(pairs) + 0.3, nrows=len(pairs), ncols=2, squeeze=False,

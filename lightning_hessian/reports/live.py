@@ -10,27 +10,24 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_hessian.histories.offline_run import EmptyRunError, OfflineRun, read_offline_run
+from lightning_hessian.histories.offline_run import OfflineRun, find_run_file, read_offline_run
 from lightning_hessian.histories.run_table import RunRecord, columns_of
 from lightning_hessian.histories.spectra import spectra_of
-from lightning_hessian.reports.media import figures_of, media_folder
+from lightning_hessian.histories.transaction_log import EmptyRunError
+from lightning_hessian.reports.media import figures_of
+from lightning_hessian.reports.numbers import finite, within_row
 from lightning_hessian.reports.pages import render
 from lightning_hessian.reports.report import logged_statistics, resolved_monitors
 from lightning_hessian.reports.verdicts import GAP, answer_within, judged, ranked, which_goes_with
 from lightning_hessian.reports.within import WithinRun, within_run
-from lightning_hessian.results.arguments import (
-    checked,
-    flag,
-    live_interval,
-    monitor_names,
-)
+from lightning_hessian.results.arguments import checked, flag, live_interval, monitor_names
 from lightning_hessian.results.base import nearest
 from lightning_hessian.results.escaping import visible
 from lightning_hessian.results.output import atomic_write
@@ -89,7 +86,10 @@ def follow(
             continue
         ended = run.exit_code is not None
         text = live_page(
-            run, monitor, media=media_folder(folder), refresh=None if ended or once else interval
+            run,
+            monitor,
+            media=find_run_file(folder).parent / "files",
+            refresh=None if ended or once else interval,
         )
         with atomic_write(page) as file:
             file.write(text.encode(errors="replace"))
@@ -113,11 +113,10 @@ def live_page(
         media: The run's ``files`` folder; the last figure of each kind is taken from it.
         refresh: Seconds after which the page reloads itself; None for never.
     """
-    rows = _rows_by_step(run.rows)
-    measured = measurements(run)
-    keys = {key for row in rows for key in row}
-    watched = resolved_monitors(monitors, keys)
-    pairs = judged_pairs(run, watched)
+    record = _record(run)
+    rows, measured = _rows(record), measurements(run)
+    watched = resolved_monitors(monitors, record.columns)
+    pairs = within_run(record, logged_statistics(record.columns, watched), watched)
     figures, left_out = figures_of(run.rows, media)
     notes = [*run.problems, *_missing(rows, watched), *left_out]
     try:
@@ -136,7 +135,11 @@ def live_page(
         "step": int(rows[-1]["step"]) if rows else None,
         "notes": notes,
         "cards": cards(measured, pairs, watched),
-        "correlations": [_correlation(pair) for pair in ranked(pairs) if not math.isnan(pair.r)],
+        "correlations": [
+            within_row(pair) | {"statistic": pair.statistic.removeprefix("hessian/")}
+            for pair in ranked(pairs)
+            if not math.isnan(pair.r)
+        ],
         "answer": answer_within(pairs),
         "which": [asdict(found) for found in which_goes_with(pairs)],
         "spectra": [
@@ -147,19 +150,22 @@ def live_page(
         "latest": measured[-1] if measured else {},
         "figures": figures,
     }
-    return render("live.html", data=_finite(data))
+    return render("live.html", data=finite(data, visible))
 
 
-def judged_pairs(run: OfflineRun, monitors: Sequence[str]) -> list[WithinRun]:
-    """Return every pair that the report of this run has, with the same verdicts.
-
-    Args:
-        run: What was read.
-        monitors: Keys of monitored metrics, as `resolved_monitors` returns them.
-    """
+def _record(run: OfflineRun) -> RunRecord:
     steps, columns = columns_of(run.rows)
-    record = RunRecord(run.run_id, run.name, run.run_id, "offline", {}, steps, columns)
-    return within_run(record, logged_statistics(columns, monitors), monitors)
+    return RunRecord(run.run_id, run.name, run.run_id, "offline", {}, steps, columns)
+
+
+def _rows(record: RunRecord) -> list[Row]:
+    """Return the rows of a run, one for each step, with what it logged there."""
+    rows = []
+    for place, step in enumerate(record.steps.tolist()):
+        values = {key: float(column[place]) for key, column in record.columns.items()}
+        logged = {key: value for key, value in values.items() if not math.isnan(value)}
+        rows.append({"step": step, **logged})
+    return rows
 
 
 def measurements(run: OfflineRun) -> list[Row]:
@@ -167,58 +173,42 @@ def measurements(run: OfflineRun) -> list[Row]:
 
     Beside them stand the step and what else was logged in the same row, by its full name. Of steps
     that repeat, as they do after a resume, the last is kept.
-
-    Args:
-        run: What was read.
     """
-    found = []
-    for row in _rows_by_step(run.rows):
-        if any(key.startswith("hessian/") for key in row):
-            found.append({key.removeprefix("hessian/"): value for key, value in row.items()})
-    return found
+    return [
+        {key.removeprefix("hessian/"): value for key, value in row.items()}
+        for row in _rows(_record(run))
+        if any(key.startswith("hessian/") for key in row)
+    ]
 
 
-@dataclass(frozen=True)
-class _Change:
-    """The first and the last value of a statistic."""
+def _ends(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+    """Return the first and the last value of a statistic."""
+    values = [row[name] for row in rows if name in row]
+    return (values[0], values[-1]) if values else None
 
-    first: float
-    last: float
 
-    @classmethod
-    def of(cls, rows: Sequence[Row], name: str) -> _Change | None:
-        values = [row[name] for row in rows if name in row]
-        return cls(values[0], values[-1]) if values else None
-
-    def __str__(self) -> str:
-        return f"{self.first:.4g} → {self.last:.4g}"
+def _change(first: float, last: float) -> str:
+    return f"{first:.4g} → {last:.4g}"
 
 
 def cards(
     rows: Sequence[Row], pairs: Sequence[WithinRun], monitors: Sequence[str]
 ) -> list[dict[str, str]]:
-    """Return what the page says first: a question, the numbers, and what they say, each.
-
-    Args:
-        rows: The measurements.
-        pairs: Statistics with monitors, as `judged_pairs` returns them.
-        monitors: The monitored metrics.
-    """
+    """Return what the page says first: a question, the numbers, and what they say, each."""
     found = []
-    distance, critical = _Change.of(rows, "d_ks"), _Change.of(rows, "d_c")
+    distance, critical = _ends(rows, "d_ks"), _ends(rows, "d_c")
     if distance and critical:
-        below = distance.last < critical.last
+        below = distance[1] < critical[1]
         words = "below d_c: a power law by the papers' test" if below else "not below d_c"
-        trend = "straighter" if distance.last < distance.first else "less straight"
-        says = f"d_c is {critical.last:.4g}; {words}; {trend} than at the first measurement."
-        found.append(_card("Is the spectrum straightening?", f"d_ks {distance}", says))
-    sharpness = _Change.of(rows, "lambda_1")
+        trend = "straighter" if distance[1] < distance[0] else "less straight"
+        says = f"d_c is {critical[1]:.4g}; {words}; {trend} than at the first measurement."
+        found.append(_card("Is the spectrum straightening?", f"d_ks {_change(*distance)}", says))
+    sharpness, trace = _ends(rows, "lambda_1"), _ends(rows, "trace")
     if sharpness:
-        trace = _Change.of(rows, "trace")
-        factor = sharpness.last / sharpness.first if sharpness.first else math.nan
+        factor = sharpness[1] / sharpness[0] if sharpness[0] else math.nan
         says = f"{factor:.3g} times the first measurement" if math.isfinite(factor) else ""
-        says += f"; trace {trace}." if trace else "."
-        found.append(_card("Is sharpness rising?", f"lambda_1 {sharpness}", says))
+        says += f"; trace {_change(*trace)}." if trace else "."
+        found.append(_card("Is sharpness rising?", f"lambda_1 {_change(*sharpness)}", says))
     names = {monitor.removeprefix("hessian/") for monitor in monitors}
     logged = any(name in row for row in rows for name in names)
     return [*found, *(_strongest(monitor, pairs, logged) for monitor in monitors)]
@@ -242,41 +232,15 @@ def _card(question: str, numbers: str, says: str) -> dict[str, str]:
     return {"question": question, "numbers": numbers, "says": says}
 
 
-def _rows_by_step(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return the numbers of rows that have a step, merged by it, in its order; the last wins."""
-    found: dict[int, Row] = {}
-    for row in rows:
-        step = _number(row.get(STEP))
-        if step is None or not math.isfinite(step):
-            continue
-        numbers = {
-            key: number
-            for key, value in row.items()
-            if not key.startswith("_") and key != STEP and (number := _number(value)) is not None
-        }
-        found.setdefault(int(step), {"step": float(step)}).update(numbers)
-    return [found[step] for step in sorted(found)]
-
-
-def _number(value: Any) -> float | None:
-    """Return a number as a float, None for what is none or has no place in one."""
-    try:
-        return float(value) if isinstance(value, (int, float)) else None
-    except OverflowError:  # JSON knows whole numbers of any length
-        return None
-
-
 def _panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]]:
     """Return the charts of the dashboard's sections that have points, and of other layers."""
-    drawn = []
     plans = {name: list(panels) for name, panels in sections(monitors).items()}
     known = {
         key for panels in plans.values() for p in panels if isinstance(p, Lines) for key in p.keys
     }
-    for key in sorted({key for row in rows for key in row if _OURS.match(key)} - known):
-        heading = key.partition("/")[0]
-        if heading == "layers":
-            plans.setdefault("Layers", []).append(Lines(key.partition("/")[2], (key,)))
+    for key in sorted({key for row in rows for key in row if key.startswith("layers/")} - known):
+        plans.setdefault("Layers", []).append(Lines(key.partition("/")[2], (key,)))
+    drawn = []
     for heading, panels in plans.items():
         charts = [_chart(rows, panel, monitors) for panel in panels if isinstance(panel, Lines)]
         charts = [chart for chart in charts if chart["series"]]
@@ -320,24 +284,6 @@ def _labels(keys: Sequence[str], monitors: Sequence[str]) -> list[str]:
     return names
 
 
-def _correlation(pair: WithinRun) -> dict[str, Any]:
-    """Return a row of the page's table; ``low`` and ``high`` are Fisher's."""
-    return {
-        "statistic": pair.statistic.removeprefix("hessian/"),
-        "monitor": pair.monitor,
-        "r": pair.r,
-        "low": pair.fisher[0],
-        "high": pair.fisher[1],
-        "differences": pair.r_differences,
-        "differences_low": pair.differences.low,
-        "differences_high": pair.differences.high,
-        "spearman": pair.spearman,
-        "holm": pair.holm,
-        "n": pair.num_points,
-        "verdict": judged(pair).sentence,
-    }
-
-
 def _with_gap(row: Row) -> Row:
     """Return a row that has the gap under the name by which it is asked for, too."""
     return row if "gap" in row or GAP not in row else {**row, "gap": row[GAP]}
@@ -365,16 +311,3 @@ def _evenly(items: Sequence[Any], most: int) -> list[Any]:
     if len(items) <= most:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
-
-
-def _finite(value: Any) -> Any:
-    """Return JSON's own null for NaN and infinities, and texts that show what they are."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return visible(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(child) for child in value]
-    return value

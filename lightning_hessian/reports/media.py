@@ -24,12 +24,7 @@ MOST_FIGURES = 40
 def figures_of(
     rows: Sequence[Mapping[str, Any]], media: Path | None
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """Return the last figure of each kind, and a sentence for each that was left out.
-
-    Args:
-        rows: Those of the run.
-        media: The run's ``files`` folder, None where there is none.
-    """
+    """Return the last figure of each kind, and a sentence for each that was left out."""
     paths: dict[str, str] = {}
     for row in rows:
         for key, value in row.items():
@@ -82,16 +77,6 @@ def read_png(folder: Path, path: str) -> bytes | None:
     if not content.startswith(_PNG):
         raise ValueError("it is no PNG")
     return content
-
-
-def media_folder(folder: Path) -> Path | None:
-    """Return the ``files`` folder of the one run at a path, as `read_offline_run` takes it."""
-    if folder.is_file():
-        return folder.parent / "files"
-    for place in ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb"):
-        for file in folder.glob(place):
-            return file.parent / "files"
-    return None
 
 
 def _why(error: Exception) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lightning_hessian.reports.across import AcrossRuns
 from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.verdicts import judged, verdict_across, verdict_over, which_goes_with
+from lightning_hessian.reports.within import WithinRun
 from lightning_hessian.results.escaping import csv_cell
 
 FORMAT = 1
@@ -32,72 +36,59 @@ COLUMNS = (
 def write_csv(report: CorrelationReport, path: Path) -> None:
     """Write one line for each pair: across runs, then within each run."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in correlation_rows(report):
-            writer.writerow(
-                {key: "" if _is_nan(value) else csv_cell(value) for key, value in row.items()}
-            )
+            writer.writerow({key: csv_cell(value) for key, value in finite(row).items()})
 
 
 def correlation_rows(report: CorrelationReport) -> Iterator[dict[str, Any]]:
     """Yield the lines of correlations.csv, with NaN where a number does not exist."""
     for pair in report.across:
         yield {
+            **_named_alike(pair),
             "scope": "across",
             "run": "",
-            "statistic": pair.statistic,
-            "monitor": pair.monitor,
-            "num_points": pair.num_points,
-            "r": pair.r,
             **_ends("fisher", pair.fisher),
             "permutation_p": pair.p_value,
-            "spearman": pair.spearman,
-            "kendall": pair.kendall,
-            "r_within_groups": pair.r_within_groups,
             **_ends("within_groups", pair.within_interval),
-            "holm": pair.holm,
-            "bh": pair.bh,
             "verdict": verdict_across(pair, len(report.across), report.settings.get("group")),
-            "reason": pair.reason,
         }
     for within in report.within:
-        lead = within.lead
-        yield {
-            "scope": "within",
-            "run": within.run,
-            "statistic": within.statistic,
-            "monitor": within.monitor,
-            "num_points": within.num_points,
-            "r": within.r,
-            **_ends("fisher", within.fisher),
-            **_ends("block", (within.block.low, within.block.high)),
-            "block_length": within.block.block_length or math.nan,
-            "block_p": within.block.p_value,
-            "shift_p": within.shift_p,
-            "spearman": within.spearman,
-            "kendall": within.kendall,
-            "r_differences": within.r_differences,
-            **_ends("differences", (within.differences.low, within.differences.high)),
-            "differences_p": within.differences.p_value,
-            "differences_shift_p": within.differences_shift_p,
-            "partial_given_step": within.partial,
-            **({} if lead is None else {"lead": lead.lag, "lead_r": lead.r}),
-            **({} if lead is None else _ends("lead", lead.interval)),
-            "holm": within.holm,
-            "bh": within.bh,
-            "verdict": judged(within).sentence,
-            "reason": within.reason,
-        }
+        yield {"scope": "within", **within_row(within)}
+
+
+def within_row(pair: WithinRun) -> dict[str, Any]:
+    """Return the line of correlations.csv for one pair of one run."""
+    row = {
+        **_named_alike(pair),
+        **_ends("fisher", pair.fisher),
+        **_ends("block", (pair.block.low, pair.block.high)),
+        "block_length": pair.block.block_length or math.nan,
+        "block_p": pair.block.p_value,
+        **_ends("differences", (pair.differences.low, pair.differences.high)),
+        "differences_p": pair.differences.p_value,
+        "partial_given_step": pair.partial,
+        "verdict": judged(pair).sentence,
+    }
+    del row["lead"]
+    if pair.lead is not None:
+        row |= {"lead": pair.lead.lag, "lead_r": pair.lead.r, **_ends("lead", pair.lead.interval)}
+    return row
+
+
+def _named_alike(pair: AcrossRuns | WithinRun) -> dict[str, Any]:
+    """Return the fields of a pair that have a column of their name."""
+    return {name: value for name, value in vars(pair).items() if name in COLUMNS}
 
 
 def write_json(report: CorrelationReport, path: Path) -> None:
     """Write everything that the report knows; a number that does not exist is null."""
-    points = report.points
+    group = report.settings.get("group")
     content = {
         "format": FORMAT,
         "settings": dict(report.settings),
-        "statistics": list(report.statistics),
+        "statistics": report.statistics,
         "runs": [
             {
                 "name": run.name,
@@ -106,25 +97,15 @@ def write_json(report: CorrelationReport, path: Path) -> None:
                 "kind": run.kind,
                 "config": run.config,
                 "num_rows": len(run),
-                "problems": list(run.problems),
+                "problems": run.problems,
             }
             for run in report.table
         ],
-        "skipped": list(report.table.skipped),
-        "copies": list(report.table.copies),
-        "points": None
-        if points is None
-        else {
-            "names": list(points.names),
-            "steps": points.steps.tolist(),
-            "groups": list(points.groups),
-            "sizes": points.sizes.tolist(),
-            "values": {key: values.tolist() for key, values in points.values.items()},
-            "left_out": list(points.left_out),
-        },
+        "skipped": report.table.skipped,
+        "copies": report.table.copies,
+        "points": None if report.points is None else vars(report.points),
         "across": [
-            asdict(pair)
-            | {"verdict": verdict_across(pair, len(report.across), report.settings.get("group"))}
+            asdict(pair) | {"verdict": verdict_across(pair, len(report.across), group)}
             for pair in report.across
         ],
         "goes_with": [
@@ -138,22 +119,27 @@ def write_json(report: CorrelationReport, path: Path) -> None:
         ],
         "within": [asdict(pair) | {"verdict": judged(pair).sentence} for pair in report.within],
     }
-    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8", errors="replace")  # lone surrogates
+
+
+def finite(value: Any, text: Callable[[str], str] = str) -> Any:
+    """Return what JSON can hold: None for what is not finite, lists for arrays.
+
+    Args:
+        value: Dicts, sequences and arrays of numbers and texts.
+        text: What becomes of each text.
+    """
+    if isinstance(value, dict):
+        return {str(key): finite(child, text) for key, child in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [finite(child, text) for child in value]
+    if isinstance(value, str):
+        return text(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ends(name: str, interval: tuple[float, float]) -> dict[str, float]:
     return {f"{name}_low": interval[0], f"{name}_high": interval[1]}
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold: None for what is not finite."""
-    if isinstance(value, dict):
-        return {str(key): _plain(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -52,14 +52,10 @@ def wandb_report(report: CorrelationReport, project: str) -> Any:
         )
         for pair in ranked(report.across)[:_PANELS]
         if not math.isnan(pair.r)
+    ] or [
+        wr.LinePlot(title=f"{pair.statistic} and {pair.monitor}", y=[pair.statistic, pair.monitor])
+        for pair in ranked(report.within)[:_PANELS]
     ]
-    if not panels:
-        panels = [
-            wr.LinePlot(
-                title=f"{pair.statistic} and {pair.monitor}", y=[pair.statistic, pair.monitor]
-            )
-            for pair in ranked(report.within)[:_PANELS]
-        ]
     blocks: list[Any] = [wr.MarkdownBlock(text=text)]
     if panels:
         blocks.insert(0, wr.PanelGrid(runsets=[runset], panels=panels))
@@ -73,16 +69,11 @@ def wandb_report(report: CorrelationReport, project: str) -> Any:
 
 
 def publish(report: CorrelationReport, project: str) -> str:
-    """Save a W&B Report and return its address.
-
-    Args:
-        report: What was found.
-        project: Where it goes, ``entity/project``.
+    """Save the W&B Report that `wandb_report` builds, and return its address.
 
     Raises:
         ValueError: ``project`` is not ``entity/project``, or may not be written to.
         ConnectionError: The server cannot be reached.
-        ModuleNotFoundError: wandb-workspaces is not installed.
     """
     from lightning_hessian.histories.wandb_runs import WandbPath, explained
 

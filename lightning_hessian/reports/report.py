@@ -12,32 +12,20 @@ from lightning_hessian.histories.load import RULES, Source, load_runs
 from lightning_hessian.histories.parallel import Progress
 from lightning_hessian.histories.run_table import RunTable
 from lightning_hessian.histories.same_run import each_run_once
-from lightning_hessian.reports.across import (
-    across_runs,
-    choose_points,
-    scaling_fits,
-)
+from lightning_hessian.reports.across import Scaling, across_runs, choose_points
 from lightning_hessian.reports.compose import compose
 from lightning_hessian.reports.document import to_html, to_markdown
 from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.numbers import write_csv, write_json
 from lightning_hessian.reports.verdicts import GAP
 from lightning_hessian.reports.within import over_runs, within_runs
-from lightning_hessian.results import ArgumentError
-from lightning_hessian.results.arguments import (
-    Rule,
-    checked,
-    monitor_names,
-    nonempty_text,
-    one_of,
-    optional,
-    row_choice,
-    texts,
-)
+from lightning_hessian.results import ArgumentError, arguments
+from lightning_hessian.results.arguments import Rule, checked, nonempty_text, optional
 from lightning_hessian.results.output import check_folder
 from lightning_hessian.results.path_arguments import path_name
-from lightning_hessian.tracking.gradient_scalars import CORRELATED as OF_GRADIENTS
+from lightning_hessian.statistics.scaling import fit_scaling
 from lightning_hessian.tracking.scalars import CORRELATED as OF_SPECTRA
+from lightning_hessian.tracking.scalars import GRADIENT_CORRELATED as OF_GRADIENTS
 
 DEFAULT_MONITORS = ("val_loss", "gap")
 """What is monitored where nothing is asked for; the gap as far as a run logged it."""
@@ -62,12 +50,13 @@ def _runs(name: str, value: Any) -> Any:
 _REPORT_RULES: dict[str, Rule] = {
     **RULES,
     "runs": _runs,
-    "monitor": monitor_names,
+    "monitor": arguments.monitor_names,
     "statistics": optional(
-        texts("Give keys or globs of statistics, such as 'hessian/*'."), "for those that are usual"
+        arguments.texts("Give keys or globs of statistics, such as 'hessian/*'."),
+        "for those that are usual",
     ),
-    "at": row_choice,
-    "mode": one_of("min", "max"),
+    "at": arguments.row_choice,
+    "mode": arguments.one_of("min", "max"),
     "group": optional(nonempty_text, "for no groups"),
     "size": optional(nonempty_text, "for no scaling fits"),
 }
@@ -131,7 +120,11 @@ def correlation_report(
         points = choose_points(table, chosen, monitors, at=at, mode=mode, group=group, size=size)
     if points is not None and len(table) >= MIN_RUNS:
         across = across_runs(points, chosen, monitors)
-        scaling = scaling_fits(points, [*monitors, *chosen], size) if size else []
+        if size:
+            scaling = [
+                Scaling(key, size, fit_scaling(points.sizes, points.values[key]))
+                for key in (*monitors, *chosen)
+            ]
     within = within_runs(table, chosen, monitors, progress=shown, workers=workers)
     settings = {"monitor": list(monitors), "at": at, "mode": mode, "group": group, "size": size}
     return CorrelationReport(
@@ -218,14 +211,13 @@ def _statistics(
 ) -> tuple[str, ...]:
     keys = [key for key in table.keys() if key not in monitors]  # noqa: SIM118 - not a dict
     if patterns is None:
-        found = logged_statistics(keys, monitors)
-        if not found:
-            known = ", ".join(keys[:8]) or "nothing"
-            raise ValueError(
-                "None of the runs logged a statistic of the Hessian or of gradients. Train with "
-                f"HessianSpectrumCallback, or name statistics by hand; logged: {known}."
-            )
-        return found
+        if found := logged_statistics(keys, monitors):
+            return found
+        known = ", ".join(keys[:8]) or "nothing"
+        raise ValueError(
+            "None of the runs logged a statistic of the Hessian or of gradients. Train with "
+            f"HessianSpectrumCallback, or name statistics by hand; logged: {known}."
+        )
     chosen: list[str] = []
     for pattern in patterns:
         matching = fnmatch.filter(keys, pattern)

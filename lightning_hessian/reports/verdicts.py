@@ -84,9 +84,9 @@ def interval_text(interval: tuple[float, float], digits: int = 2) -> str:
         >>> interval_text((-0.25, 0.5))
         '−0.25 to 0.50'
     """
-    return (
-        NOTHING if math.isnan(interval[0]) else " to ".join(number(end, digits) for end in interval)
-    )
+    if math.isnan(interval[0]):
+        return NOTHING
+    return " to ".join(number(end, digits) for end in interval)
 
 
 def ranked(pairs: Sequence[Pair]) -> list[Pair]:
@@ -123,11 +123,7 @@ def is_sure(pair: AcrossRuns) -> bool:
 
 
 def which_goes_with(pairs: Sequence[WithinRun | AcrossRuns | OverRuns]) -> list[GoesWith]:
-    """Return, for each statistic and each metric beside the gap, which of the two it goes with.
-
-    Args:
-        pairs: Those with metrics and those with the gap, all of one kind.
-    """
+    """Return, for each statistic and each metric beside the gap, which of the two it goes with."""
     gaps = {(_run(pair), pair.statistic): pair for pair in pairs if pair.monitor == GAP}
     found = []
     for pair in pairs:
@@ -166,13 +162,7 @@ def _why(reason: str) -> str:
 
 
 def verdict_across(pair: AcrossRuns, num_tests: int, group: str | None = None) -> str:
-    """Return what the runs say of a statistic and a monitored metric, one point a run.
-
-    Args:
-        pair: The numbers.
-        num_tests: How many pairs were looked at.
-        group: What the runs are grouped by.
-    """
+    """Return what the runs, one point each, say of one of ``num_tests`` pairs."""
     if math.isnan(pair.r):
         return f"No coefficient: {_why(pair.reason)}."
     if not excludes_zero(*pair.fisher):
@@ -208,12 +198,7 @@ def _groups(pair: AcrossRuns, group: str | None) -> str:
 
 
 def verdict_over(pair: OverRuns, num_tests: int) -> str:
-    """Return what the runs say together of movements within them.
-
-    Args:
-        pair: The numbers.
-        num_tests: How many pairs were looked at.
-    """
+    """Return what the runs say together of movements within them, in one of ``num_tests`` pairs."""
     if not pair.holm < LEVEL:
         return "First differences show no common sign."
     way = "together" if pair.num_positive * 2 > pair.num_runs else "in opposite ways"

@@ -124,15 +124,7 @@ def within_runs(
     progress: Progress,
     workers: int | None = None,
 ) -> list[WithinRun]:
-    """Return every pair of every run; pairs without two common rows are left out.
-
-    Args:
-        table: The runs.
-        statistics: Keys of statistics.
-        monitors: Keys of monitored metrics.
-        progress: Where it is shown how far it is.
-        workers: How many processes.
-    """
+    """Return every pair of every run; pairs without two common rows are left out."""
     analyse = functools.partial(within_run, statistics=tuple(statistics), monitors=tuple(monitors))
     found = map_runs(analyse, table.runs, what="correlated", progress=progress, workers=workers)
     return [pair for pairs in found for pair in pairs]
@@ -190,9 +182,8 @@ def over_runs(pairs: Sequence[WithinRun]) -> list[OverRuns]:
     found = []
     for (statistic, monitor), members in grouped.items():
         r = np.array([p.r for p in members if not math.isnan(p.r)])
-        differences = np.array(
-            [p.r_differences for p in members if not math.isnan(p.r_differences)]
-        )
+        differences = np.array([p.r_differences for p in members])
+        differences = differences[np.isfinite(differences)]
         if len(differences) < 2:
             continue
         positive = int(np.sum(differences > 0))

@@ -44,8 +44,8 @@ def checked(
     """Return a decorator that checks the arguments of every call by their rules.
 
     Defaults go through their rules too, so that the function gets the same form of a value
-    whether it was given or not. Names behind ``**`` are
-    looked up like the others, and a name without a rule is refused with those that there are.
+    whether it was given or not. Names behind ``**`` are looked up like the others, and a name
+    without a rule is refused with those that there are.
 
     Args:
         rules: Name of an argument to its rule. It may hold more names than the function has; a
@@ -105,15 +105,7 @@ def _rest(given: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
 
 
 def check_fields(record: Any, rules: Rules) -> None:
-    """Check the fields of a dataclass, frozen or not, and make them plain.
-
-    Args:
-        record: The instance; called from its ``__post_init__``.
-        rules: Field to rule.
-
-    Raises:
-        ArgumentError: A field breaks its rule.
-    """
+    """Check the fields of a dataclass, frozen or not, in ``__post_init__``, and make them plain."""
     for name, rule in rules.items():
         object.__setattr__(record, name, rule(name, getattr(record, name)))
 
@@ -124,12 +116,7 @@ def renamed(name: str, rule: Rule) -> Rule:
 
 
 def optional(rule: Rule, otherwise: str = "") -> Rule:
-    """Return the rule with None allowed.
-
-    Args:
-        rule: For everything but None.
-        otherwise: What None stands for, "for no limit"; added to the remedy.
-    """
+    """Return the rule with None allowed; what None stands for, "for no limit", ends the remedy."""
 
     def check(name: str, value: Any) -> Any:
         if value is None:
@@ -150,10 +137,7 @@ def optional(rule: Rule, otherwise: str = "") -> Rule:
 def whole_number(*, least: int = 0, most: int | None = None, because: str = "") -> Rule:
     """Return the rule of a count: an int or NumPy integer within bounds, and no bool.
 
-    Args:
-        least: The smallest that is allowed.
-        most: The largest.
-        because: A further sentence for the remedy.
+    ``because`` is a further sentence for the remedy.
     """
     ends = f"of at least {least}" if most is None else f"from {least} to {most:,}"
     remedy = f"Give a whole number {ends}.{' ' if because else ''}{because}"
@@ -185,15 +169,7 @@ def real_number(
     below: float = math.inf,
     most: float = math.inf,
 ) -> Rule:
-    """Return the rule of a finite real number within bounds; a bool is none.
-
-    Args:
-        remedy: What to give.
-        above: It must be larger.
-        least: It must be as large.
-        below: It must be smaller.
-        most: It must not be larger.
-    """
+    """Return the rule of a finite real number within bounds; a bool is none."""
 
     def check(name: str, value: Any) -> float:
         number = as_float(value)
@@ -251,11 +227,7 @@ def row_choice(name: str, value: Any) -> Any:
 
 
 def whole_numbers(*, least: int) -> Rule:
-    """Return the rule of several whole numbers; returns a list.
-
-    Args:
-        least: The smallest that is allowed.
-    """
+    """Return the rule of several whole numbers; returns a list."""
     one = whole_number(least=least)
 
     def check(name: str, value: Any) -> list[int]:
@@ -301,9 +273,7 @@ def nonempty_text(name: str, value: Any) -> str:
 def texts(remedy: str, *, empty: bool = False) -> Rule:
     """Return the rule of a text or a sequence of texts, none empty; returns a tuple.
 
-    Args:
-        remedy: What to give.
-        empty: Whether there may be none.
+    ``empty`` says whether there may be none.
     """
 
     def check(name: str, value: Any) -> tuple[str, ...]:
@@ -329,11 +299,7 @@ monitor_names = texts("Give the name of a logged metric such as 'val_loss', or a
 
 
 def function_of(*parameters: str, returns: str = "") -> Rule:
-    """Return the rule of a callable that can be called with so many positional arguments.
-
-    Args:
-        *parameters: What it is called with.
-        returns: What it returns, for the remedy.
+    """Return the rule of a callable that can be called with these positional arguments.
 
     A callable without a readable signature (some built-ins) passes.
     """

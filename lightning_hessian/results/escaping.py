@@ -50,10 +50,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_line(text: str) -> str:
-    """Return Markdown whose first characters begin no list, rule or heading.
-
-    Args:
-        text: What `markdown_text` returned.
+    """Return what `markdown_text` returned, so that it begins no list, rule or heading.
 
     Example:
         >>> markdown_line("1. run"), markdown_line("- run")

@@ -22,13 +22,8 @@ def read_npz(
     """Return the arrays of a file that `numpy.savez` wrote.
 
     An uncompressed member cannot hold more than the file has bytes. So no header is believed that
-    claims anything else, and memory stays within the size of the file.
-
-    Args:
-        path: The file.
-        only: Names of the arrays that are read; all by default.
-        most: Bound on the bytes of the file.
-        remedy: A sentence for the error.
+    claims anything else, and memory stays within the size of the file. ``only`` names the arrays
+    that are read, all by default; ``most`` bounds the bytes of the file.
 
     Raises:
         UnreadableFileError: It is no such file, damaged, or too large.

@@ -17,10 +17,7 @@ from lightning_hessian.results.outside import reason
 def check_folder(folder: Path, argument: str = "--out", files: Iterable[str] = ()) -> None:
     """Check that files can be written to a folder, by writing one; nothing stays behind.
 
-    Args:
-        folder: It need not exist yet.
-        argument: What the user gave it as.
-        files: Names of files that will be written; they may exist, but not as folders or locked.
+    The folder need not exist yet. The files may, but not as folders or locked.
 
     Raises:
         ArgumentError: They cannot.
@@ -64,8 +61,7 @@ def check_file(file: Path, argument: str) -> None:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Return a block that writes a file as a whole or not at all; nobody ever reads half of it.
 
-    Args:
-        path: The file; what stands there stays until the new one is complete and on the disk.
+    What stands there stays until the new one is complete and on the disk.
     """
     part = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.part")
     try:

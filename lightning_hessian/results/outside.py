@@ -33,10 +33,6 @@ def unreadable(what: object, remedy: str = "") -> Iterator[None]:
     Parsers promise little about what they raise on damaged input: a zip file alone can end in
     eight kinds of errors. What names its file or its cause itself passes: an `OSError` on a file, a
     server that does not answer, a package that is missing.
-
-    Args:
-        what: The file, as the user typed it.
-        remedy: A sentence that says what to do.
     """
     try:
         yield
@@ -102,11 +98,9 @@ def inside(file: Path, folder: Path) -> None:
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
-    """Open a regular file for reading; a pipe, device, socket or folder is not even opened.
+    """Open a regular file of at most so many bytes; symbolic links are followed.
 
-    Args:
-        path: The file; symbolic links are followed.
-        most: Bound on its size in bytes.
+    A pipe, device, socket or folder is not even opened.
 
     Raises:
         UnreadableFileError: It is no regular file, or too large.

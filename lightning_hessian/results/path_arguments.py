@@ -51,11 +51,7 @@ def existing_folder(name: str, value: Any) -> Any:
 
 
 def paths(remedy: str) -> Rule:
-    """Return the rule of a path or a sequence of paths; returns a list.
-
-    Args:
-        remedy: What to give.
-    """
+    """Return the rule of a path or a sequence of paths; returns a list."""
 
     def check(name: str, value: Any) -> list[Any]:
         single = isinstance(value, (str, bytes, os.PathLike, Mapping))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_hessian.linear.shards import Shard
+from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.solvers.storage import BasisStorage
 
 _ROTATION_BYTES = 32 * 2**20
@@ -29,28 +29,18 @@ class KrylovBasis:
 
     Args:
         capacity: How many vectors fit.
-        shard: Which part of them this rank holds.
-        dtype: Precision of vectors.
-        device: Where vectors live.
+        operator: Whose vectors they are: of its precision, where it computes, in its shards.
         storage: Where the rows live; as a rule where the vectors do.
     """
 
     def __init__(
-        self,
-        capacity: int,
-        shard: Shard,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        storage: BasisStorage = IN_PLACE,
+        self, capacity: int, operator: SymmetricOperator, storage: BasisStorage = IN_PLACE
     ) -> None:
-        self.shard = shard
-        self.capacity = capacity
-        self.dtype, self.device = dtype, device
+        shard, dtype, device = operator.shard, operator.dtype, operator.device
+        self.shard, self.dtype, self.device = shard, dtype, device
         self.rows = storage.allocate(capacity, shard.length, dtype, device)
-        self._rounded = self.rows.dtype != dtype
-        self._at_hand = not self._rounded and self.rows.device == device
-        row_bytes = max(1, shard.length) * torch.finfo(dtype).bits // 8
+        self._at_hand = self.rows.dtype == dtype and self.rows.device == device
+        row_bytes = max(1, shard.length) * dtype.itemsize
         self._block = max(1, _BLOCK_BYTES.get(device.type, 2**28) // row_bytes)
         self.recent: dict[int, Tensor] = {}  # rows by index, exact, where `rows` are not
 
@@ -81,7 +71,10 @@ class KrylovBasis:
         """
         removed = torch.zeros(count, dtype=torch.float64)
         near = slice(max(0, count - 2), count)
-        recent = self.rows[near] if self._at_hand else self._latest(near)
+        if self._at_hand:
+            recent = self.rows[near]
+        else:
+            recent = torch.stack([self[i] for i in range(near.start, near.stop)])
         along = self.shard.ranks.all_reduce(recent @ vector)
         vector.addmv_(recent.T, along, alpha=-1)
         for _ in range(2):
@@ -97,11 +90,7 @@ class KrylovBasis:
     def _remove(
         self, vector: Tensor, count: int, near: slice, recent: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Remove the part along all rows once.
-
-        Returns:
-            The coefficients [count], and the norms before and after, [1] each.
-        """
+        """Remove the part along all rows once; return it [count], and the norms around it [1]."""
         if not self._at_hand:
             before = self.shard.norm(vector)
             found = vector.new_empty(count)
@@ -123,9 +112,6 @@ class KrylovBasis:
         vector.addmv_(rows.T, found, alpha=-1)
         return found, squared.sqrt(), (squared - found @ found).clamp_(min=0).sqrt_()
 
-    def _latest(self, near: slice) -> Tensor:
-        return torch.stack([self[i] for i in range(near.start, near.stop)])
-
     def blocks(self, count: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield the first rows in blocks, on the device and in the precision of vectors.
 
@@ -134,16 +120,14 @@ class KrylovBasis:
         if self._at_hand:
             yield slice(0, count), self.rows[:count]
             return
-        parts = [
-            slice(start, min(start + self._block, count)) for start in range(0, count, self._block)
-        ]
+        starts = range(0, count, self._block)
+        parts = [slice(start, min(start + self._block, count)) for start in starts]
         if self.device.type != "cuda" or self.rows.device.type == "cuda":
             for part in parts:
                 yield part, self.rows[part].to(self.device, self.dtype)
             return
-        stream, ready = torch.cuda.Stream(self.device), []
-        for part in parts[:1]:
-            ready.append(self._fetch(part, stream))
+        stream = torch.cuda.Stream(self.device)
+        ready = [self._fetch(part, stream) for part in parts[:1]]
         for i, part in enumerate(parts):
             rows = ready.pop()
             torch.cuda.current_stream(self.device).wait_stream(stream)
@@ -165,17 +149,11 @@ class KrylovBasis:
         return vector
 
     def rotate(self, coefficients: Tensor) -> None:
-        """Replace the first rows by combinations of them, block of columns by block of columns.
-
-        Args:
-            coefficients: [count, kept] with orthonormal columns; the first ``kept`` rows become
-                ``coefficients.T @ rows``.
-        """
+        """Replace the first rows by combinations with orthonormal columns [count, kept]."""
         count, kept = coefficients.shape
         weights = coefficients.T.to(self.device, self.dtype)
         self.recent = {}
-        row_bytes = torch.finfo(self.dtype).bits // 8
-        width = max(1, _ROTATION_BYTES // ((count + kept) * row_bytes))
+        width = max(1, _ROTATION_BYTES // ((count + kept) * self.dtype.itemsize))
         for start in range(0, self.rows.shape[1], width):
             columns = slice(start, start + width)
             block = self.rows[:count, columns].to(self.device, self.dtype)

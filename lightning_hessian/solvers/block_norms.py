@@ -188,11 +188,7 @@ def _members(labels: Tensor, size: int) -> list[Tensor]:
 def _dense_columns(
     sizes: Sequence[int], max_products: int | None, exact: bool | None
 ) -> NDArray[np.bool_]:
-    """Return which block columns to compute rather than to probe.
-
-    Raises:
-        ValueError: What has to be done exceeds the bound.
-    """
+    """Return which block columns to compute rather than to probe."""
     bound = max_products if max_products is not None else float("inf")
     least = least_products(sizes)
     order = sum(sizes)
@@ -231,7 +227,7 @@ class _Columns:
         self.parts = [operator.shard.restricted(part) for part in members]
         # Alike on all ranks, whose parts may differ by an entry.
         share = operator.shard.ranks.share_of(operator.size)
-        vector_bytes = share * torch.finfo(operator.dtype).bits // 8
+        vector_bytes = share * operator.dtype.itemsize
         self.chunk = max(1, min(_MOST_IN_CHUNK, _CHUNK_BYTES // (2 * vector_bytes)))
 
     def compute(self, dense: NDArray[np.bool_], *, keep: bool) -> Tensor | None:
@@ -249,8 +245,11 @@ class _Columns:
                 self.exact_squares[:, j] += squares
             if keep:
                 rows.append(self.held.gather(products).cpu())
-            if start + self.chunk < len(jobs) and self.allowance.seconds is not None:
-                self._raise_if_late(len(jobs))
+            if start + self.chunk < len(jobs) and self.allowance.is_over():
+                raise MeasurementError(
+                    f"The time was up after {self.num_products} of {len(jobs)} columns. Allow more "
+                    "time, or let probes do it (exact=False)."
+                )
         return torch.cat(rows) if keep else None
 
     def probe(self, probed: Sequence[int]) -> bool:
@@ -268,18 +267,9 @@ class _Columns:
                 return False
         return True
 
-    def _raise_if_late(self, wanted: int) -> None:
-        if self.allowance.is_over():
-            raise MeasurementError(
-                f"The time was up after {self.num_products} of {wanted} columns. Allow more time, "
-                "or let probes do it (exact=False)."
-            )
-
     def _zeros(self, count: int) -> Tensor:
-        length, dtype, device = (
-            self.operator.shard.length, self.operator.dtype, self.operator.device,
-        )  # fmt: skip
-        return torch.zeros(count, length, dtype=dtype, device=device)
+        like = torch.empty(0, dtype=self.operator.dtype, device=self.operator.device)
+        return like.new_zeros(count, self.operator.shard.length)
 
     def _products(self, vectors: Tensor) -> Tensor:
         """Return the products, restricted to the blocks' coordinates, block after block."""

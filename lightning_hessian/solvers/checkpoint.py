@@ -22,11 +22,13 @@ from lightning_hessian.results import UnreadableFileError
 from lightning_hessian.results.npz import require_stored
 from lightning_hessian.results.output import atomic_write
 from lightning_hessian.results.outside import open_regular, unreadable
+from lightning_hessian.solvers.krylov import Pending, RitzPairs
 from lightning_hessian.solvers.projected import Projected
 from lightning_hessian.solvers.termination import Terminated
-from lightning_hessian.solvers.thick_restart import Pending, RitzPairs, ThickRestart
+from lightning_hessian.solvers.thick_restart import ThickRestart
 
 _MAGIC = b"LHLANCZ1"
+_ARRAYS = ("values", "residuals", "converged")
 _BLOCK_BYTES = 64 * 2**20
 _SAME = 0.02
 """Relative difference of a product at which an operator is taken for another one."""
@@ -64,7 +66,10 @@ def save(run: ThickRestart, path: Path) -> None:
 
     The basis goes to disk block by block: no second copy of it is made in memory.
     """
-    found = run.found
+    found = None
+    if run.found is not None:
+        arrays = {name: torch.from_numpy(np.array(getattr(run.found, name))) for name in _ARRAYS}
+        found = vars(run.found) | arrays | {"vectors": None}
     header = {
         "identity": identity(run),
         "capacity": run.capacity,
@@ -78,17 +83,7 @@ def save(run: ThickRestart, path: Path) -> None:
         "num_products": run.num_products,
         "next_check": run.next_check,
         "search_until": run.search_until,
-        "found": None
-        if found is None
-        else {
-            "values": torch.from_numpy(np.array(found.values)),
-            "residuals": torch.from_numpy(np.array(found.residuals)),
-            "converged": torch.from_numpy(np.array(found.converged)),
-            "lowest": found.lowest,
-            "lowest_residual": found.lowest_residual,
-            "num_products": found.num_products,
-            "stopped": found.stopped,
-        },
+        "found": found,
         "shape": tuple(run.basis.rows[: run.count].shape),
     }
     packed = io.BytesIO()
@@ -176,34 +171,28 @@ def load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
     Raises:
         UnreadableFileError: Its parts do not fit together; a ValueError.
     """
-    with unreadable(f"The checkpoint {path}", "Delete it to start anew."):
-        _load(run, header, path)
-
-
-def _load(run: ThickRestart, header: dict[str, Any], path: Path) -> None:
     device = run.operator.device
-    run.generator.set_state(header["generator"])
-    projected = Projected(tridiagonal_from=run.projected.tridiagonal_from)
-    projected.count = len(header["numbers"])
-    projected.numbers, projected.rounded = header["numbers"], header["rounded"]
-    projected.off_diagonal = header["off_diagonal"]
-    run.projected = projected
-    run.pending = [Pending(v.to(device), *rest) for v, *rest in header["pending"]]
-    run.scale, run.num_products = header["scale"], header["num_products"]
-    run.next_check, run.search_until = header["next_check"], header["search_until"]
-    with open(path, "rb") as file:
-        file.seek(header["begin"])
-        for part in _blocks(run):
-            rows = torch.empty(run.basis.rows[part].shape, dtype=run.basis.rows.dtype)
-            file.readinto(_bytes_of(rows))
-            run.basis.rows[part] = rows.to(run.basis.rows.device)
-    run.basis.recent = {i: row.to(device) for i, row in header["recent"].items()}
-    if header["found"] is not None:
-        arrays = {
-            name: header["found"][name].numpy() for name in ("values", "residuals", "converged")
-        }
-        vectors = run.basis.rows[: len(arrays["values"])]
-        run.found = RitzPairs(vectors=vectors, **(header["found"] | arrays))
+    with unreadable(f"The checkpoint {path}", "Delete it to start anew."):
+        run.generator.set_state(header["generator"])
+        projected = Projected(tridiagonal_from=run.projected.tridiagonal_from)
+        projected.count = len(header["numbers"])
+        projected.numbers, projected.rounded = header["numbers"], header["rounded"]
+        projected.off_diagonal = header["off_diagonal"]
+        run.projected = projected
+        run.pending = [Pending(v.to(device), *rest) for v, *rest in header["pending"]]
+        run.scale, run.num_products = header["scale"], header["num_products"]
+        run.next_check, run.search_until = header["next_check"], header["search_until"]
+        with open(path, "rb") as file:
+            file.seek(header["begin"])
+            for part in _blocks(run):
+                rows = torch.empty(run.basis.rows[part].shape, dtype=run.basis.rows.dtype)
+                file.readinto(_bytes_of(rows))
+                run.basis.rows[part] = rows.to(run.basis.rows.device)
+        run.basis.recent = {i: row.to(device) for i, row in header["recent"].items()}
+        if header["found"] is not None:
+            arrays = {name: header["found"][name].numpy() for name in _ARRAYS}
+            vectors = run.basis.rows[: len(arrays["values"])]
+            run.found = RitzPairs(**(header["found"] | arrays | {"vectors": vectors}))
 
 
 def check_operator(run: ThickRestart, path: Path) -> None:

@@ -9,7 +9,7 @@ from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator, check_finite
 from lightning_hessian.results import SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
-from lightning_hessian.solvers.quadrature import gauss_rule, random_signs
+from lightning_hessian.solvers.quadrature import GaussRule, gauss_rule, mean_density, random_signs
 
 
 def spectral_density(
@@ -52,29 +52,19 @@ def spectral_density(
     """
     if num_steps < 1 or num_probes < 1:
         raise ValueError(f"num_steps={num_steps}, num_probes={num_probes}; each is at least 1.")
-    shard = operator.shard
     if operator.size <= num_steps * num_probes:
         return _all_eigenvalues(operator, allowance)
     generator = torch.Generator().manual_seed(seed)
-    basis = KrylovBasis(num_steps, shard, dtype=operator.dtype, device=operator.device)
-    nodes, weights, num_products = [], [], 0
+    basis = KrylovBasis(num_steps, operator)
+    rules: list[GaussRule] = []
     for _ in range(num_probes):
         start = random_signs(operator, generator)
         rule = gauss_rule(operator, start, basis, num_steps, allowance)
         if not rule.complete:
             break
-        nodes.append(rule.nodes)
-        weights.append(rule.weights)
-        num_products += len(rule.nodes)
-    if not nodes:
-        return None
-    return SpectralDensity(
-        nodes=np.concatenate(nodes),
-        weights=np.concatenate(weights) / len(nodes),
-        size=operator.size,
-        num_products=num_products,
-        exact=False,
-    )
+        rules.append(rule)
+    num_products = sum(len(rule.nodes) for rule in rules)
+    return mean_density(rules, operator.size, num_products) if rules else None
 
 
 def _all_eigenvalues(operator: SymmetricOperator, allowance: Allowance) -> SpectralDensity | None:

@@ -61,10 +61,8 @@ class BlockEstimate:
         each is drawn to the mean of its kind, as if that had been seen `_PRIOR_DEGREES` times.
         """
         squared = np.square(self.frobenius)
-        own: FloatArray = np.divide(
-            _symmetric(self._variance(self.change)), squared, where=squared > 0,
-            out=np.zeros_like(squared),
-        )  # fmt: skip
+        own: FloatArray = np.zeros_like(squared)
+        np.divide(_symmetric(self._variance(self.change)), squared, where=squared > 0, out=own)
         probed = ~(self.dense[:, None] | self.dense) & (squared > 0)
         on_diagonal = np.eye(len(squared), dtype=bool)
         degrees = _symmetric(np.broadcast_to(self.counts - 1, own.shape))
@@ -83,7 +81,7 @@ class BlockEstimate:
         return found
 
     def is_known_to(self, rel_error: float) -> bool:
-        """Whether the ratio is known well enough, and its error too; or there is no ratio.
+        """Return whether the ratio is known well enough, and its error too; or there is no ratio.
 
         Where few columns make the ratio, few probes make its error: its degrees of freedom are
         counted by Satterthwaite's rule.

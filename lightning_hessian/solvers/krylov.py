@@ -1,14 +1,64 @@
-"""What a Lanczos run holds between steps: a basis, the products of its vectors, what is pending."""
+"""What a Lanczos run holds between steps (basis, products, pending vectors), and what it finds."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_hessian.linear.operator import SymmetricOperator
+from lightning_hessian.results import FloatArray
 from lightning_hessian.solvers.basis import KrylovBasis
-from lightning_hessian.solvers.pairs import Pending
 from lightning_hessian.solvers.projected import Projected
 from lightning_hessian.solvers.storage import BasisStorage
+
+
+@dataclass(frozen=True, eq=False)
+class RitzPairs:
+    """Approximate eigenpairs at the top of a spectrum, and the lowest eigenvalue.
+
+    Attributes:
+        values: Ritz values, float64 [K], descending.
+        residuals: Bounds on the residual norms, float64 [K].
+        converged: ``residuals <= tol * abs(values)``, bool [K].
+        vectors: Orthonormal Ritz vectors, this rank's part [K, n_local], where the basis was and
+            in its precision; they share its memory.
+        lowest: The lowest Ritz value.
+        lowest_residual: Its residual bound.
+        num_products: Products with the operator, those before an interruption included.
+        stopped: Why the iteration ended: ``"converged"``, ``"exhausted"`` (the whole space was
+            searched), ``"precision"`` (what has not converged is held up by rounding),
+            ``"memory"`` (a basis that cannot restart is full), ``"bound"`` or ``"interrupted"``
+            (by then all may have converged, but the search for missed copies had not ended).
+        trace: That of the operator, exact but for rounding, where the basis spans the whole
+            space; else None.
+    """
+
+    values: FloatArray
+    residuals: FloatArray
+    converged: NDArray[np.bool_]
+    vectors: Tensor
+    lowest: float
+    lowest_residual: float
+    num_products: int
+    stopped: str
+    trace: float | None = None
+
+
+@dataclass
+class Pending:
+    """A unit vector orthogonal to the basis that is to join it.
+
+    ``coupling`` says how the products with the basis vectors lean on it: A v_i = (what lies in
+    the basis) + coupling[i] * vector + (the same for the other pending vectors).
+    """
+
+    vector: Tensor
+    coupling: Tensor
+    is_fresh: bool = False  # orthogonal to the basis as it is now, not as it was some steps ago
 
 
 class KrylovState:
@@ -47,10 +97,8 @@ class KrylovState:
         self.storage = storage
         # A bound on products may need fewer rows, but moves no restart: it may be raised later.
         self.capacity = capacity
-        self.basis = KrylovBasis(
-            capacity if num_rows is None else min(num_rows, capacity),
-            self.shard, dtype=operator.dtype, device=operator.device, storage=storage,
-        )  # fmt: skip
+        rows = capacity if num_rows is None else min(num_rows, capacity)
+        self.basis = KrylovBasis(rows, operator, storage)
         self.eps = torch.finfo(operator.dtype).eps
         # Where vectors are rounded, what is measured with them is less exact than the recurrence.
         self.projected = Projected() if storage.restarts else Projected(tridiagonal_from=0)

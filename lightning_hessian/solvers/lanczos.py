@@ -9,9 +9,10 @@ from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.results.path_arguments import file_to_write, path_name
 from lightning_hessian.solvers import checkpoint as checkpoints
+from lightning_hessian.solvers.krylov import RitzPairs
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage, placed
 from lightning_hessian.solvers.termination import keeps_state_on_sigterm
-from lightning_hessian.solvers.thick_restart import RitzPairs, ThickRestart
+from lightning_hessian.solvers.thick_restart import ThickRestart
 
 __all__ = ["RitzPairs", "default_basis", "default_bound", "lanczos"]
 
@@ -151,10 +152,6 @@ def _room(
 
     The bound on products has no say in the latter: a run that is taken up with a higher bound has
     to restart where one without interruption does.
-
-    Raises:
-        ValueError: ``max_basis`` is too small.
-        MeasurementError: What is needed does not fit.
     """
     restarting = min(num_eigenvalues + 3, operator.size)
     least = min(restarting, max_products)
@@ -162,10 +159,7 @@ def _room(
         wanted = default_basis(num_eigenvalues)
         if not storage.restarts:  # the basis has to hold all steps
             wanted = 3 * wanted
-        return placed(
-            storage, min(wanted, operator.size), restarting, operator.shard,
-            dtype=operator.dtype, device=operator.device,
-        )  # fmt: skip
+        return placed(storage, min(wanted, operator.size), restarting, operator)
     max_basis = min(max_basis, operator.size)
     if max_basis < least:
         raise ValueError(
@@ -185,11 +179,7 @@ def _begun(
     max_products: int,
     file: Path | None,
 ) -> ThickRestart:
-    """Return a run in its first state, or in the one that the file holds.
-
-    Raises:
-        ValueError: The file is of another run, or damaged.
-    """
+    """Return a run in its first state, or in the one that the file holds."""
     header = checkpoints.header_of(file) if file is not None and file.exists() else None
     rows = max_products
     if header is not None:

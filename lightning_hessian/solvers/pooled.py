@@ -13,7 +13,7 @@ from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.results import FloatArray, SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
-from lightning_hessian.solvers.quadrature import GaussRule, gauss_rule, random_signs
+from lightning_hessian.solvers.quadrature import GaussRule, gauss_rule, mean_density, random_signs
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage, placed
 
 
@@ -86,12 +86,8 @@ def pooled_ritz_values(
     if num_runs < 1 or num_steps < 1:
         raise ValueError(f"num_runs={num_runs}, num_steps={num_steps}; each is at least 1.")
     steps = min(num_steps, operator.size)
-    storage, _ = placed(
-        storage, steps, steps, operator.shard, dtype=operator.dtype, device=operator.device
-    )
-    basis = KrylovBasis(
-        steps, operator.shard, dtype=operator.dtype, device=operator.device, storage=storage
-    )
+    storage, _ = placed(storage, steps, steps, operator)
+    basis = KrylovBasis(steps, operator, storage)
     generator = torch.Generator().manual_seed(seed)
     rules: list[GaussRule] = []
     for run in range(num_runs):
@@ -110,6 +106,7 @@ def pooled_ritz_values(
     runs = np.repeat(np.arange(len(rules)), [len(rule.nodes) for rule in rules])
     order = np.argsort(-values, kind="stable")
     values, residuals, runs = values[order], residuals[order], runs[order]
+    complete = [rule for rule in rules if rule.complete]
     done = len(rules) == num_runs and rules[-1].complete
     return PooledRitzValues(
         values=values,
@@ -118,7 +115,7 @@ def pooled_ritz_values(
         is_copy=copies(values, residuals, runs, tol),
         num_products=len(values),
         stopped="done" if done else "interrupted",
-        density=_density([rule for rule in rules if rule.complete], operator.size, len(values)),
+        density=mean_density(complete, operator.size, len(values)) if complete else None,
     )
 
 
@@ -143,15 +140,3 @@ def copies(
         else:
             met, seen = int(i), {int(runs[i])}
     return found
-
-
-def _density(rules: list[GaussRule], size: int, num_products: int) -> SpectralDensity | None:
-    if not rules:
-        return None
-    return SpectralDensity(
-        nodes=np.concatenate([rule.nodes for rule in rules]),
-        weights=np.concatenate([rule.weights for rule in rules]) / len(rules),
-        size=size,
-        num_products=num_products,
-        exact=False,
-    )

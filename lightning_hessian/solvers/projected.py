@@ -86,7 +86,7 @@ class Projected:
         self.rounded = torch.hypot(before, coupling.abs())
 
     def restart(self, values: Tensor, rounding: Tensor) -> None:
-        """Begins anew with Ritz vectors as the basis."""
+        """Begin anew with Ritz vectors as the basis."""
         k = self.count = len(values)
         self.numbers = torch.zeros(k, k, dtype=torch.float64)
         self.numbers[range(k), range(k)] = values
@@ -94,13 +94,12 @@ class Projected:
         self.off_diagonal = None
 
     def compress(self, rotation: Tensor) -> None:
-        """Goes over to fewer vectors, combinations of those there are with weights [m, k]."""
+        """Go over to fewer vectors, combinations of those there are with weights [m, k]."""
         m = self.count
         upper = torch.triu(self.numbers[:m, :m])
         whole = upper + torch.triu(upper, 1).T
         squared = (torch.tril(self.numbers[:m, :m], -1) @ rotation).square_().sum(0)
-        if len(self.rounded):
-            squared += self.rounded.square() @ rotation[: len(self.rounded)].square()
+        squared += self.rounded.square() @ rotation[: len(self.rounded)].square()
         self.numbers = torch.triu(rotation.T @ whole @ rotation)
         self.rounded = squared.sqrt_()
         self.count = rotation.shape[1]
@@ -137,9 +136,7 @@ class Projected:
         for coupling in couplings:
             outside += (coupling @ rotation).abs()
         squared = self._departure(rotation)
-        if len(self.rounded):
-            kept = len(self.rounded)
-            squared += self.rounded.square() @ rotation[:kept].square()
+        squared += self.rounded.square() @ rotation[: len(self.rounded)].square()
         # What storing a vector costs, and what the projected problem costs in float64.
         stored, solved = eps * values, torch.finfo(torch.float64).eps * scale
         return Ritz(values, rotation, outside, (squared + stored.square() + solved**2).sqrt())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator, check_finite
-from lightning_hessian.results import FloatArray
+from lightning_hessian.results import FloatArray, SpectralDensity
 from lightning_hessian.solvers.basis import KrylovBasis
 from lightning_hessian.solvers.projected import Projected
 
@@ -79,6 +81,17 @@ def gauss_rule(
         weights=ritz.rotation[0].square().numpy(),
         residuals=ritz.residuals.numpy(),
         complete=complete,
+    )
+
+
+def mean_density(rules: Sequence[GaussRule], size: int, num_products: int) -> SpectralDensity:
+    """Return the density that rules give together, each with the same weight."""
+    return SpectralDensity(
+        nodes=np.concatenate([rule.nodes for rule in rules]),
+        weights=np.concatenate([rule.weights for rule in rules]) / len(rules),
+        size=size,
+        num_products=num_products,
+        exact=False,
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_hessian.solvers.krylov import KrylovState
-from lightning_hessian.solvers.pairs import Pending
+from lightning_hessian.solvers.krylov import KrylovState, Pending
 
 
 def make_room(run: KrylovState) -> None:
@@ -39,12 +38,8 @@ def _given_up(run: KrylovState, fixed: int, rotation: Tensor) -> list[Pending]:
     """Return the directions that a search gives up but products with found vectors lean on.
 
     A search takes in part of what the older pending vectors hold of the residuals. Given up
-    without more ado, that part would be missing from the bounds, and from the run.
-
-    Args:
-        run: The run, before it gives them up.
-        fixed: How many vectors stay as they are.
-        rotation: What is given up, in terms of the vectors after these [m - fixed, d].
+    without more ado, that part would be missing from the bounds, and from the run. ``rotation``
+    [m - fixed, d] is what is given up, in terms of the vectors after the ``fixed`` ones.
     """
     m, kept = run.count, run.count - rotation.shape[1]
     leaning = run.projected.numbers[:fixed, fixed:m] @ rotation

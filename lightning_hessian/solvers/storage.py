@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.linear.memory import free_bytes
-from lightning_hessian.linear.shards import Shard
+from lightning_hessian.linear.operator import SymmetricOperator
 from lightning_hessian.results import ArgumentError, MeasurementError
 from lightning_hessian.results.arguments import memory, one_of, optional
 from lightning_hessian.results.path_arguments import existing_folder
@@ -85,10 +85,6 @@ class BasisStorage:
         """Whether the vectors are exact enough to go on from combinations of them."""
         return self.dtype is None
 
-    def element_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of one number of a basis of an operator in ``dtype``."""
-        return torch.empty((), dtype=self.stored(dtype)).element_size()
-
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         """Return the precision of storage for an operator in ``dtype``."""
         return dtype if self.dtype is None else torch.bfloat16
@@ -113,13 +109,7 @@ ANYWHERE = BasisStorage()
 
 
 def placed(
-    storage: BasisStorage,
-    wanted: int,
-    least: int,
-    shard: Shard,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
+    storage: BasisStorage, wanted: int, least: int, operator: SymmetricOperator
 ) -> tuple[BasisStorage, int]:
     """Return where to hold a basis, ``"auto"`` resolved, and how many vectors.
 
@@ -127,40 +117,36 @@ def placed(
         storage: What is allowed.
         wanted: As many vectors as would be good.
         least: As many as there must be.
-        shard: Which part of a vector this rank holds.
-        dtype: Precision of a vector.
-        device: Where the products are made.
+        operator: Whose vectors they are.
 
     Raises:
         MeasurementError: Not even ``least`` vectors fit; says how many do, and what would help.
     """
-    vector_bytes = max(1, shard.length) * storage.element_bytes(dtype)
+    shard = operator.shard
+    vector_bytes = max(1, shard.length) * storage.stored(operator.dtype).itemsize
     tiers = [storage.tier]
     if storage.tier == "auto":
-        tiers = ["device", "cpu"] if device.type == "cuda" else ["device"]
+        tiers = ["device", "cpu"] if operator.device.type == "cuda" else ["device"]
     fitting = 0
     for tier in tiers:
-        fitting = int(
-            shard.ranks.all_reduce_min(_fitting(storage, tier, vector_bytes, shard, device))
-        )
+        here = _fitting(storage, tier, vector_bytes, operator)
+        fitting = int(shard.ranks.all_reduce_min(here))
         if fitting >= least:
             chosen = BasisStorage(storage.memory, tier, storage.dtype)
             return chosen, min(wanted, fitting)
-    raise MeasurementError(_no_room(storage, fitting, least, vector_bytes, shard, dtype))
+    raise MeasurementError(_no_room(storage, max(fitting, 0), least, vector_bytes, operator))
 
 
 def _fitting(
-    storage: BasisStorage, tier: str, vector_bytes: int, shard: Shard, device: torch.device
+    storage: BasisStorage, tier: str, vector_bytes: int, operator: SymmetricOperator
 ) -> int:
     """Return how many vectors fit into a tier on this rank."""
-    place = device if tier == "device" else torch.device("cpu")
+    place = operator.device if tier == "device" else torch.device("cpu")
+    on_disk = tier.startswith("disk")
     if storage.memory is None:
-        if tier.startswith("disk"):
-            free = _free_on_disk(storage.folder) / 2
-        else:
-            free = free_bytes(place) / 2
-        return int(free / shard.ranks.neighbours / vector_bytes) - 1
-    if tier.startswith("disk") or place.type != "cpu":
+        free = _free_on_disk(storage.folder) if on_disk else free_bytes(place)
+        return int(free / 2 / operator.shard.ranks.neighbours / vector_bytes) - 1
+    if on_disk or place.type != "cpu":
         return int(storage.memory / vector_bytes)
     # What the projected problem of m vectors needs lies in the same memory:
     # m vector_bytes + 8 * 4 m^2 = memory.
@@ -174,32 +160,26 @@ def _no_room(
     fitting: int,
     least: int,
     vector_bytes: int,
-    shard: Shard,
-    dtype: torch.dtype,
+    operator: SymmetricOperator,
 ) -> str:
     """Return what to say where a basis does not fit, with what would."""
-    fitting = max(fitting, 0)
     limit = (
         "half of the free memory"
         if storage.memory is None
         else f"the memory allowed, {storage.memory / 1e9:.3g} GB"
     )
     needed = least * vector_bytes / 1e9
-    ways = []
-    if fitting > 3:
-        ways.append(f"lower `num_eigenvalues` to {fitting - 3} at most")
-    else:
-        ways.append("lower `num_eigenvalues`")
-    if storage.dtype is None and dtype == torch.float32:
-        half = f"basis=BasisStorage(dtype='bfloat16'), {needed / 2:.3g} GB"
-        ways.append(f"store it in half the space ({half})")
+    ways = ["lower `num_eigenvalues`" + (f" to {fitting - 3} at most" if fitting > 3 else "")]
+    if storage.dtype is None and operator.dtype == torch.float32:
+        half = f"(basis=BasisStorage(dtype='bfloat16'), {needed / 2:.3g} GB)"
+        ways.append(f"store it in half the space {half}")
     if not storage.tier.startswith("disk"):
         file = f"basis=BasisStorage(tier='disk:FOLDER'), {needed:.3g} GB"
         ways.append(f"put it into a file ({file})")
     ways.append("select fewer parameters (`parameters=`)")
     return (
-        f"A basis of {least} vectors of {shard.length:,} numbers takes {needed:.3g} GB, and "
-        f"{fitting} vectors fit into {limit}. To go on: {', or '.join(ways)}."
+        f"A basis of {least} vectors of {operator.shard.length:,} numbers takes {needed:.3g} GB, "
+        f"and {fitting} vectors fit into {limit}. To go on: {', or '.join(ways)}."
     )
 
 
@@ -211,7 +191,7 @@ def _free_on_disk(folder: str | None) -> float:
 def _in_a_file(capacity: int, length: int, dtype: torch.dtype, folder: str | None) -> Tensor:
     """Return a tensor whose memory is a file; the file has no name and goes with the tensor."""
     numbers = max(1, capacity * length)
-    needed = numbers * torch.empty((), dtype=dtype).element_size()
+    needed = numbers * dtype.itemsize
     if needed > _free_on_disk(folder):
         raise MeasurementError(
             f"A basis of {capacity} vectors takes {needed / 1e9:.3g} GB on disk, and "

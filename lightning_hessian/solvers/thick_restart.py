@@ -11,13 +11,10 @@ from torch import Tensor
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator, check_finite
-from lightning_hessian.solvers.krylov import KrylovState
-from lightning_hessian.solvers.pairs import Pending, RitzPairs
+from lightning_hessian.solvers.krylov import KrylovState, Pending, RitzPairs
 from lightning_hessian.solvers.projected import ROUNDING_MARGIN, Ritz
 from lightning_hessian.solvers.search import make_room
 from lightning_hessian.solvers.storage import BasisStorage
-
-__all__ = ["Pending", "RitzPairs", "ThickRestart"]
 
 _STORED_ROUNDING = 2.0**-9
 """Relative error of a number rounded to bfloat16, at most."""
@@ -89,29 +86,30 @@ class ThickRestart(KrylovState):
         return self._so_far("interrupted" if interrupted else "bound")
 
     def _is_due(self) -> bool:
-        """Whether the projected problem is to be solved before the next step."""
+        """Return whether the projected problem is to be solved before the next step."""
         return self.count == self.capacity or self.count >= self.next_check
 
     def _check(self, num_checks: int | None) -> RitzPairs | None:
-        """Solves the projected problem; returns the pairs where this is the end.
+        """Solve the projected problem; returns the pairs where this is the end.
 
         Nothing here depends on bounds or interruptions, so that a run which is taken up again
         goes the way of one that was not interrupted.
         """
         full = self.count == self.capacity
         ritz = self._ritz(self._restart_size() if full else self.wanted)
-        self.allowance.note_converged(self._num_converged(ritz))
+        self.allowance.note_converged(int(self._converged(ritz).sum()))
         self.between_steps = False
         ended = self._ended(ritz, full, num_checks)
         self.between_steps = True
         return ended
 
     def _ended(self, ritz: Ritz, full: bool, num_checks: int | None) -> RitzPairs | None:
-        """Goes on by what a check has found, or returns the pairs."""
+        """Go on by what a check has found, or returns the pairs."""
         if self.found is not None:
             if not self._has_more(ritz, self.found):
                 if self.num_products >= self.search_until or self.count == self.operator.size:
-                    return self._confirmed(self.found)
+                    counted = dataclasses.replace(self.found, num_products=self.num_products)
+                    return dataclasses.replace(counted, trace=self._trace())
                 make_room(self)
                 self._plan_search()
                 return None
@@ -139,16 +137,12 @@ class ThickRestart(KrylovState):
     def _so_far(self, stopped: str) -> RitzPairs:
         """Return the pairs of a run that ends before its time; it cannot go on afterwards."""
         ritz = self._ritz(self.wanted)
-        self.allowance.note_converged(self._num_converged(ritz))
+        self.allowance.note_converged(int(self._converged(ritz).sum()))
         if self.found is not None and not self._has_more(ritz, self.found):
             return dataclasses.replace(self.found, num_products=self.num_products, stopped=stopped)
         self.between_steps = False
         self.basis.rotate(ritz.rotation[:, -self.wanted :].flip(1))
         return self._result(ritz, stopped)
-
-    def _confirmed(self, found: RitzPairs) -> RitzPairs:
-        """Return what a search that is over was to confirm."""
-        return dataclasses.replace(found, num_products=self.num_products, trace=self._trace())
 
     def _trace(self) -> float | None:
         """Return the trace of the operator where the basis spans the whole space.
@@ -234,11 +228,9 @@ class ThickRestart(KrylovState):
         return Pending(vector, torch.zeros(self.count, dtype=torch.float64))
 
     def _ritz(self, top: int) -> Ritz:
-        """Solves the projected problem and bounds the residuals."""
-        return self.projected.solve(
-            [pending.coupling for pending in self.pending], top,
-            eps=self.eps, scale=self.scale, ranks=self.shard.ranks,
-        )  # fmt: skip
+        """Solve the projected problem and bounds the residuals."""
+        couplings, ranks = [pending.coupling for pending in self.pending], self.shard.ranks
+        return self.projected.solve(couplings, top, eps=self.eps, scale=self.scale, ranks=ranks)
 
     def _verdict(self, ritz: Ritz) -> str | None:
         """Return why to stop, or None."""
@@ -246,25 +238,23 @@ class ThickRestart(KrylovState):
             return "exhausted"
         if self.count < self.wanted:
             return None
-        size = ritz.values[-self.wanted :].abs()
-        residuals = ritz.residuals[-self.wanted :]
-        converged = residuals <= self.tol * size
+        converged = self._converged(ritz)
         if converged.all():
             return "converged"
         # More steps cannot bring a residual below what rounding leaves of it.
         floor = ROUNDING_MARGIN * ritz.rounding[-self.wanted :]
         floor = floor.clamp(min=self.eps * self.scale)
-        if (converged | (residuals <= 2 * floor)).all():
+        if (converged | (ritz.residuals[-self.wanted :] <= 2 * floor)).all():
             return "precision"
         return None
 
-    def _num_converged(self, ritz: Ritz) -> int:
-        """Return how many of the wanted pairs have converged."""
-        size = ritz.values[-self.wanted :].abs()
-        return int((ritz.residuals[-self.wanted :] <= self.tol * size).sum())
+    def _converged(self, ritz: Ritz) -> Tensor:
+        """Return which of the wanted pairs have converged, the largest last."""
+        top = slice(-self.wanted, None)
+        return ritz.residuals[top] <= self.tol * ritz.values[top].abs()
 
     def _has_more(self, ritz: Ritz, found: RitzPairs) -> bool:
-        """Whether a search has turned up a value above the smallest of those found."""
+        """Return whether a search has turned up a value above the smallest of those found."""
         values = torch.from_numpy(found.values[::-1].copy())
         allowed = torch.from_numpy(found.residuals[::-1].copy()) + self.tol * values.abs()
         return bool((ritz.values[-self.wanted :] > values + allowed).any())
@@ -274,21 +264,14 @@ class ThickRestart(KrylovState):
         return self.wanted + max(0, self.count - self.wanted) // 3
 
     def _restart(self, ritz: Ritz, kept: int) -> None:
-        """Keep the best Ritz vectors and what is pending, and go on from there.
-
-        Args:
-            ritz: The Ritz pairs.
-            kept: How many of the best to keep.
-        """
+        """Keep the best Ritz vectors, so many, and what is pending, and go on from there."""
         m, given = self.count, len(ritz.values)
         kept = max(min(kept, m - 1, self.capacity - 2), min(self.wanted, m - 1))
         keep = [*range(given - 1, given - 1 - kept, -1), 0]  # the lowest too, for lambda_min
         self.basis.rotate(ritz.rotation[:, keep])
         rounding = ritz.rounding[keep]
         if not self.storage.restarts:
-            rounding = torch.hypot(
-                rounding, torch.full_like(rounding, _STORED_ROUNDING * self.scale)
-            )
+            rounding = torch.hypot(rounding, rounding.new_tensor(_STORED_ROUNDING * self.scale))
         self.projected.restart(ritz.values[keep], rounding)
         for pending in self.pending:
             pending.coupling = pending.coupling @ ritz.rotation[:, keep]
@@ -301,7 +284,7 @@ class ThickRestart(KrylovState):
         return RitzPairs(
             values=values.numpy(),
             residuals=residuals.numpy(),
-            converged=(residuals <= self.tol * values.abs()).numpy(),
+            converged=self._converged(ritz).flip(0).numpy(),
             vectors=self.basis.rows[: len(values)],
             lowest=float(ritz.values[0]),
             lowest_residual=float(ritz.residuals[0]),

@@ -68,7 +68,7 @@ def trace(
         return TraceEstimate(captured, 0.0, 0)
     generator = torch.Generator().manual_seed(seed)
     samples: list[float] = []
-    vector_bytes = shard.ranks.share_of(operator.size) * torch.finfo(operator.dtype).bits // 8
+    vector_bytes = shard.ranks.share_of(operator.size) * operator.dtype.itemsize
     most = max(1, min(_MOST_TOGETHER, _TOGETHER_BYTES // (3 * vector_bytes)))
     rows_at_once = max(1, _TOGETHER_BYTES // vector_bytes)
     while len(samples) < num_probes:

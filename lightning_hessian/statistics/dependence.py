@@ -24,7 +24,7 @@ from lightning_hessian.statistics.correlation import finite_rows, unit_scale, wh
 MIN_BLOCK_POINTS = 8
 """Fewer points make a bootstrap of their blocks meaningless."""
 
-RESAMPLES = 499
+_RESAMPLES = 499
 _LONGEST = 0.25  # of the series, for a block
 _TIES = 1.0 - 1e-12  # a coefficient that rounding alone tells apart counts as equal
 
@@ -49,14 +49,7 @@ class BlockInterval:
 UNDEFINED = BlockInterval(math.nan, math.nan, math.nan, 0)
 
 
-def block_interval(
-    x: ArrayLike,
-    y: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> BlockInterval:
+def block_interval(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -> BlockInterval:
     """Return an interval of Pearson's r that allows for autocorrelation.
 
     Moving blocks are drawn from the pairs; the spread of artanh(r) over the resamples is its
@@ -74,8 +67,6 @@ def block_interval(
         x: Series [n], in the order of training; rows without both values are dropped.
         y: Series [n].
         confidence: The nominal coverage.
-        resamples: How many bootstrap samples.
-        seed: Of the draws.
 
     Returns:
         The interval; NaN where r is undefined or there are fewer than 8 points.
@@ -100,7 +91,7 @@ def block_interval(
         _persistence(influence), _persistence(first) * _persistence(second)
     )  # not negative: blocks would be no help there
     length = _block_length(num_points, persistence)
-    weights = _block_weights(num_points, length, resamples, seed)
+    weights = _block_weights(num_points, length)
     moments = weights @ np.column_stack([first, second, first**2, second**2, first * second])
     centre = np.arctanh(np.clip(r, -_TIES, _TIES))
     spread = float(np.std(np.arctanh(np.clip(_coefficients(moments), -_TIES, _TIES)), ddof=1))
@@ -244,16 +235,15 @@ class LeadLag:
         return low > 0 or high < 0
 
 
-def lead_lag(x: ArrayLike, y: ArrayLike, *, max_lag: int | None = None) -> LeadLag | None:
+def lead_lag(x: ArrayLike, y: ArrayLike) -> LeadLag | None:
     """Return the lag at which two series agree best, None where the series are too short.
 
-    Give first differences: with a trend in both series every lag agrees.
+    Give first differences: with a trend in both series every lag agrees. Lags of up to a tenth of
+    the rows, and at most 10, are tried to either side.
 
     Args:
         x: Series [n], in order; rows without both values are dropped.
         y: Series [n].
-        max_lag: The largest lag tried, to either side; a tenth of the rows, at most 10, by
-            default.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -263,8 +253,7 @@ def lead_lag(x: ArrayLike, y: ArrayLike, *, max_lag: int | None = None) -> LeadL
         (2, True)
     """
     x, y = finite_rows(x, y)
-    if max_lag is None:
-        max_lag = min(10, len(x) // 10)
+    max_lag = min(10, len(x) // 10)
     if len(x) - max_lag < MIN_BLOCK_POINTS or max_lag < 1:
         return None
     lags = range(-max_lag, max_lag + 1)
@@ -338,18 +327,18 @@ def _forgotten(persistence: float, length: int) -> float:
 
 
 @functools.lru_cache(maxsize=32)
-def _block_weights(num_points: int, length: int, resamples: int, seed: int) -> FloatArray:
-    """Return [resamples, n]: the share of each point in each sample of moving blocks."""
+def _block_weights(num_points: int, length: int) -> FloatArray:
+    """Return [499, n]: the share of each point in each sample of moving blocks."""
     num_blocks = -(-num_points // length)
-    rng = np.random.default_rng(seed)
-    starts = rng.integers(0, num_points - length + 1, size=(resamples, num_blocks))
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, num_points - length + 1, size=(_RESAMPLES, num_blocks))
     ends = starts + length
     ends[:, -1] = starts[:, -1] + num_points - (num_blocks - 1) * length  # n points in all
     width = num_points + 1
-    rows = np.arange(resamples)[:, None] * width
-    steps = np.bincount((rows + starts).ravel(), minlength=resamples * width)
-    steps = steps - np.bincount((rows + ends).ravel(), minlength=resamples * width)
-    counts = steps.reshape(resamples, width).cumsum(axis=1)[:, :num_points]
+    rows = np.arange(_RESAMPLES)[:, None] * width
+    steps = np.bincount((rows + starts).ravel(), minlength=_RESAMPLES * width)
+    steps = steps - np.bincount((rows + ends).ravel(), minlength=_RESAMPLES * width)
+    counts = steps.reshape(_RESAMPLES, width).cumsum(axis=1)[:, :num_points]
     return counts / num_points
 
 

@@ -18,7 +18,7 @@ from lightning_hessian.results.arguments import (
     real_number,
     significance_level,
 )
-from lightning_hessian.statistics.power_law import finite_values, fit_power_law
+from lightning_hessian.statistics.power_law import fit_power_law
 
 _MIN_POSITIVE_GAPS = 3
 
@@ -67,7 +67,7 @@ def eigengaps(
         >>> round(found.rank_slope, 2), found.num_zero
         (1.92, 0)
     """
-    values = finite_values(eigenvalues)
+    values = np.asarray(eigenvalues, dtype=np.float64).ravel()
     errors = _bounds(values, residuals)
     order = np.argsort(values)[::-1]
     gaps, allowed = -np.diff(values[order]), errors[order][:-1] + errors[order][1:]
@@ -155,7 +155,7 @@ def davis_kahan_bound(
         >>> davis_kahan_bound([10.0, 6.0, 5.0, 4.5], 0.25, complete=True).tolist()
         [0.125, 0.5, 1.0, 1.0]
     """
-    lambdas = finite_values(eigenvalues)
+    lambdas = np.asarray(eigenvalues, dtype=np.float64).ravel()
     gaps = -np.diff(lambdas)
     if np.any(gaps < 0):
         raise ValueError(

@@ -82,7 +82,8 @@ def row_tests(
             # Rows of one group draw together, by a generator of the group.
             group, place = divmod(number, step)
             part = block[start : start + step - place]
-            _check_finite(part)
+            if not np.isfinite(part).all():
+                raise ValueError("a row holds NaN or infinite values, whose rank is unknown.")
             distances.append(ks_distances(part, num_values))
             rng = np.random.default_rng([seed, group])
             columns = _distinct(rng, step, length, num_points)[place : place + len(part)]
@@ -177,8 +178,3 @@ def _check_counts(num_values: int, num_points: int) -> None:
             f"{num_points} points of a row were to be tested; the normal test needs at least "
             f"{MIN_POINTS}. Raise num_points, or bring longer rows."
         )
-
-
-def _check_finite(rows: NDArray[Any]) -> None:
-    if not np.isfinite(rows).all():
-        raise ValueError("a row holds NaN or infinite values, whose rank is unknown.")

@@ -7,6 +7,7 @@ and Adam beats SGD by far on the first alone (Zhang et al., NeurIPS 2024).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -60,28 +61,24 @@ def jensen_shannon_distances(probabilities: ArrayLike) -> FloatArray:
     return distances
 
 
-def heterogeneity(
-    densities: Sequence[SpectralDensity], *, unit: float | None = None, width: float = _WIDTH
-) -> FloatArray:
+def heterogeneity(densities: Sequence[SpectralDensity]) -> FloatArray:
     """Return the Jensen-Shannon distance between the spectral densities of every two blocks.
 
     Eigenvalues of blocks differ by orders of magnitude, and on a linear axis most of them would
     be one peak at zero. So the densities are compared over t = asinh(lambda / unit), which is
-    linear below ``unit`` and logarithmic, with both signs, above; there each node is broadened to
-    a Gaussian. Measured in the unit of its own eigenvalues, the result does not change when the
+    linear below the unit and logarithmic, with both signs, above; there each node is broadened to
+    a Gaussian of width 1, a factor of e. The unit, below which eigenvalues count as zero, is 1e-2
+    of the median over blocks of the largest absolute node. So the result does not change when the
     loss is multiplied by a number.
 
     Args:
         densities: B of them.
-        unit: Eigenvalues far below it count as zero; by default 1e-2 of the median over blocks
-            of the largest absolute node.
-        width: Standard deviation of the Gaussian in t; above ``unit``, 1 is a factor of e.
 
     Returns:
         float64 [B, B] between 0 and 1, symmetric with zeros on the diagonal.
 
     Raises:
-        ValueError: No densities, or a unit or width that is not positive.
+        ValueError: No densities.
 
     Source: HBS, implication I; Zhang et al., NeurIPS 2024, figure 4.
 
@@ -94,50 +91,31 @@ def heterogeneity(
                [0.  , 0.  , 0.69],
                [0.69, 0.69, 0.  ]])
     """
-    return jensen_shannon_distances(transformed_densities(densities, unit=unit, width=width)[1])
+    return jensen_shannon_distances(transformed_densities(densities)[1])
 
 
 def transformed_densities(
-    densities: Sequence[SpectralDensity], *, unit: float | None = None, width: float = _WIDTH
+    densities: Sequence[SpectralDensity],
 ) -> tuple[FloatArray, FloatArray, float]:
     """Return the densities over t = asinh(lambda / unit) on one grid, as `heterogeneity` does.
-
-    Args:
-        densities: B of them.
-        unit: As in `heterogeneity`.
-        width: As in `heterogeneity`.
 
     Returns:
         The grid of t, float64 [G]; the densities, float64 [B, G]; and the unit.
 
     Raises:
-        ValueError: No densities, or a unit or width that is not positive.
+        ValueError: No densities.
     """
     if not densities:
         raise ValueError("There is no density to compare.")
-    if unit is None:
-        unit = default_unit(densities)
-    if not (unit > 0 and width > 0):
-        raise ValueError(f"unit={unit}, width={width}; both must be positive.")
-    transformed = [np.arcsinh(density.nodes / unit) for density in densities]
-    low = min(float(nodes.min()) for nodes in transformed) - 4 * width
-    high = max(float(nodes.max()) for nodes in transformed) + 4 * width
-    grid = np.linspace(low, high, 1 + int(np.ceil((high - low) / width * _POINTS_PER_WIDTH)))
-    rows = [
-        SpectralDensity(nodes, d.weights, d.size, d.num_products, d.exact).on_grid(grid, width)
-        for nodes, d in zip(transformed, densities, strict=True)
-    ]
-    return grid, np.stack(rows), unit
-
-
-def default_unit(densities: Sequence[SpectralDensity]) -> float:
-    """Return 1e-2 of the median over blocks of the largest absolute node; 1 where all are 0.
-
-    Example:
-        >>> import numpy as np
-        >>> default_unit([SpectralDensity(np.array([-5.0, 2.0]), np.array([0.5, 0.5]), 2, 2, True)])
-        0.05
-    """
     largest = [float(np.abs(density.nodes).max()) for density in densities]
     positive = [size for size in largest if size > 0]
-    return _LINEAR_SHARE * float(np.median(positive)) if positive else 1.0
+    unit = _LINEAR_SHARE * float(np.median(positive)) if positive else 1.0
+    transformed = [np.arcsinh(density.nodes / unit) for density in densities]
+    low = min(float(nodes.min()) for nodes in transformed) - 4 * _WIDTH
+    high = max(float(nodes.max()) for nodes in transformed) + 4 * _WIDTH
+    grid = np.linspace(low, high, 1 + int(np.ceil((high - low) / _WIDTH * _POINTS_PER_WIDTH)))
+    rows = [
+        replace(density, nodes=nodes).on_grid(grid, _WIDTH)
+        for nodes, density in zip(transformed, densities, strict=True)
+    ]
+    return grid, np.stack(rows), unit

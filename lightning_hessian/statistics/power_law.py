@@ -273,29 +273,9 @@ def optimal_cutoff(
     return fit_power_law(descending, int(best), significance=significance)
 
 
-def finite_values(values: ArrayLike) -> FloatArray:
-    """Return the values as one float64 vector, in their order.
-
-    Raises:
-        ValueError: A value is NaN or infinite.
-
-    Example:
-        >>> finite_values([[1, 2], [3, 4]])
-        array([1., 2., 3., 4.])
-    """
-    flat = np.asarray(values, dtype=np.float64).ravel()
-    num_bad = int(np.count_nonzero(~np.isfinite(flat)))
-    if num_bad:
-        raise ValueError(
-            f"{num_bad} of the {len(flat)} values are NaN or infinite, so their rank is unknown; "
-            "leave them out, or mend what made them."
-        )
-    return flat
-
-
 def _largest_positive(values: ArrayLike, k: SupportsIndex | None = None) -> FloatArray:
-    """Return the k largest positive values (all of them for None), descending, checked."""
-    flat = finite_values(values)
+    """Return the k largest positive values (all of them for None), descending."""
+    flat = np.asarray(values, dtype=np.float64).ravel()
     descending = np.sort(flat[flat > 0])[::-1]
     num_positive = len(descending)
     if num_positive == 0:

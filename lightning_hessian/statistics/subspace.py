@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_hessian.results import FloatArray, array_arguments
+from lightning_hessian.results import FloatArray
 from lightning_hessian.results.arguments import checked, significance_level
-from lightning_hessian.results.array_arguments import real_values
-from lightning_hessian.statistics.power_law import finite_values
+from lightning_hessian.results.array_arguments import finite_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +34,9 @@ class Proportionality:
 
 
 _RULES = {
-    "first": real_values,
-    "second": real_values,
-    "eigenvalues": array_arguments.finite_values,
+    "first": finite_values,
+    "second": finite_values,
+    "eigenvalues": finite_values,
     "significance": significance_level,
 }
 
@@ -169,9 +168,7 @@ def num_outliers(eigenvalues: ArrayLike, *, significance: float = 0.05) -> int:
         >>> num_outliers(bulk), num_outliers([90.0, 80.0, 70.0, *bulk])
         (0, 3)
     """
-    if not 0.0 < significance < 1.0:
-        raise ValueError(f"significance={significance} is not strictly between 0 and 1.")
-    values = np.sort(finite_values(eigenvalues))[::-1]
+    values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())[::-1]
     values = values[values > 0]
     if len(values) < 4:
         raise ValueError(
@@ -193,7 +190,7 @@ def num_outliers(eigenvalues: ArrayLike, *, significance: float = 0.05) -> int:
 
 
 def _rows(first: ArrayLike, second: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Return two sets of vectors as float64 rows, checked."""
+    """Return two sets of vectors as float64 rows of equal length."""
     one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or not one.shape[1]:
         raise ValueError(
@@ -202,13 +199,11 @@ def _rows(first: ArrayLike, second: ArrayLike) -> tuple[FloatArray, FloatArray]:
         )
     if not len(one) or not len(other):
         raise ValueError("a set of vectors is empty; ask for eigenvectors.")
-    for rows in (one, other):
-        finite_values(rows)
     return one, other
 
 
 def _descending(eigenvalues: ArrayLike) -> FloatArray:
-    values = finite_values(eigenvalues)
+    values = np.asarray(eigenvalues, dtype=np.float64).ravel()
     if np.any(np.diff(values) > 0):
         raise ValueError("the eigenvalues are not in descending order, so they have no rank; sort.")
     return values

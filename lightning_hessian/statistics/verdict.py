@@ -96,11 +96,9 @@ Pair = tuple[str, str, Movement]
 
 
 def movement(x: ArrayLike, y: ArrayLike) -> Movement:
-    """Return how two series of one run move, not yet corrected for other pairs.
+    """Return how two series [n] of one run move, not yet corrected for other pairs.
 
-    Args:
-        x: Series [n], in the order of training; rows without both values are dropped.
-        y: Series [n].
+    They are in the order of training; rows without both values are dropped.
     """
     first, second = finite_rows(x, y)
     found = pearson(first, second)
@@ -160,10 +158,7 @@ def answer(
 ) -> str:
     """Return what a run says of all its pairs, in one sentence.
 
-    Args:
-        pairs: Statistic, monitor and movement of each.
-        name: What marks a key as such.
-        stress: What makes words stand out.
+    ``name`` marks a key as such, and ``stress`` makes words stand out.
     """
     shown = [pair for pair in ranked(pairs) if verdict(pair[2]).is_shown]
     if shown:

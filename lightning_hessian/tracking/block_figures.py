@@ -109,14 +109,13 @@ def entries_image(blocks: BlockStructure, *, title: str | None = None) -> Figure
     return figure
 
 
-def density_plot(blocks: BlockStructure, *, width: float = 1.0, title: str | None = None) -> Figure:
+def density_plot(blocks: BlockStructure, *, title: str | None = None) -> Figure:
     """Return the spectral densities of the diagonal blocks, over asinh(lambda / unit).
 
     They are drawn as they are compared: see `statistics.heterogeneity.heterogeneity`.
 
     Args:
         blocks: What was measured, with densities; the first 10 blocks are drawn.
-        width: Standard deviation of the kernel.
         title: Of the figure.
 
     Raises:
@@ -125,7 +124,7 @@ def density_plot(blocks: BlockStructure, *, width: float = 1.0, title: str | Non
     if blocks.densities is None:
         raise ValueError("No densities were measured; call block_structure(..., densities=True).")
     figure, axes = new_figure(6.4, 4.0)
-    draw_densities(axes, dict(zip(blocks.names, blocks.densities, strict=True)), width=width)
+    draw_densities(axes, dict(zip(blocks.names, blocks.densities, strict=True)))
     axes.set_title(title or "", fontsize="medium")
     return figure
 

@@ -13,10 +13,9 @@ from typing import Any
 
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import checked, monitor_names, nonempty_text
-from lightning_hessian.tracking.gradient_scalars import CORRELATED as GRADIENT_CORRELATED
 from lightning_hessian.tracking.history import key_part
 from lightning_hessian.tracking.loggers import STEP
-from lightning_hessian.tracking.scalars import CORRELATED
+from lightning_hessian.tracking.scalars import CORRELATED, GRADIENT_CORRELATED
 
 NAME = "Hessian spectra"
 
@@ -67,11 +66,7 @@ Panel = Lines | Runs | Figures
 
 
 def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[Panel, ...]]:
-    """Return the panels of each section, in order.
-
-    Args:
-        monitors: The monitored metrics, as they are logged.
-    """
+    """Return the panels of each section, in order, for metrics by their logged names."""
     return {
         "Generalization": tuple(p for name in monitors for p in _generalization(name)),
         "Sharpness": (
@@ -229,11 +224,7 @@ def build_workspace(
 
 
 def workspace_json(workspace: Any) -> dict[str, Any]:
-    """Return a workspace as the JSON that would be sent to W&B.
-
-    Args:
-        workspace: That of `build_workspace`.
-    """
+    """Return a workspace of `build_workspace` as the JSON that would be sent to W&B."""
     spec = workspace._to_model().spec
     found: dict[str, Any] = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))
     return found

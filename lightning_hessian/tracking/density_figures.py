@@ -58,17 +58,9 @@ def spectral_density_plot(
     return figure
 
 
-def draw_densities(
-    axes: Axes, densities: Mapping[str, SpectralDensity], *, width: float = 1.0
-) -> None:
-    """Draw densities over asinh(lambda / unit), as `heterogeneity` compares them.
-
-    Args:
-        axes: Where.
-        densities: By name; the first ten are drawn.
-        width: Standard deviation of the kernel.
-    """
-    grid, rows, unit = transformed_densities(list(densities.values()), width=width)
+def draw_densities(axes: Axes, densities: Mapping[str, SpectralDensity]) -> None:
+    """Draw the first ten densities over asinh(lambda / unit), as `heterogeneity` compares them."""
+    grid, rows, unit = transformed_densities(list(densities.values()))
     drawn = list(zip(densities, rows, strict=True))[:_MOST_DENSITIES]
     for i, (name, row) in enumerate(drawn):
         dashes = ("-", "--")[i // len(COLOURS) % 2]

@@ -46,12 +46,8 @@ def hessian_drawings(
 ) -> dict[str, Drawing]:
     """Return the figures that a measurement has enough for.
 
-    Args:
-        spectrum: The last one.
-        blocks: Its block structure, if there is one.
-        spectra: Step and eigenvalues of all measurements so far.
-        densities: Those of whole spectra, by name; beside them stand those of the blocks.
-        significance: Level of the verdicts.
+    ``spectra`` are step and eigenvalues of all measurements so far; ``densities`` are those of
+    whole spectra, by name, and beside them stand those of the blocks.
     """
     leading = spectrum.leading
     title = f"step {spectra[-1][0]}" if spectra else None
@@ -87,12 +83,7 @@ def hessian_drawings(
 def gradient_drawings(
     structure: GradientStructure, *, significance: float = 0.05
 ) -> dict[str, Drawing]:
-    """Return the figures of a gradient structure.
-
-    Args:
-        structure: The last one.
-        significance: Level of the verdicts.
-    """
+    """Return the figures of a gradient structure."""
     if not len(structure.leading):
         return {}
     return {"spectra": partial(spectra_plot, structure, significance=significance)}
@@ -101,13 +92,7 @@ def gradient_drawings(
 def correlation_drawings(
     rows: Sequence[Row], statistics: Sequence[str], monitors: Sequence[str]
 ) -> dict[str, Drawing]:
-    """Return a scatter plot for each monitored metric, once there are points for a correlation.
-
-    Args:
-        rows: The measurements so far.
-        statistics: Whose correlation is tracked.
-        monitors: The metrics.
-    """
+    """Return a scatter plot for each monitored metric, once there are points for a correlation."""
     return {
         f"scatter_{key_part(monitor)}": partial(
             scatter_plot, rows, statistics, monitor, monitors=monitors

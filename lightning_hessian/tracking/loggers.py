@@ -100,9 +100,6 @@ def own_folder(trainer: Any) -> Path:
 
     It is ``hessian_logs/version_<n>`` in the Trainer's ``default_root_dir``, with the first free
     number; the same one for all callbacks of a Trainer. Nothing is made here.
-
-    Args:
-        trainer: The Trainer.
     """
     if trainer not in _OWN_FOLDERS:
         parent = Path(trainer.default_root_dir) / "hessian_logs"

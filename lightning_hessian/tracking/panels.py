@@ -86,25 +86,16 @@ class Panels:
 
     def define(self, loggers: Iterable[Any], keys: Iterable[str]) -> None:
         """Tell the loggers that want to know of keys that are about to be logged first."""
-        for logger in loggers:
-            define = adapter(logger).define
+        for logger, define in _takers(loggers, "define"):
             new = [key for key in keys if (id(logger), key) not in self._defined]
-            if define is None or not new:
-                continue
-            self._try(f"defining the keys of {type(logger).__name__}", define, logger, new)
-            self._defined.update((id(logger), key) for key in new)
+            if new:
+                self._try(f"defining the keys of {type(logger).__name__}", define, logger, new)
+                self._defined.update((id(logger), key) for key in new)
 
     def add_identity(
         self, identity: str, log_step: int, loggers: Sequence[Any], folder: Path
     ) -> None:
-        """Tell the loggers, once, which fit this is, so that its records are known for one run.
-
-        Args:
-            identity: Of the fit.
-            log_step: The step to log with.
-            loggers: Those of the Trainer.
-            folder: Where files go that no logger has a folder for.
-        """
+        """Tell the loggers, once, which fit this is, so that its records are known for one run."""
         if self.every is None or identity == self._identity:
             return
         self._identity = identity
@@ -112,34 +103,22 @@ class Panels:
         with self._aside():
             self.define(loggers, [key])
             readable = [logger for logger in loggers if adapter(logger).readable_texts]
-            for logger in self._takers(readable, "text"):
-                text = adapter(logger).text
-                assert text is not None
-                what = f"logging the identity of the run to {type(logger).__name__}"
-                self._try(what, text, logger, key, identity, log_step)
             places = self._folders(loggers, "text", folder)
             places += [
                 Path(adapter(logger).folder(logger) or folder)
                 for logger in loggers
                 if not adapter(logger).readable_texts
             ]
-            for place in dict.fromkeys(places):
-                self._try(
-                    "writing the identity of the run", write_text, place, key, identity, log_step
-                )
+            what = "the identity of the run"
+            self._hand_text(what, key, identity, log_step, readable, dict.fromkeys(places))
 
     def add_spectrum(
         self, code: str, step: int, log_step: int, loggers: Sequence[Any], folder: Path | None
     ) -> None:
-        """Keep a spectrum, and hand it over.
+        """Keep a spectrum, the text of `encode_spectrum`, and hand it over.
 
-        Args:
-            code: Text of `encode_spectrum`.
-            step: Optimizer steps at the measurement; later spectra, of a run that was resumed from
-                before them, are forgotten.
-            log_step: The step to log with.
-            loggers: Those of the Trainer.
-            folder: Where files go that no logger has a folder for; None for nowhere.
+        Spectra of later steps, of a run that was resumed from before them, are forgotten. Files
+        that no logger has a folder for go to ``folder``, nowhere where it is None.
         """
         if self.every is None:
             return
@@ -152,43 +131,22 @@ class Panels:
         key = f"spectra/{self.prefix}"
         with self._aside():
             self.define(loggers, [key])
-            for logger in self._takers(loggers, "text"):
-                text = adapter(logger).text
-                assert text is not None
-                what = f"logging a spectrum to {type(logger).__name__}"
-                self._try(what, text, logger, key, code, log_step)
-            for place in self._folders(loggers, "text", folder):
-                self._try("writing a spectrum", write_text, place, key, code, log_step)
+            places = self._folders(loggers, "text", folder)
+            self._hand_text("a spectrum", key, code, log_step, loggers, places)
 
     def is_due(self, num_measurements: int, last: bool = False) -> bool:
-        """Return whether the last measurement is to be drawn now.
-
-        Args:
-            num_measurements: How many the run has made, those before a resume among them.
-            last: Whether training ends, so that a measurement not yet drawn is due.
-        """
+        """Return whether the last measurement is to be drawn now: always where training ends."""
         if self.every is None or self._undrawn is None:
             return False
         return last or (num_measurements - 1) % self.every == 0
 
     def draw(
-        self,
-        drawings: Drawings,
-        log_step: int,
-        loggers: Sequence[Any],
-        folder: Path | None,
+        self, drawings: Drawings, log_step: int, loggers: Sequence[Any], folder: Path | None
     ) -> None:
-        """Draw figures and hand them over.
-
-        Args:
-            drawings: The figures of the last measurement.
-            log_step: The step to log with.
-            loggers: Those of the Trainer.
-            folder: Where files go that no logger has a folder for; None for nowhere.
-        """
+        """Draw the figures of the last measurement and hand them over, as `add_spectrum` does."""
         if self._undrawn is None:
             return
-        takers = list(self._takers(loggers, "pictures"))
+        takers = _takers(loggers, "pictures")
         folders = self._folders(loggers, "pictures", folder)
         if not takers and not folders:
             return
@@ -199,8 +157,15 @@ class Panels:
                 key = f"figures/{self.prefix}_{name}"
                 picture = self._try(f"drawing {name}", _picture, key, drawing, step, bool(folders))
                 pictures += [] if picture is None else [picture]
-            if pictures:
-                self._show(pictures, log_step, takers, folders)
+            if not pictures:
+                return
+            self.define([logger for logger, _ in takers], [picture.key for picture in pictures])
+            for logger, hand_over in takers:
+                what = f"logging figures to {type(logger).__name__}"
+                self._try(what, hand_over, logger, pictures, log_step)
+            for place in folders:
+                for picture in pictures:
+                    self._try("writing figures", write_picture, place, picture)
 
     # Inside ----------------------------------------------------------------------------------
 
@@ -214,21 +179,22 @@ class Panels:
         finally:
             self.seconds += time.monotonic() - started
 
-    def _show(
-        self, pictures: list[Picture], log_step: int, takers: list[Any], folders: list[Path]
+    def _hand_text(
+        self,
+        what: str,
+        key: str,
+        value: str,
+        log_step: int,
+        loggers: Sequence[Any],
+        places: Iterable[Path],
     ) -> None:
-        self.define(takers, [picture.key for picture in pictures])
-        for logger in takers:
-            hand_over = adapter(logger).pictures
-            assert hand_over is not None
-            what = f"logging figures to {type(logger).__name__}"
-            self._try(what, hand_over, logger, pictures, log_step)
-        for place in folders:
-            for picture in pictures:
-                self._try("writing figures", write_picture, place, picture)
-
-    def _takers(self, loggers: Iterable[Any], what: str) -> Iterable[Any]:
-        return (logger for logger in loggers if getattr(adapter(logger), what) is not None)
+        """Give a text to the loggers that take texts, and write it to the places."""
+        for logger, take in _takers(loggers, "text"):
+            self._try(
+                f"logging {what} to {type(logger).__name__}", take, logger, key, value, log_step
+            )
+        for place in places:
+            self._try(f"writing {what}", write_text, place, key, value, log_step)
 
     def _folders(self, loggers: Sequence[Any], what: str, default: Path | None) -> list[Path]:
         """Return the folders, each once, of the loggers for whom files stand in."""
@@ -254,6 +220,12 @@ class Panels:
                     stacklevel=4,
                 )
             return None
+
+
+def _takers(loggers: Iterable[Any], what: str) -> list[tuple[Any, Callable[..., Any]]]:
+    """Return the loggers that take pictures, texts or definitions, each with what takes them."""
+    found = [(logger, getattr(adapter(logger), what)) for logger in loggers]
+    return [(logger, take) for logger, take in found if take is not None]
 
 
 def _thinned(codes: dict[int, str]) -> dict[int, str]:

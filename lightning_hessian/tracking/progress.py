@@ -100,9 +100,6 @@ class Progress:
         name: What the bar is of.
         unit: What it counts.
         expected: About how many products it will take; 0 where nothing is known.
-
-    Attributes:
-        visible: Whether a bar has appeared.
     """
 
     def __init__(
@@ -132,18 +129,8 @@ class Progress:
         """Whether a bar has appeared."""
         return self._bar is not None
 
-    @property
-    def seconds(self) -> float:
-        """Since the measurement began."""
-        return time.monotonic() - self._started
-
     def __call__(self, num_products: int, num_converged: int | None = None) -> None:
-        """Take in how far the measurement is.
-
-        Args:
-            num_products: Products so far.
-            num_converged: Eigenvalues known to have converged, None where none are looked for.
-        """
+        """Take in the products so far, and the eigenvalues that converged."""
         self._done = num_products
         if num_converged is not None:
             self._converged = num_converged
@@ -165,11 +152,7 @@ class Progress:
         self._name, self._wanted = name, wanted
 
     def close(self, line: str | None = None) -> None:
-        """Take the bar away, and print a line if it was there to see.
-
-        Args:
-            line: What came out.
-        """
+        """Take the bar away, and print a line if it was there to see."""
         bar, self._bar, self._make = self._bar, None, None
         if bar is None:
             return
@@ -206,12 +189,7 @@ _LINE = (
 
 
 def summary_line(prefix: str, step: int, scalars: Mapping[str, float]) -> str:
-    """Return what came out of a measurement, in one line.
-
-    Args:
-        prefix: Of the measurement.
-        step: Optimizer steps.
-        scalars: The statistics, by name; what is absent is left out.
+    """Return what came out of a measurement, in one line; statistics that lack are left out.
 
     Example:
         >>> summary_line("hessian", 30, {"lambda_1": 12.0, "d_ks": 0.05, "seconds": 2.0})

@@ -39,13 +39,7 @@ _PALETTE = 255  # colours of a PNG: one byte a pixel, a third of the size
 
 
 def new_figure(width: float = 6.4, height: float = 4.4, **subplots: Any) -> tuple[Figure, Any]:
-    """Return a figure that no global state knows, and its axes (one, or an array of them).
-
-    Args:
-        width: In inches.
-        height: In inches.
-        **subplots: Handed on to ``Figure.subplots``.
-    """
+    """Return a figure (in inches) that no global state knows, and what ``subplots`` makes of it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -74,12 +68,7 @@ def few_ticks(axes: Axes) -> None:
 
 
 def legend_below(figure: Figure, columns: int = 1) -> None:
-    """Put one legend for all axes below them, where it hides nothing.
-
-    Args:
-        figure: Whose.
-        columns: Of the legend.
-    """
+    """Put one legend for all axes below them, where it hides nothing."""
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 

@@ -10,8 +10,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from commands import trained
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support import trained
 from torch.func import functional_call
 
 from lightning_hessian import hessian_spectrum
@@ -20,7 +20,7 @@ from lightning_hessian.histories.load import load_runs
 from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.results import load_spectrum, save_spectrum
 
-NAMES = ["--module", "commands.trained:Net", "--data", "commands.trained:Data"]
+NAMES = ["--module", "support.trained:Net", "--data", "support.trained:Data"]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_what_is_done_is_not_done_again(run, tmp_path, capsys):
 def test_a_measurement_that_was_stopped_goes_on_where_it_was(run, tmp_path, capsys):
     def arguments(out: str) -> list[str]:
         return ["measure", str(run / "epoch=2.ckpt"), *NAMES, "--num-eigenvalues", "4", "--tol",
-                "1e-9", "--loss", "commands.trained:interrupted", "--hvp", "recompute",
+                "1e-9", "--loss", "support.trained:interrupted", "--hvp", "recompute",
                 "--trace-probes", "0", "--out", str(tmp_path / out)]  # fmt: skip
 
     assert main(arguments("whole")) == 0
@@ -134,7 +134,7 @@ def test_a_measurement_that_was_stopped_goes_on_where_it_was(run, tmp_path, caps
 
 def test_selection_loss_and_data_by_name(run, tmp_path):
     for data, extra in (
-        ("commands.trained:batches", []),
+        ("support.trained:batches", []),
         (str(Path(trained.__file__)) + ":batches", ["--parameters", "head.*"]),
     ):
         out = tmp_path / str(len(extra))
@@ -145,7 +145,7 @@ def test_selection_loss_and_data_by_name(run, tmp_path):
         expected = dense_eigenvalues(run / "epoch=1.ckpt", names)[:4]
         found = load_spectrum(out / "spectra" / "epoch=1.npz")
         np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-3)
-    named = ["--loss", "commands.trained:squared", "--num-eigenvalues", "1"]
+    named = ["--loss", "support.trained:squared", "--num-eigenvalues", "1"]
     code = main(["measure", str(run / "epoch=1.ckpt"), *NAMES, *named, "--out",
                  str(tmp_path / "loss")])  # fmt: skip
     assert code == 0
@@ -183,8 +183,8 @@ class Anything:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--module": "commands.trained:Nothing"}, "has no 'Nothing'; it defines"),
-        ({"--module": "commands.trained:not_a_module"}, "is no LightningModule"),
+        ({"--module": "support.trained:Nothing"}, "has no 'Nothing'; it defines"),
+        ({"--module": "support.trained:not_a_module"}, "is no LightningModule"),
         ({"--module": "no.such:Net"}, "There is no module 'no.such'"),
         ({"--module": "Net"}, "is not PKG:NAME"),
         ({"--module": "gone.py:Net"}, "There is no file gone.py"),
@@ -192,7 +192,7 @@ class Anything:
         ({"--data-arg": "count"}, "is not NAME=VALUE"),
         ({"--num-eigenvalues": "500"}, "Ask for 1 to 26"),
         ({"--module-arg": "width=7"}, "size mismatch"),
-        ({"--module-arg": "depth=7"}, "--module-arg depth: commands.trained:Net takes width"),
+        ({"--module-arg": "depth=7"}, "--module-arg depth: support.trained:Net takes width"),
         ({"--protocol": "quickly"}, "--protocol: 'quickly' cannot be used"),
     ],
 )

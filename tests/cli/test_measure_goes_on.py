@@ -13,12 +13,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from commands import trained
+from support import trained
 
 from lightning_hessian.cli.main import main
 from lightning_hessian.results import load_spectrum
 
-NAMES = ["--module", "commands.trained:Net", "--data", "commands.trained:Data"]
+NAMES = ["--module", "support.trained:Net", "--data", "support.trained:Data"]
 FEW = ["--num-eigenvalues", "2", "--trace-probes", "0"]
 
 

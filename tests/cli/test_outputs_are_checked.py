@@ -55,7 +55,7 @@ def test_a_place_that_cannot_be_written_to_is_found_first(
     arguments = {
         "report": ["report", str(runs), "--out", bad],
         "live": ["report", str(runs), "--live", "--once", "--out", bad],
-        "measure": ["measure", str(runs), "--module", "commands.trained:Net", "--out", bad],
+        "measure": ["measure", str(runs), "--module", "support.trained:Net", "--out", bad],
         "demo": ["demo", "--out", bad],
         "workspace": ["workspace", "a/b", "--spec", f"{bad}/view.json"],
     }[command]

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import trained
 from support.damage import KINDS, damaged, events, rezipped
 from support.report_runs import logged, recording, write_csv_run
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c

@@ -67,8 +67,8 @@ def test_the_page_holds_the_numbers_of_the_run(trained: Any, tmp_path: Path) -> 
         expected = stats.pearsonr(x, y)
         assert found["r"] == pytest.approx(expected[0], abs=1e-5)
         low, high = expected.confidence_interval()
-        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-4)
-        assert (found["n"], found["monitor"]) == (6, "val_loss")
+        assert (found["fisher_low"], found["fisher_high"]) == pytest.approx((low, high), abs=1e-4)
+        assert (found["num_points"], found["monitor"]) == (6, "val_loss")
     assert [spectrum["step"] for spectrum in data["spectra"]] == [1, 3, 5, 7, 9, 11]
     np.testing.assert_allclose(
         data["spectra"][-1]["values"], callback.last_spectrum.leading, rtol=1e-3

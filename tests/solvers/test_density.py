@@ -213,5 +213,3 @@ def test_zero_spectra_are_alike():
 def test_heterogeneity_is_checked():
     with pytest.raises(ValueError, match="no density"):
         heterogeneity([])
-    with pytest.raises(ValueError, match="must be positive"):
-        heterogeneity([spectrum([1.0])], width=0)

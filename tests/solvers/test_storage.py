@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.fft
@@ -20,6 +22,11 @@ from lightning_hessian.solvers.trace import trace
 
 N = 300
 SPECTRUM = np.arange(1, N + 1.0) ** -1.5 * np.where(np.arange(N) % 4 == 3, -0.3, 1.0)
+
+
+def operator_of(size: int, dtype: torch.dtype) -> SimpleNamespace:
+    """Return what a basis asks of an operator."""
+    return SimpleNamespace(shard=Shard.whole(size), dtype=dtype, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,10 +57,8 @@ def test_rows_elsewhere_are_orthogonalised_against_like_rows_at_hand(streamed, m
     monkeypatch.setitem(basis._BLOCK_BYTES, "cpu", 4 * 50 * 8)
     generator = torch.Generator().manual_seed(0)
     rows = torch.linalg.qr(torch.randn(50, 20, generator=generator, dtype=torch.float64))[0].T
-    room = KrylovBasis(
-        30, Shard.whole(50), dtype=torch.float64, device=torch.device("cpu"),
-        storage=BasisStorage(tier="disk" if streamed else "device"),
-    )  # fmt: skip
+    storage = BasisStorage(tier="disk" if streamed else "device")
+    room = KrylovBasis(30, operator_of(50, torch.float64), storage)
     room._at_hand = not streamed
     for i, row in enumerate(rows):
         room[i] = row
@@ -72,7 +77,7 @@ def test_rows_elsewhere_are_orthogonalised_against_like_rows_at_hand(streamed, m
 
 def test_a_vector_that_almost_lies_in_the_basis_is_made_orthogonal_to_working_precision():
     """Where one pass of Gram-Schmidt is not enough."""
-    room = KrylovBasis(30, Shard.whole(500), dtype=torch.float32, device=torch.device("cpu"))
+    room = KrylovBasis(30, operator_of(500, torch.float32))
     generator = torch.Generator().manual_seed(0)
     for i, row in enumerate(torch.linalg.qr(torch.randn(500, 30, generator=generator))[0].T):
         room[i] = row
@@ -151,7 +156,7 @@ class CosineOperator:
 
 
 def place(given: BasisStorage, wanted: int, least: int, n: int = 1000, dtype=torch.float32):
-    return placed(given, wanted, least, Shard.whole(n), dtype=dtype, device=torch.device("cpu"))
+    return placed(given, wanted, least, operator_of(n, dtype))
 
 
 @pytest.mark.parametrize("memory", [1e6, 1e7, 1e9])

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from lightning_hessian.operators.choose import hessian_operator
-from lightning_hessian.probe.objectives import objective_over
+from lightning_hessian.operators.sharded import hessian_operator
 from lightning_hessian.probe.parameters import ParameterSpace
+from lightning_hessian.probe.sharding.objective import objective_over
 
 ENGINES = ("auto", "autograd", "recompute", "finite_difference")
 NUM_PRODUCTS = 4

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lightning_hessian.operators.choose import hessian_operator
-from lightning_hessian.probe.objectives import objective_over
+from lightning_hessian.operators.sharded import hessian_operator
 from lightning_hessian.probe.parameters import ParameterSpace
+from lightning_hessian.probe.sharding.objective import objective_over
 
 ENGINES = {
     "shared batches": ("linearize", "autograd", "recompute", "finite_difference"),

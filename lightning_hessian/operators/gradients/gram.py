@@ -77,12 +77,12 @@ def _products(
     gradients: GradientRows,
     memory_budget: float,
     stop_now: Callable[[], bool],
-    agreed: Callable[[], AbstractContextManager[None]],
+    together: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
     """Return the inner products of this rank's slices, on and below the diagonal tiles."""
     total = gradients.num_gradients
     block, piece = _plan(gradients, memory_budget)
-    with agreed():
+    with together():
         gram = torch.zeros(total, total, dtype=torch.float64, device=accumulator(gradients.device))
     for start in range(0, total, block):
         stop = min(start + block, total)
@@ -90,12 +90,12 @@ def _products(
         cut = stop < min(start + block, total)
         if cut and start:
             return gram[:start, :start]
-        with agreed():
+        with together():
             _add_products(gram[start:stop, start:stop], held, held)
         for first in range(0, start, piece):
             last = min(first + piece, start)
             others = gradients.rows(first, last)
-            with agreed():
+            with together():
                 _add_products(gram[start:stop, first:last], held, others)
             del others
             if stop_now():
@@ -112,7 +112,7 @@ def _plan(gradients: GradientRows, memory_budget: float) -> tuple[int, int]:
         return gradients.num_gradients, gradients.num_gradients
     row, stride = bytes_of_row(gradients), gradients.stride
     piece = max(1, min(int(memory_budget / 8), _RECOMPUTED_BYTES) // (row * stride)) * stride
-    # Beside the held block and a piece: the slices converted to float64, and what is exchanged.
+    # Beside the held block and a piece: the slices converted to float64, and what all_to_all takes.
     pieces_at_once = 1 if stride == 1 else 3
     left = memory_budget - min(_CONVERTED_BYTES, memory_budget / 2)
     block = int(left // row) - pieces_at_once * piece

@@ -101,7 +101,7 @@ class GradientHistory:
         return torch.from_numpy(self.values[start:stop]).to(self.device)
 
     def precondition(self, scale: Tensor) -> None:
-        """Multiplies every gradient, in place, by ``scale`` [n_local], entry by entry."""
+        """Multiply every gradient, in place, by ``scale`` [n_local], entry by entry."""
         factors = scale.cpu().numpy()
         for row in self.values:
             row *= factors
@@ -119,7 +119,7 @@ class GradientHistory:
         for start in range(0, share, step):
             stop = min(start + step, share)
             wanted = [indices[i * share :][start:stop] for i in range(ranks.world)]
-            yield self.values[wanted[0]] if ranks.world == 1 else self._exchanged(wanted)
+            yield self.values[wanted[0]] if ranks.world == 1 else self._all_to_all(wanted)
 
     def by_parameter(self, chosen: NDArray[np.int64] | None = None) -> Iterator[NDArray[Any]]:
         """Yield G's rows in SG's sense, one parameter over the iterations, in blocks [b, T].
@@ -138,7 +138,7 @@ class GradientHistory:
             columns = slice(start, stop) if here is None else here[start:stop]
             yield np.ascontiguousarray(self.values[:, columns].T)
 
-    def _exchanged(self, wanted: list[NDArray[np.int64]]) -> NDArray[Any]:
+    def _all_to_all(self, wanted: list[NDArray[np.int64]]) -> NDArray[Any]:
         """Return this rank's of the whole gradients that each rank wants, [b, n]."""
         ranks = self.shard.ranks
         count = len(wanted[ranks.rank])

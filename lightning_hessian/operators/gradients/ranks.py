@@ -39,7 +39,7 @@ class DealtGradients:
         self.dtype, self.device = space.dtype, space.device
 
     def precondition(self, scale: Tensor) -> None:
-        """Multiplies every gradient from now on by ``scale`` [n_local], entry by entry."""
+        """Multiply every gradient from now on by ``scale`` [n_local], entry by entry."""
         self._scale = scale
 
     def rows(self, start: int, stop: int) -> Tensor:

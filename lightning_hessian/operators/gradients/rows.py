@@ -34,31 +34,23 @@ _LARGEST_CHUNK = 256
 
 
 class GradientRows(Protocol):
-    """T gradients of n numbers, computed or stored; of several ranks each holds a slice of all."""
+    """T gradients of n numbers, computed or stored; of several ranks each holds a slice of all.
 
-    @property
-    def num_gradients(self) -> int:
-        """T."""
+    Attributes:
+        num_gradients: T.
+        size: Number of parameters n.
+        shard: Which entries of a gradient this process holds; n_local of them, all n if alone.
+        stride: How many are made at a time; best asked for in multiples of it.
+        dtype: Precision of the gradients.
+        device: Where `rows` puts them.
+    """
 
-    @property
-    def size(self) -> int:
-        """Number of parameters n."""
-
-    @property
-    def shard(self) -> Shard:
-        """Which entries of a gradient this process holds; n_local of them, all n if alone."""
-
-    @property
-    def stride(self) -> int:
-        """How many are made at a time; best asked for in multiples of it."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the gradients."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where `rows` puts them."""
+    num_gradients: int
+    size: int
+    shard: Shard
+    stride: int
+    dtype: torch.dtype
+    device: torch.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return gradients ``start`` to ``stop - 1``, [stop - start, n_local], to be read only.
@@ -67,7 +59,7 @@ class GradientRows(Protocol):
         """
 
     def precondition(self, scale: Tensor) -> None:
-        """Multiplies every gradient from now on by ``scale`` [n_local], entry by entry."""
+        """Multiply every gradient from now on by ``scale`` [n_local], entry by entry."""
 
 
 class MiniBatchGradients:
@@ -104,7 +96,7 @@ class MiniBatchGradients:
         clip_norm: float | None = None,
         seed: int = 0,
     ) -> None:
-        self._minibatches, self._space, self._clip_norm = minibatches, space, clip_norm
+        self._minibatches, self._clip_norm = minibatches, clip_norm
         self._objective = Objective(module, loss_fn, [minibatches[0]], space, mode=mode, seed=seed)
         self._scale: Tensor | None = None
         self.num_gradients, self.size = len(minibatches), space.size
@@ -121,7 +113,7 @@ class MiniBatchGradients:
         return self._objective.isolated()
 
     def precondition(self, scale: Tensor) -> None:
-        """Multiplies every gradient from now on by ``scale`` [n], entry by entry."""
+        """Multiply every gradient from now on by ``scale`` [n], entry by entry."""
         self._scale = scale
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -152,7 +144,7 @@ class MiniBatchGradients:
         return rows
 
     def _chunk(self) -> int:
-        bytes_each = self.size * torch.empty((), dtype=self.dtype).element_size()
+        bytes_each = self.size * self.dtype.itemsize
         return max(1, min(_LARGEST_CHUNK, _PER_SAMPLE_BYTES // bytes_each))
 
     def _fill(self, row: Tensor, index: int) -> None:
@@ -174,13 +166,9 @@ class MiniBatchGradients:
         self.losses[index] = float(loss.detach())
 
     def _fill_per_sample(self, rows: Tensor, start: int, stop: int) -> None:
-        """Write the gradients of single samples into ``rows``, or turns to autograd for good.
-
-        The first one of all is compared with autograd's: what vmap cannot do, or does otherwise,
-        is not taken from it.
-        """
+        """Write the gradients of single samples into ``rows``, or turn to autograd for good."""
         reference = None
-        if not self._checked:
+        if not self._checked:  # what vmap does otherwise than autograd is not taken from it
             reference = torch.empty_like(rows[0])
             self._fill(reference, start)
         try:
@@ -225,9 +213,8 @@ class MiniBatchGradients:
             index = start + int((~finite).nonzero()[0])
             raise MeasurementError(
                 f"The gradient of mini-batch {self._minibatches.numbers[index]} is NaN or infinite "
-                f"(its loss is "
-                f"{self.losses[index]:g}). The run may have diverged (lower the learning rate), or "
-                "the batch holds NaN."
+                f"(its loss is {self.losses[index]:g}). The run may have diverged (lower the "
+                "learning rate), or the batch holds NaN."
             )
 
 
@@ -247,9 +234,7 @@ def adam_preconditioner(gradients: GradientRows, *, eps: float = 1e-8) -> Tensor
     )
     for start, stop in pieces(gradients):
         rows = gradients.rows(start, stop)
-        for (
-            row
-        ) in rows:  # one at a time: the squares in float64 of a whole piece take twice its memory
+        for row in rows:  # the float64 squares of a whole piece would take twice its memory
             total += row.to(total).square()
     mean = total.div_(gradients.num_gradients)
     return mean.sqrt_().add_(eps).reciprocal_().to(gradients.device, gradients.dtype)
@@ -268,8 +253,7 @@ def pieces(gradients: GradientRows, piece_bytes: float = _PIECE_BYTES) -> Iterat
 
 def bytes_of_row(gradients: GradientRows) -> int:
     """Return how many bytes of one gradient a rank holds at most."""
-    length = gradients.shard.ranks.share_of(gradients.size)
-    return length * torch.empty((), dtype=gradients.dtype).element_size()
+    return gradients.shard.ranks.share_of(gradients.size) * gradients.dtype.itemsize
 
 
 def accumulator(device: torch.device) -> torch.device:

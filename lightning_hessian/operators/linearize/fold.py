@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_hessian.operators.linearize.graph import BY_RULE, LinearGraph
+from lightning_hessian.operators.linearize.graph import BY_RULE, LinearGraph, graph_module
 
 aten = torch.ops.aten
 
@@ -124,7 +124,7 @@ def fold_restricted(
     graph.output([outputs[i] for i in which])  # type: ignore[index]
     _take_apart(graph)
     graph.eliminate_dead_code()
-    return fold(fx.GraphModule(root, graph), [torch.zeros_like(point[i]) for i in which])
+    return fold(graph_module(root, graph), [torch.zeros_like(point[i]) for i in which])
 
 
 def _take_apart(graph: fx.Graph) -> None:
@@ -152,11 +152,11 @@ def batchable(product: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(product.graph, {}))
     for node in graph.nodes:
         node.target = _ELSEWHERE.get(node.target, node.target)
-    return fx.GraphModule(product, graph)
+    return graph_module(product, graph)
 
 
 def _is_spare(node: Any) -> bool:
-    """Whether a tensor may be written over by its only reader."""
+    """Return whether a tensor may be written over by its only reader."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
         return False
     if node.target in _VIEWS or node.target in _WRITING:
@@ -168,7 +168,7 @@ def _is_spare(node: Any) -> bool:
 
 
 def _drop_zero(graph: LinearGraph, node: fx.Node) -> None:
-    """Leaves out the adding of zeros."""
+    """Leave out the adding of zeros."""
     if node.target not in (aten.add.Tensor, aten.sub.Tensor) or not graph.is_settled(node):
         return
     first, second = node.args

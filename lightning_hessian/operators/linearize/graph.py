@@ -7,6 +7,7 @@ the larger part, the gradient itself, is the same in every product.
 from __future__ import annotations
 
 import itertools
+import linecache
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -41,6 +42,23 @@ class _Kind(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+
+def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph that can be called, without a copy of its source text that outlives it.
+
+    torch.fx writes a graph as Python code, and keeps the text for tracebacks until the process
+    ends: 0.2 MB for each measurement of a small attention layer (torch 2.13).
+
+    Args:
+        root: Holds the constants of the graph.
+        graph: What to run.
+    """
+    module = fx.GraphModule(root, graph)
+    name = type(module).forward.__code__.co_filename
+    fx.graph_module._loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
+    return module
 
 
 class LinearGraph:
@@ -118,7 +136,7 @@ class LinearGraph:
         self._written.update(self._owners.get(target, target) for target in _targets(node))
 
     def is_settled(self, *nodes: Any) -> bool:
-        """Whether the traced code never writes to any of these, so that order does not matter."""
+        """Return whether the traced code never writes to any of these: order does not matter."""
         found = (self._owners.get(node, node) for node in nodes if isinstance(node, fx.Node))
         return self._written.isdisjoint(found)
 
@@ -135,28 +153,21 @@ class LinearGraph:
             self.kinds[node] = kind
         return self._nodes[key]
 
-    def put(self, node: fx.Node, target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
-        """Put an operation before a node; its result is of the same kind as another."""
-        with self.graph.inserting_before(node):
-            new = self.graph.call_function(target, arguments)
-        self.kinds[new] = self.kinds[like]
-        return new
-
-    def replace(self, node: fx.Node, target: Any, *arguments: Any, **keywords: Any) -> fx.Node:
+    def replace(self, node: fx.Node, target: Any, *arguments: Any, **keywords: Any) -> None:
         """Put another operation, with the same kind of result, in the place of a node."""
-        new = self.put(node, target, *arguments, like=node)
-        new.kwargs = keywords
+        with self.graph.inserting_before(node):
+            new = self.graph.call_function(target, arguments, keywords)
+        self.kinds[new] = self.kinds[node]
         new.meta[BY_RULE] = True
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
-        return new
 
     def is_zero(self, node: Any) -> bool:
-        """Whether a node is a constant full of zeros."""
+        """Return whether a node is a constant full of zeros."""
         return node in self.constants and not bool(self.constants[node].any())
 
     def alike(self, *nodes: Any) -> bool:
-        """Whether all are tensors of the same shape, strides and precision."""
+        """Return whether all are tensors of the same shape, strides and precision."""
         kinds = [self.kinds.get(node) if isinstance(node, fx.Node) else None for node in nodes]
         return None not in kinds and all(kind == kinds[0] for kind in kinds)
 
@@ -181,7 +192,7 @@ class LinearGraph:
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 root.register_buffer(node.target, self.constants[node])
-        return fx.GraphModule(root, self.graph)
+        return graph_module(root, self.graph)
 
 
 class _Memory:
@@ -211,7 +222,7 @@ class _Memory:
                 self._writes_left[owner] = self._writes_left.get(owner, 0) + 1
 
     def changes(self, node: fx.Node) -> bool:
-        """Whether the memory of a node is still to be written to."""
+        """Return whether the memory of a node is still to be written to."""
         return self._writes_left.get(self._roots[node], 0) > 0
 
     def written_by(self, node: fx.Node) -> list[fx.Node]:
@@ -232,7 +243,7 @@ def _roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def _copy_first(graph: fx.Graph, node: fx.Node) -> None:
-    """Lets all readers of a node, and what writes to it, have a copy of it."""
+    """Let all readers of a node, and what writes to it, have a copy of it."""
     with graph.inserting_after(node):
         copied = graph.call_function(aten.clone.default, (node,))
     node.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
@@ -284,7 +295,7 @@ def _arguments(node: fx.Node, wanted: Callable[[Any], bool]) -> list[fx.Node]:
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Whether an operation draws random numbers, or does more than compute and write a result."""
+    """Return whether an operation draws random numbers, or does more than return a result."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.is_impure()
     random = torch.Tag.nondeterministic_seeded in node.target.tags
@@ -297,5 +308,5 @@ def _kind(tensor: Tensor) -> _Kind:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether an operation writes to one of its arguments."""
+    """Return whether an operation writes to one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-aten = torch.ops.aten
+from lightning_hessian.operators.linearize.graph import graph_module
 
-_DEVICE_GUARDS = (torch.ops.prim.device.default,)
+aten = torch.ops.aten
 
 
 def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -39,23 +39,17 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     with recorder:
         outputs = function(*given)
     recorder.graph.output([recorder.node_of(output) for output in outputs])
-    return fx.GraphModule(recorder.root, recorder.graph)
+    return graph_module(recorder.root, recorder.graph)
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down each operation.
-
-    Attributes:
-        graph: The graph so far.
-        root: Holds the tensors that come from outside.
-        nodes: By tensor, what made it, or wrote to it last.
-    """
+    """Writes down each operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
-        self.root = nn.Module()
-        self.nodes: Any = WeakIdKeyDictionary()
+        self.root = nn.Module()  # holds the tensors that come from outside
+        self.nodes: Any = WeakIdKeyDictionary()  # by tensor, what made it, or wrote to it last
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor; for one from outside a new one."""
@@ -71,7 +65,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         """Run an operation, and write it down."""
         kwargs = kwargs or {}
-        if func in _DEVICE_GUARDS:
+        if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         if func is aten._efficientzerotensor.default:
             kwargs.pop("pin_memory", None)

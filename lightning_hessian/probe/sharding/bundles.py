@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +54,8 @@ class FlatShards:
 
 
 @dataclass(eq=False)
-class Bundle(ABC):
-    """Parameters that one collective makes whole.
+class Bundle:
+    """Parameters that one collective makes whole: here one, a distributed tensor (FSDP2).
 
     Attributes:
         unit: The module in whose forward they are whole.
@@ -67,7 +66,7 @@ class Bundle(ABC):
 
     unit: nn.Module
     mesh: DeviceMesh
-    members: list[nn.Parameter] = field(default_factory=list)
+    members: list[Any] = field(default_factory=list)
     places: list[list[Place]] = field(default_factory=list)
 
     @property
@@ -81,55 +80,29 @@ class Bundle(ABC):
             for part, attribute in places:
                 part._parameters[attribute] = tensor  # type: ignore[assignment]
 
-    @abstractmethod
     def joined(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return this rank's shard, from what it holds of each member."""
-
-    @abstractmethod
-    def distributed(self, shard: Tensor) -> DTensor:
-        """Return the whole as the ranks hold it."""
-
-    @abstractmethod
-    def parts(self, whole: Tensor) -> list[Tensor]:
-        """Return the members, views of the whole."""
-
-    @abstractmethod
-    def outside(self, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return what stands in the members' places while they are not whole."""
-
-
-class SingleBundle(Bundle):
-    """A parameter that is a distributed tensor (FSDP2)."""
-
-    members: list[DTensor]  # type: ignore[assignment]
-
-    def joined(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Return the parameter's shard."""
         return leaves[0]
 
     def distributed(self, shard: Tensor) -> DTensor:
-        """Return the parameter with another shard."""
+        """Return the whole as the ranks hold it."""
         from torch.distributed.tensor import DTensor
 
         (member,) = self.members
-        return DTensor.from_local(
-            shard, self.mesh, member.placements, run_check=False,
-            shape=member.shape, stride=member.stride(),
-        )  # fmt: skip
+        whole = {"shape": member.shape, "stride": member.stride()}
+        return DTensor.from_local(shard, self.mesh, member.placements, run_check=False, **whole)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
-        """Return the whole parameter."""
+        """Return the members, views of the whole."""
         return [whole]
 
-    def outside(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Return the distributed tensor."""
+    def outside(self, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return what stands in the members' places while they are not whole."""
         return [self.distributed(leaves[0])]
 
 
 class FlatBundle(Bundle):
     """The parameters that lie in a flat one (FSDP1)."""
-
-    members: list[Piece]  # type: ignore[assignment]
 
     def joined(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return the shard of the flat parameter, with zeros where no parameter lies."""
@@ -177,7 +150,7 @@ def bundles_of(module: nn.Module) -> list[Bundle]:
                 bundle = bundles.setdefault(flat, FlatBundle(flat.unit, flat.mesh))
             elif is_distributed_tensor(parameter):
                 unit = units.get(part, part)
-                bundle = bundles.setdefault(parameter, SingleBundle(unit, parameter.device_mesh))
+                bundle = bundles.setdefault(parameter, Bundle(unit, parameter.device_mesh))
             else:
                 continue
             if parameter not in numbers:

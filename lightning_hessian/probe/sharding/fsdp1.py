@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_hessian.isolation.held import entries_kept
 from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.probe.sharding.bundles import FlatShards, Piece
 from lightning_hessian.probe.sharding.kinds import is_wrapper
-from lightning_hessian.probe.sharding.tensor_parallel import untied_from_tensors
+from lightning_hessian.probe.sharding.tensor_parallel import without_tensor_parallelism
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -27,8 +28,8 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
     all parameters are gathered, where that takes no more than half of the memory that is free on
     every rank. Elsewhere each parameter is the `Piece` of it that this rank holds, which
     `ShardedObjective` makes whole unit by unit. Afterwards all is as before; what was gathered is
-    dropped, not written back. Modules under tensor parallelism: see `untied_from_tensors`. Others
-    pass through untouched.
+    dropped, not written back. Modules under tensor parallelism: see `without_tensor_parallelism`.
+    Others pass through untouched.
 
     Args:
         module: The root: all ranks enter the block together.
@@ -41,7 +42,7 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
     """
     wrappers = [part for part in module.modules() if is_wrapper(part)]
     if not wrappers:
-        with untied_from_tensors(module):
+        with without_tensor_parallelism(module):
             yield module
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -60,23 +61,17 @@ def whole(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _unwrapped(module: nn.Module) -> Iterator[None]:
     """Open a block in which what is wrapped stands in the places of the wrappers below the root."""
-    places = [
-        (parent, name, part)
-        for parent in module.modules()
-        for name, part in parent._modules.items()
-        if is_wrapper(part)
-    ]
-    try:
-        for parent, name, part in places:
-            parent._modules[name] = part.module
+    parents = list(module.modules())
+    with entries_kept(parent._modules for parent in parents):
+        for parent in parents:
+            for name, part in parent._modules.items():
+                if is_wrapper(part):
+                    parent._modules[name] = part.module
         yield
-    finally:
-        for parent, name, part in places:
-            parent._modules[name] = part
 
 
 def _fits(wrappers: list[FullyShardedDataParallel]) -> bool:
-    """Whether the whole parameters fit half of the free memory of every rank."""
+    """Return whether the whole parameters fit half of the free memory of every rank."""
     flat = [wrapper._flat_param for wrapper in wrappers if wrapper._flat_param is not None]
     if not flat:
         return True
@@ -88,27 +83,16 @@ def _fits(wrappers: list[FullyShardedDataParallel]) -> bool:
 @contextmanager
 def _in_pieces(wrappers: list[FullyShardedDataParallel]) -> Iterator[None]:
     """Open a block in which the parameters of the wrapped modules are the pieces held here."""
-    saved: list[tuple[nn.Module, dict[str, Any]]] = []
-    hidden: list[tuple[nn.Module, str, Any]] = []
-    try:
+    wrappers = [wrapper for wrapper in wrappers if wrapper._handle is not None]  # with parameters
+    pieces = {k: v for w in wrappers for k, v in _pieces(w.module, w._handle).items()}
+    parts = {*(wrapper.module for wrapper in wrappers), *(part for part, _ in pieces)}
+    with entries_kept(held for part in parts for held in (part._parameters, vars(part))):
         for wrapper in wrappers:
-            if wrapper._handle is None:  # it wraps no parameter of its own
-                continue
-            pieces = _pieces(wrapper.module, wrapper._handle)
-            for part in {wrapper.module, *(part for part, _ in pieces)}:
-                saved.append((part, dict(part._parameters)))
             wrapper.module._parameters.pop("_flat_param", None)
-            for (part, name), piece in pieces.items():
-                if name in vars(part):  # a view of what was whole in the last forward
-                    hidden.append((part, name, vars(part).pop(name)))
-                part._parameters[name] = piece
+        for (part, name), piece in pieces.items():
+            vars(part).pop(name, None)  # a view of what was whole in the last forward
+            part._parameters[name] = piece
         yield
-    finally:
-        for part, parameters in reversed(saved):
-            part._parameters.clear()
-            part._parameters.update(parameters)
-        for part, name, value in hidden:
-            vars(part)[name] = value
 
 
 def _pieces(unit: nn.Module, handle: Any) -> dict[tuple[nn.Module, str], Piece]:

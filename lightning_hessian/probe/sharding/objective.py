@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_hessian.isolation.held import without_hooks
 from lightning_hessian.linear.ranks import Ranks
-from lightning_hessian.probe.objective import LossFunction, Mode, Objective, checked_loss
+from lightning_hessian.probe.objective import LossFunction, Objective, checked_loss
 from lightning_hessian.probe.parameters import ParameterSpace, local, upcast
 from lightning_hessian.probe.sharding.bundles import Piece, bundles_of
 from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_fully_sharded
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
@@ -76,10 +78,8 @@ class ShardedObjective(Objective):
         loss_fn: As in `Objective`.
         batches: All batches, the same on every rank.
         space: The parameters to differentiate by.
-        batch_weight: As in `Objective`.
-        mode: ``"eval"`` or ``"train"``.
-        seed: Of the draws of random layers.
         ranks: Those of the shards.
+        **options: Further arguments of `Objective`.
 
     Raises:
         ValueError: As in `Objective`, or a selected parameter that is not sharded.
@@ -93,18 +93,13 @@ class ShardedObjective(Objective):
         space: ParameterSpace,
         *,
         ranks: Ranks,
-        batch_weight: Callable[[Any], float] | None = None,
-        mode: Mode = "eval",
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         whole = list(batches)
         # A rank without a batch of its own goes along with one that does not count.
         rounds = ranks.share_of(len(whole))
         spare = whole[:1] * (rounds * ranks.world - len(whole))
-        super().__init__(
-            module, loss_fn, whole + spare, space, batch_weight=batch_weight, mode=mode,
-            seed=seed, ranks=ranks,
-        )  # fmt: skip
+        super().__init__(module, loss_fn, whole + spare, space, ranks=ranks, **options)
         counted = [i * ranks.world + ranks.rank < len(whole) for i in range(rounds)]
         weights = [w * self.num_samples * c for w, c in zip(self.weights, counted, strict=True)]
         self.num_samples = ranks.all_reduce_number(math.fsum(weights))
@@ -135,7 +130,8 @@ class ShardedObjective(Objective):
         """Open the block in which all evaluations take place: FSDP's own hooks rest."""
         with ExitStack() as stack:
             stack.enter_context(super().isolated())
-            stack.enter_context(_resting(self._module))
+            units = filter(is_fully_sharded, self._module.modules())
+            stack.enter_context(without_hooks(units, _is_of_fsdp))
             # Around backward passes too: what they save for the second one is of the same kind.
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             yield
@@ -192,7 +188,7 @@ class ShardedObjective(Objective):
         def gather(*_: Any) -> None:
             for i, bundle in bundles.items():
                 shard = bundle.joined(leaves[i])
-                whole = self._gathered(shard, i)
+                whole = self._all_gather(shard, i)
                 self._note(whole, shard.detach(), i)
                 bundle.place(bundle.parts(whole))
 
@@ -213,7 +209,7 @@ class ShardedObjective(Objective):
             for bundle in bundles.values():
                 bundle.place(bundle.members)
 
-    def _gathered(self, shard: Tensor, i: int) -> Tensor:
+    def _all_gather(self, shard: Tensor, i: int) -> Tensor:
         """Return a whole bundle; its derivative is summed over ranks and scattered."""
         from torch.distributed.tensor import Partial, Replicate
 
@@ -223,7 +219,7 @@ class ShardedObjective(Objective):
         return found
 
     def _note(self, tensor: Tensor, shard: Tensor, i: int) -> None:
-        """Remembers that the memory of a tensor holds a whole bundle, while it lives."""
+        """Remember that the memory of a tensor holds a whole bundle, while it lives."""
         for address in [a for a, (alive, _) in self._whole.items() if alive.expired()]:
             del self._whole[address]
         storage = StorageWeakRef(tensor.untyped_storage())
@@ -247,7 +243,7 @@ class ShardedObjective(Objective):
         if not isinstance(kept, _View):
             return kept
         with torch.no_grad():
-            whole = self._gathered(kept.shard, kept.bundle)
+            whole = self._all_gather(kept.shard, kept.bundle)
         self._note(whole, kept.shard, kept.bundle)
         return whole.as_strided(*kept.view)
 
@@ -292,32 +288,39 @@ class _View:
     view: tuple[tuple[int, ...], tuple[int, ...], int] = ((), (), 0)
 
 
-@contextmanager
-def _resting(module: nn.Module) -> Iterator[None]:
-    """Open a block in which FSDP's own forward hooks are out of the way; all others stay."""
-    registries = [
-        registry
-        for part in module.modules()
-        if is_fully_sharded(part)
-        for registry in (part._forward_pre_hooks, part._forward_hooks)
-    ]
-    before = [list(registry.items()) for registry in registries]
-    try:
-        for registry in registries:
-            for key in [key for key, hook in registry.items() if _is_of_fsdp(hook)]:
-                del registry[key]
-        yield
-    finally:
-        for registry, items in zip(registries, before, strict=True):
-            registry.clear()
-            registry.update(items)
-
-
 def _is_of_fsdp(hook: Any) -> bool:
-    """Whether a hook is a method of FSDP's state of a module, perhaps wrapped."""
+    """Return whether a hook is a method of FSDP's state of a module, perhaps wrapped."""
     while hook is not None:
         owner = getattr(hook, "__self__", None)
         if any(kind.__name__ == "FSDPState" for kind in type(owner).__mro__):
             return True
         hook = getattr(hook, "__wrapped__", None)
     return False
+
+
+def objective_over(
+    group: ProcessGroup | None,
+    module: nn.Module,
+    loss_fn: LossFunction | None,
+    batches: Iterable[Any],
+    space: ParameterSpace,
+    **options: Any,
+) -> Objective:
+    """Return the objective that fits how the module lies: whole or in shards, on how many ranks.
+
+    Args:
+        group: Processes that evaluate together. Where parameters are sharded, theirs.
+        module: As in `Objective`, like all that follows.
+        loss_fn: ``loss_fn(module, batch) -> mean loss``.
+        batches: All batches, the same on every rank.
+        space: The parameters to differentiate by.
+        **options: Further arguments of `Objective`.
+
+    Raises:
+        ValueError: As in `Objective` and `ranks_of`.
+    """
+    ranks = ranks_of(module, space.device)
+    if ranks is not None:
+        return ShardedObjective(module, loss_fn, batches, space, ranks=ranks, **options)
+    ranks = Ranks.of(group, space.device)
+    return Objective(module, loss_fn, batches, space, ranks=ranks, **options)

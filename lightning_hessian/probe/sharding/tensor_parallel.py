@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hessian.isolation.held import entries_kept, without_hooks
 from lightning_hessian.probe.parameters import local
 from lightning_hessian.probe.sharding.bundles import FlatShards, Piece
 from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_fully_sharded
@@ -16,47 +17,32 @@ from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_ful
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-
 
 @contextmanager
-def untied_from_tensors(module: nn.Module) -> Iterator[None]:
-    """Open a block in which a module under tensor parallelism computes as on one device.
+def without_tensor_parallelism(module: nn.Module) -> Iterator[None]:
+    """Open a block, on all ranks, in which a module under tensor parallelism computes as on one.
 
     The hooks that turn inputs and outputs into distributed tensors rest. Parameters in shards stay
     as they are, and of all others each rank holds a `Piece`: so `ShardedObjective` gathers every
     parameter where it is used, and the ranks share out the batches instead of the layers. Modules
     without tensor parallelism, or with ``fully_shard`` too, pass through untouched.
-
-    Args:
-        module: The root: all ranks enter the block together.
     """
     mesh = _mesh_of(module)
     if mesh is None:
         yield
         return
-    saved = [(part, dict(part._parameters)) for part in module.modules()]
-    hooks = [(vars(part)[kind], dict(vars(part)[kind])) for part, _ in saved for kind in _HOOKS]
-    try:
-        for registry, before in hooks:
-            for key in [key for key, hook in before.items() if _is_of_tensors(hook)]:
-                del registry[key]
+    parts = list(module.modules())
+    kept = entries_kept([part._parameters for part in parts])
+    with without_hooks(parts, _is_of_tensors), kept:
         pieces: dict[nn.Parameter, Piece] = {}
-        for part, parameters in saved:
-            for name, parameter in parameters.items():
+        for part in parts:
+            for name, parameter in part._parameters.items():
                 if parameter is None or _is_in_shards(parameter):
                     continue
                 if parameter not in pieces:
                     pieces[parameter] = _piece(part, parameter, mesh)
                 part._parameters[name] = pieces[parameter]
         yield
-    finally:
-        for part, parameters in saved:
-            part._parameters.clear()
-            part._parameters.update(parameters)
-        for registry, before in hooks:
-            registry.clear()
-            registry.update(before)
 
 
 def _mesh_of(module: nn.Module) -> DeviceMesh | None:
@@ -75,7 +61,7 @@ def _mesh_of(module: nn.Module) -> DeviceMesh | None:
 
 
 def _is_in_shards(parameter: Tensor) -> bool:
-    """Whether a parameter is distributed along one of its dimensions."""
+    """Return whether a parameter is distributed along one of its dimensions."""
     return is_distributed_tensor(parameter) and parameter.placements[0].is_shard()
 
 
@@ -93,6 +79,6 @@ def _piece(part: nn.Module, parameter: nn.Parameter, mesh: DeviceMesh) -> Piece:
 
 
 def _is_of_tensors(hook: Any) -> bool:
-    """Whether a hook is one of tensor parallelism's own."""
+    """Return whether a hook is one of tensor parallelism's own."""
     function = getattr(hook, "func", hook)
     return getattr(function, "__module__", "").startswith("torch.distributed.tensor")

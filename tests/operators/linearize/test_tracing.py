@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lightning_hessian.operators.linearize.fold import batchable, fold, fold_restricted
 from lightning_hessian.operators.linearize.trace import trace
 
 A = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -65,3 +68,20 @@ def test_a_number_that_depends_on_a_tensor_is_refused():
 def test_tensors_from_outside_are_held_not_copied():
     (held,) = trace(lambda x: [A @ x], [A.clone()]).buffers()
     assert held.data_ptr() == A.data_ptr()
+
+
+def test_no_source_text_stays_behind():
+    """torch.fx keeps the code of each graph for tracebacks, until the process ends."""
+
+    def texts() -> tuple[int, int]:
+        kept = torch.fx.graph_module._loader.eval_cache
+        return len(kept), sum(name.startswith("<eval_with_key>") for name in linecache.cache)
+
+    before = texts()
+    folded = fold(trace(lambda x, y: [A @ x + y, A.t() @ y], [A, A]), [A, A])
+    batchable(folded)
+    restricted = fold_restricted(folded, [0], [A, A])
+    assert texts() == before
+    torch.testing.assert_close(restricted(A)[0], A @ A)
+    make_fx(plain)(A)(A)  # the reference does leave some: the count sees it
+    assert texts() != before
