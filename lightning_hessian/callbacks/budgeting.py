@@ -40,12 +40,13 @@ class Budgeting:
 
         Args:
             trainer: At the end of a validation.
-            due: Whether the schedule wants it; the last validation is wanted anyway.
+            due: Whether the schedule wants it; under a share of the training time the last
+                validation is wanted anyway.
         """
         if not self.account.bounded:
             return due
         self.unmeasured, self._step = due, trainer.global_step
-        wanted = due or self._is_last(trainer)
+        wanted = due or (self.account.budget.share is not None and self._is_last(trainer))
         if wanted and self.affords(trainer):
             self.unmeasured = None
             return True

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_hessian.measure.session import Session
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Budget:
     """What a user lets measurements cost.
 
@@ -53,6 +53,10 @@ class Budget:
                 "share": optional(below_one, "for no bound"),
             },
         )
+
+    def __repr__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def open(
         self,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lightning_hessian import AtSteps, EveryNValidations
 from lightning_hessian.callbacks import measurement
-from lightning_hessian.callbacks.schedule import TimeBudget
 from lightning_hessian.measure.budget import Budget
 
 MakeTrainer = Callable[..., Any]
@@ -141,52 +140,6 @@ def _warnings(
     return [str(warning.message) for warning in caught]
 
 
-def test_a_share_of_the_time_skips_measurements(make_trainer: MakeTrainer) -> None:
-    # An epoch trains for 0.1 s, so that 5 ms of measuring are earned, and one product takes 0.05.
-    callback = small_callback(time_budget=0.05, loss_fn=slow_loss, hvp="recompute")
-    _warnings(make_trainer, callback, max_epochs=8)
-    assert 1 <= len(callback.history) <= 2
-
-
-def test_a_share_of_the_time_that_is_enough_skips_none(make_trainer: MakeTrainer) -> None:
-    callback = small_callback(time_budget=0.9)
-    messages = _warnings(make_trainer, callback, Slower, max_epochs=2)
-    assert len(callback.history) == 2
-    assert not [message for message in messages if "converged" in message]
-
-
-def test_a_share_is_kept_over_the_run(make_trainer: MakeTrainer) -> None:
-    def quick_enough(module: Any, batch: Any) -> Tensor:
-        time.sleep(0.002)
-        return module.loss(batch)
-
-    callback = small_callback(time_budget=0.3, loss_fn=quick_enough, hvp="recompute", num_batches=1)
-    start = time.monotonic()
-    _warnings(make_trainer, callback, max_epochs=12)
-    total = time.monotonic() - start
-    measuring = sum(row["seconds"] for row in callback.history)
-    assert 2 <= len(callback.history) < 12
-    longest = max(row["seconds"] for row in callback.history)
-    assert measuring <= 0.3 * (total - measuring) + longest
-
-
-def test_seconds_cut_a_measurement_short(make_trainer: MakeTrainer) -> None:
-    callback = small_callback(
-        time_budget=Budget(seconds=1),
-        loss_fn=slow_loss,
-        hvp="recompute",
-        num_batches=1,
-        num_eigenvalues=20,
-    )
-    messages = _warnings(make_trainer, callback)
-    (row,) = callback.history
-    assert 1 <= row["seconds"] < 2.5
-    assert row["num_converged"] < 20
-    (message,) = [message for message in messages if "of 20 eigenvalues converged" in message]
-    assert "time was up" in message
-    assert "trace" not in row
-
-
 def test_a_costly_measurement_says_so_once(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,8 +151,7 @@ def test_a_costly_measurement_says_so_once(
     messages = _warnings(make_trainer, callback, max_epochs=3)
     assert len(callback.history) == 3
     (message,) = [message for message in messages if "time_budget" in message]
-    for remedy in ("time_budget=0.05", "every_n_validations", "num_eigenvalues", "num_batches"):
-        assert remedy in message
+    assert "Give time_budget=0.2" in message
 
 
 def test_a_cheap_measurement_says_nothing_of_its_cost(make_trainer: MakeTrainer) -> None:
@@ -207,24 +159,6 @@ def test_a_cheap_measurement_says_nothing_of_its_cost(make_trainer: MakeTrainer)
     messages = _warnings(make_trainer, callback, Slower)
     assert len(callback.history) == 1
     assert not [message for message in messages if "time_budget" in message]
-
-
-def test_a_budget_by_hand() -> None:
-    """A share of 10 %: what is earned pays for what the last one cost, or twice that if cut."""
-    budget = TimeBudget(0.1)
-    budget.trained(100.0)
-    assert budget.allows()
-    assert budget.max_seconds() == pytest.approx(10.0)
-    budget.measured(4.0)
-    assert budget.max_seconds() == pytest.approx(6.0)
-    assert budget.allows()
-    budget.measured(6.0)
-    assert not budget.allows()
-    budget.trained(100.0)
-    assert not budget.allows()
-    budget.trained(20.0)
-    assert budget.allows()
-    assert TimeBudget().max_seconds() == float("inf")
 
 
 def test_a_schedule_continues_after_a_resume(make_trainer: MakeTrainer, tmp_path: Any) -> None:
