@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hessian import GradientStructureCallback, HessianSpectrumCallback, hessian_spectrum
 from lightning_hessian.cli.digits import DigitsClassifier, DigitsData
+from lightning_hessian.measure.blocks import BlocksInstrument
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 from lightning_hessian.tracking.figures import rank_plot
 from lightning_hessian.tracking.gradient_figures import ratio_plot, spectra_plot
@@ -37,7 +38,10 @@ def main() -> None:
     data.setup("fit")
     probe = DataLoader(data.train_set, batch_size=350)
     before = hessian_spectrum(model, None, probe, num_eigenvalues=NUM_EIGENVALUES)
-    hessian = HessianSpectrumCallback(num_eigenvalues=NUM_EIGENVALUES, data=probe)
+    densities = BlocksInstrument(densities=True, density_steps=20, density_probes=1)
+    hessian = HessianSpectrumCallback(
+        num_eigenvalues=NUM_EIGENVALUES, data=probe, time_budget=None, instruments=[densities]
+    )
     gradients = GradientStructureCallback(num_gradients=400, batch_size=32, data=probe)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(

@@ -76,7 +76,9 @@ def main() -> list[dict[str, float]]:
     y = torch.sin(x[:, :1]) + 0.5 * x[:, 1:2] * x[:, 2:3]
     train = DataLoader(TensorDataset(x[:500], y[:500]), batch_size=50, shuffle=True)
     val = DataLoader(TensorDataset(x[500:], y[500:]), batch_size=100)
-    hessian = HessianSpectrumCallback(num_eigenvalues=5, blocks=None, instruments=[Sharpness()])
+    hessian = HessianSpectrumCallback(
+        num_eigenvalues=5, blocks=None, time_budget=None, instruments=[Sharpness()]
+    )
     trainer = L.Trainer(
         max_epochs=6,
         accelerator="cpu",

@@ -70,9 +70,9 @@ class HessianSpectrumCallback(MeasurementCallback):
             ``layers/<statistic>_<name>``: a mapping from names to globs, regexes or predicates, or
             ``"layer"`` for every module; see `layer_spectra`.
         blocks: Partition for the block ratios: ``None``, ``"layer"``, ``"neuron"``, ``"head"``,
-            ``"class"``, or as in `block_structure`. The ratio of B blocks takes about B + 24
-            products, 2 B if that is more; the heterogeneity at least 10 B, and is left out where
-            both together would take over one and a half times the products of the spectrum.
+            ``"class"``, or as in `block_structure`. The ratio of B blocks takes a seventh of the
+            products, or the least that it can do with, about B + 24; their heterogeneity, at least
+            10 B more, comes with ``instruments=[BlocksInstrument(densities=True)]``.
         tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
         time_budget: Share of the training time that all measurements may take (``0.05``), or a
             `Budget` that bounds each measurement in products or seconds; the spectrum comes first.
@@ -154,11 +154,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             each = replace(spectrum, density=False, checkpoint=None, return_eigenvectors=False)
             built_in.append(LayersInstrument(layers, each))
         if blocks is not None:
-            built_in.append(
-                BlocksInstrument(
-                    blocks, parameters, densities=True, density_steps=20, density_probes=1
-                )
-            )
+            built_in.append(BlocksInstrument(blocks, parameters))
         super().__init__(
             monitor=monitor,
             every_n_validations=every_n_validations,

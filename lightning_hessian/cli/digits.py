@@ -142,7 +142,8 @@ def run_demo(
     model, data = DigitsClassifier(), DigitsData()
     data.setup("fit")
     probe = DataLoader(data.train_set, batch_size=350)  # the Hessian of the whole training loss
-    hessian = HessianSpectrumCallback(num_eigenvalues=num_eigenvalues, data=probe)
+    # No bound: training takes seconds here, and a correlation wants a point after each epoch.
+    hessian = HessianSpectrumCallback(num_eigenvalues=num_eigenvalues, data=probe, time_budget=None)
     print(
         f"Training a network of {sum(p.numel() for p in model.parameters()):,} parameters on "
         f"{len(data.train_set):,} handwritten digits; after each epoch the top "

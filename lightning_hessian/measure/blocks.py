@@ -41,6 +41,10 @@ from lightning_hessian.statistics.heterogeneity import heterogeneity
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_SHARE = 0.18
+"""Beside a spectrum, so many products as a share of it: 15 % of the whole."""
+_SHARE_WITH_DENSITIES = 1.5
+"""The same where the densities of blocks are wanted."""
 _LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
@@ -224,8 +228,10 @@ class BlocksInstrument:
                 ("No block statistics: the spectrum took all the time. Allow more, or fewer K.",)
             )
         order, spent = sum(cut.sizes), allowance.spent
-        # About as many as were spent before; all columns of a tiny network cost next to nothing.
-        enough = max(3 * spent // 2, least, order if order <= DENSE_ORDER else 0)
+        # A small part of the whole, or about as much again with densities, which somebody asked
+        # for; all columns of a tiny network cost next to nothing.
+        share = round((_SHARE_WITH_DENSITIES if self.densities else _SHARE) * spent)
+        enough = max(share, least, order if order <= DENSE_ORDER else 0)
         limit = allowance.limited_to(enough) if spent else nullcontext()
         try:
             with limit:

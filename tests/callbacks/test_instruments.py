@@ -194,7 +194,7 @@ def test_one_with_the_name_of_a_built_in_takes_its_place(make_trainer: MakeTrain
     own = SpectrumInstrument(num_eigenvalues=7, trace_probes=0, density=True)
     callback = HessianSpectrumCallback(
         layers="layer", blocks="layer", num_batches=10, figures=None, on_error="raise",
-        instruments=[own],
+        time_budget=None, instruments=[own],
     )  # fmt: skip
     assert [one.name for one in callback.instruments] == ["spectrum", "layers", "blocks"]
     assert callback.num_eigenvalues == 7
@@ -219,7 +219,7 @@ def test_what_it_leaves_open_is_that_of_the_callback(make_trainer: MakeTrainer) 
     given = [SpectrumInstrument(trace_probes=3), BlocksInstrument("neuron")]
     callback = HessianSpectrumCallback(
         num_eigenvalues=4, parameters="net.2.*", num_batches=10, figures=None, on_error="raise",
-        instruments=given,
+        time_budget=None, instruments=given,
     )  # fmt: skip
     module, _ = _fit(make_trainer, callback)
     spectrum, blocks = callback.last_spectrum, callback.last_blocks
@@ -246,8 +246,12 @@ def test_one_operator_is_built_for_all_that_is_measured(
 
     monkeypatch.setattr(session_module, "hessian_operator", counting)
     callback = small_callback(
-        layers="layer", blocks="neuron", density=True, instruments=[MeanCurvature()]
-    )
+        layers="layer", blocks="neuron", density=True, time_budget=None,
+        instruments=[
+            MeanCurvature(),
+            BlocksInstrument("neuron", densities=True, density_steps=20, density_probes=1),
+        ],
+    )  # fmt: skip
     _fit(make_trainer, callback, max_epochs=3)
     assert len(callback.history) == 3
     for row in callback.history:

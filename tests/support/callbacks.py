@@ -24,10 +24,11 @@ def with_spectrum(
         kind: Of the callback.
         trace_probes: Of the spectrum.
         density: Of the spectrum.
-        **arguments: Of the callback; an instrument "spectrum" among them is taken as it is.
+        **arguments: Of the callback, which measures whenever it is due unless they bound it; an
+            instrument "spectrum" among them is taken as it is.
     """
     instruments = list(arguments.pop("instruments", ()))
     if not any(instrument.name == "spectrum" for instrument in instruments):
         shared = {name: arguments[name] for name in _SHARED if name in arguments}
         instruments.append(SpectrumInstrument(trace_probes=trace_probes, density=density, **shared))
-    return kind(instruments=instruments, **arguments)
+    return kind(instruments=instruments, **{"time_budget": None, **arguments})

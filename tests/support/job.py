@@ -259,7 +259,9 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     if "probe" in job:
         callbacks.append(Probe(job["probe"], job.get("blocks", "neuron")))
     if "callback" in job:
-        options = {"num_eigenvalues": 5, "num_batches": 6, **job["callback"]}
+        options = {
+            "num_eigenvalues": 5, "num_batches": 6, "time_budget": None, **job["callback"],
+        }  # fmt: skip
         spectrum = SpectrumInstrument(num_eigenvalues=options["num_eigenvalues"], trace_probes=2)
         options["instruments"] = [spectrum]
         if "fail" in job:

@@ -13,6 +13,7 @@ from callbacks.tiny_modules import Regression, train_loader, val_loader
 
 from lightning_hessian import HessianSpectrumCallback
 from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run
+from lightning_hessian.measure.blocks import BlocksInstrument
 from lightning_hessian.measure.budget import Budget
 from support.callbacks import with_spectrum
 
@@ -25,7 +26,8 @@ def measuring(**arguments: Any) -> HessianSpectrumCallback:
         "num_eigenvalues": 8, "num_batches": 2, "time_budget": Budget(seconds=600),
         "figures": 2, "on_error": "raise",
     }  # fmt: skip
-    return with_spectrum(**{**defaults, **arguments})
+    densities = BlocksInstrument(densities=True, density_steps=20, density_probes=1)
+    return with_spectrum(**{"instruments": [densities], **defaults, **arguments})
 
 
 class RankOnly(HessianSpectrumCallback):
