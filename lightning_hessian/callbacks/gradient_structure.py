@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_hessian.callbacks.schedule import Schedule
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.gradients import GradientsInstrument
 from lightning_hessian.measure.session import Session
+from lightning_hessian.operators.engines import gradient_of
 from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.results import ArgumentError, GradientStructure
@@ -60,7 +62,8 @@ class GradientStructureCallback(MeasurementCallback):
             for all.
         clip_norm: Scale gradients of a larger norm down to it.
         preconditioner: ``"adam"``, or None; see `gradient_structure`.
-        time_budget: Share of the training time (``0.05``), or a `Budget` of seconds.
+        time_budget: Share of the training time (``0.05``), a `Budget` of seconds, or None; as in
+            `HessianSpectrumCallback`.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         memory_budget: Bytes that gradients may take on each rank, by default half of what is
             free; above it they lie in a file.
@@ -182,6 +185,15 @@ class GradientStructureCallback(MeasurementCallback):
             known=self._known,
             seed=self.seed,
         )
+
+    def seconds_of_unit(self, session: Session) -> float:
+        """Return what the gradient of a probe batch takes: the shorter of two."""
+        taken = []
+        for _ in range(2):
+            begun = time.monotonic()
+            gradient_of(session.objective, 0)
+            taken.append(time.monotonic() - begun)
+        return min(taken)
 
     def expected_work(self) -> int:
         """Return how many gradients a measurement takes."""

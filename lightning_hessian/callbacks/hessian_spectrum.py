@@ -74,8 +74,10 @@ class HessianSpectrumCallback(MeasurementCallback):
             products, or the least that it can do with, about B + 24; their heterogeneity, at least
             10 B more, comes with ``instruments=[BlocksInstrument(densities=True)]``.
         tol: An eigenpair has converged at residual norm <= tol * abs(its Ritz value).
-        time_budget: Share of the training time that all measurements may take (``0.05``), or a
-            `Budget` that bounds each measurement in products or seconds; the spectrum comes first.
+        time_budget: Share of the training time that all measurements may take. One is whole or not
+            begun: the last validation is always measured, the first where the run pays for both.
+            Or a `Budget` that bounds each in products or seconds, the spectrum first; None
+            measures whenever the schedule says so.
         hvp: ``"auto"``, ``"linearize"``, ``"autograd"``, ``"recompute"``, ``"compile"`` or
             ``"finite_difference"``; see `HessianOperator`.
         protocol: ``"converged"``, or a `PooledSLQ`, the papers' procedure; see it for what its
