@@ -128,11 +128,7 @@ GRADIENT_RULES: dict[str, Rule] = {
 
 
 def together(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """Return the block in which the ranks of a call check its arguments.
-
-    Args:
-        arguments: Of the call, not checked yet.
-    """
+    """Return the block in which the ranks of a call check its arguments."""
     group, model = arguments.get("process_group"), arguments.get("model")
     if not isinstance(group, torch.distributed.ProcessGroup):
         return nullcontext()
@@ -144,10 +140,7 @@ def together(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
 def made_from(make: Callable[..., _Made], arguments: Mapping[str, Any], **others: Any) -> _Made:
     """Return what is made of those arguments of a call that it has parameters for.
 
-    Args:
-        make: A class, of an instrument or session.
-        arguments: Of the call by name, checked: its `locals` before anything else is one.
-        others: Further arguments, which come before those of the call.
+    ``arguments`` are the `locals` of the call at its beginning; ``others`` take precedence.
     """
     names = inspect.signature(make).parameters
     given = {**arguments, **others}

@@ -124,17 +124,11 @@ def block_structure(
 
 @dataclass(frozen=True)
 class BlocksRecord:
-    """A block structure as it is logged.
-
-    Attributes:
-        structure: What was measured.
-        missing: Sentences on what was left out.
-        cut_by: The partition, which says what the groups of blocks are.
-    """
+    """A block structure as it is logged."""
 
     structure: BlockStructure
-    missing: tuple[str, ...] = ()
-    cut_by: Blocks = "layer"
+    missing: tuple[str, ...] = ()  # sentences on what was left out
+    cut_by: Blocks = "layer"  # the partition, which says what the groups of blocks are
 
     def scalars(self) -> dict[str, float]:
         """Return the statistics by logged name."""

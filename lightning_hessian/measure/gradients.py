@@ -143,15 +143,10 @@ def gradient_structure(
 
 @dataclass(frozen=True)
 class GradientsRecord:
-    """A gradient structure as it is logged.
-
-    Attributes:
-        structure: What was measured.
-        significance: Level of the Kolmogorov-Smirnov test.
-    """
+    """A gradient structure as it is logged."""
 
     structure: GradientStructure
-    significance: float = 0.05
+    significance: float = 0.05  # level of the Kolmogorov-Smirnov test
 
     def scalars(self) -> dict[str, float]:
         """Return the statistics by logged name."""
@@ -317,11 +312,7 @@ def _left_by_gram(
     tests: bool,
     ranks: Ranks,
 ) -> float:
-    """Return what the Gram matrix leaves of the budget, the same on all ranks.
-
-    Raises:
-        MeasurementError: It leaves less than half.
-    """
+    """Return what the Gram matrix leaves of the budget, at least half, the same on all ranks."""
     if memory_budget is None:
         # G lies in main memory, which all ranks of a machine share, whatever their devices.
         device = torch.device("cpu") if tests else device

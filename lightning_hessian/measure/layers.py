@@ -122,15 +122,10 @@ def layer_spectra(
 
 @dataclass(frozen=True)
 class LayersRecord:
-    """The spectra of layers as they are logged.
-
-    Attributes:
-        records: By name of the layer.
-        warnings: What is to be said of layers that were left out.
-    """
+    """The spectra of layers, by name, as they are logged."""
 
     records: Mapping[str, SpectrumRecord]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # on layers that were left out
 
     @property
     def spectra(self) -> dict[str, HessianSpectrum]:
@@ -220,11 +215,7 @@ class LayersInstrument:
 
 
 def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelection]:
-    """Return the selection of each layer by name.
-
-    Raises:
-        ValueError: As `layer_spectra`.
-    """
+    """Return the selection of each layer by name; errors as of `layer_spectra`."""
     if not layers:
         raise ArgumentError("layers", layers, "It names no layer; give None for none.")
     chosen = layer_choice("layers", layers)

@@ -33,16 +33,11 @@ class Knowledge:
     """What measurements have learnt about a module, for those that follow.
 
     It informs estimates of cost and spares trials; no number of a record depends on it.
-
-    Attributes:
-        seconds_a_product: What a product took, on average over the last session.
-        seconds_to_build: What making objective and operator took.
-        engine: The engine that the operator came to.
     """
 
-    seconds_a_product: float | None = None
-    seconds_to_build: float | None = None
-    engine: str | None = None
+    seconds_a_product: float | None = None  # on average over the last session
+    seconds_to_build: float | None = None  # objective and operator
+    engine: str | None = None  # that the operator came to
 
 
 @dataclass(eq=False, repr=False)

@@ -144,16 +144,10 @@ def warn_caller(said: Iterable[str], ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class SpectrumRecord:
-    """A spectrum as it is logged.
-
-    Attributes:
-        spectrum: What was measured.
-        significance: Level of the Kolmogorov-Smirnov test.
-        warnings: What is to be said of the measurement.
-    """
+    """A spectrum as it is logged, and what is to be said of the measurement."""
 
     spectrum: HessianSpectrum
-    significance: float = 0.05
+    significance: float = 0.05  # level of the Kolmogorov-Smirnov test
     warnings: tuple[str, ...] = ()
 
     def scalars(self) -> dict[str, float]:

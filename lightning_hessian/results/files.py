@@ -80,12 +80,7 @@ def load_spectrum(path: str | os.PathLike[str]) -> HessianSpectrum:
 
 
 def load_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what `save_spectrum` was given to keep beside the spectrum.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        UnreadableFileError: It is not such a file, or damaged; a ValueError.
-    """
+    """Return what `save_spectrum` was given to keep beside it; errors as of `load_spectrum`."""
     about = _read(Path(path), only=_ABOUT)[1]
     with unreadable(path, _REMEDY):
         return dict(about["extra"])
