@@ -30,11 +30,9 @@ from lightning_hessian.tracking.scalars import GRADIENT_CORRELATED as OF_GRADIEN
 DEFAULT_MONITORS = ("val_loss", "gap")
 """What is monitored where nothing is asked for; the gap as far as a run logged it."""
 
-DEFAULT_STATISTICS = tuple(
-    dict.fromkeys(
-        [f"hessian/{name}" for name in (*OF_SPECTRA, "block_off_diagonal_ratio", "loss")]
-        + [f"gradient/{name}" for name in OF_GRADIENTS]
-    )
+DEFAULT_STATISTICS = (
+    *(f"hessian/{name}" for name in (*OF_SPECTRA, "loss")),
+    *(f"gradient/{name}" for name in OF_GRADIENTS),
 )
 """What is correlated where nothing is asked for, as far as a run logged it."""
 

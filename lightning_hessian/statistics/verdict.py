@@ -151,10 +151,7 @@ def verdict(found: Movement, monitor: str = "the other") -> Verdict:
 
 
 def answer(
-    pairs: Sequence[Pair],
-    *,
-    name: Callable[[str], str] = str,
-    stress: Callable[[str], str] = str,
+    pairs: Sequence[Pair], *, name: Callable[[str], str] = str, stress: Callable[[str], str] = str
 ) -> str:
     """Return what a run says of all its pairs, in one sentence.
 

@@ -21,6 +21,7 @@ from lightning_hessian.tracking.style import (
     COLOURS,
     EIGENVALUE,
     MARKERS,
+    evenly_chosen,
     few_ticks,
     legend_below,
     new_figure,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_CURVES = 60
+MOST_CURVES = 60
 _MOST_CUTOFFS = 200
 _FEWEST_OF_CUTOFF = 10
 
@@ -87,11 +88,10 @@ def rank_plot(
 
 def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float) -> str:
     """Draw line, cutoff and outliers, and return what the legend says of them."""
-    fit = _fit(leading, significance)
+    fit = draw_line(axes, leading, colour, significance)
     if fit is None:
         return ""
     ranks = np.arange(1, len(leading) + 1)
-    axes.plot(ranks, _line(fit, ranks), color=colour, linewidth=1.2, zorder=3)
     axes.axhline(fit.cutoff, color=colour, linewidth=0.8, linestyle=":", zorder=1)
     axes.annotate(
         rf"$\lambda_K$ = {fit.cutoff:.3g}",
@@ -220,19 +220,8 @@ def cutoff_plot(
     return figure
 
 
-def evenly_chosen(
-    spectra: Sequence[tuple[int, FloatArray]],
-) -> Sequence[tuple[int, FloatArray]]:
-    """Return at most 60 of the spectra, evenly spread, the first and the last among them."""
-    places = np.unique(np.linspace(0, len(spectra) - 1, _MOST_CURVES).round().astype(int))
-    return [spectra[int(i)] for i in places] if len(spectra) else []
-
-
 def emergence_plot(
-    spectra: Sequence[tuple[int, FloatArray]],
-    *,
-    count: int | None = None,
-    title: str | None = None,
+    spectra: Sequence[tuple[int, FloatArray]], *, title: str | None = None
 ) -> Figure:
     """Return the spectra of all measurements over one another, dark to light (HPL fig. 9 and 10).
 
@@ -240,15 +229,13 @@ def emergence_plot(
 
     Args:
         spectra: Step and eigenvalues, descending, of each measurement, in the order of training.
-        count: How many measurements there are, where ``spectra`` are but some of them.
         title: Of the figure.
 
     Raises:
         ValueError: None has a positive eigenvalue.
     """
-    chosen = [
-        (step, values[values > 0]) for step, values in evenly_chosen(spectra) if (values > 0).any()
-    ]
+    some = evenly_chosen(spectra, MOST_CURVES)
+    chosen = [(step, values[values > 0]) for step, values in some if (values > 0).any()]
     if not chosen:
         raise ValueError("There is no spectrum with positive eigenvalues to draw.")
     from matplotlib.cm import ScalarMappable
@@ -266,16 +253,21 @@ def emergence_plot(
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="optimizer step", shrink=0.9)
     quiet_grid(axes)
     few_ticks(axes)
-    count = len(spectra) if count is None else count
-    told = f"{count} measurement{'s' if count > 1 else ''}"
+    told = f"{len(spectra)} measurement{'s' if len(spectra) > 1 else ''}"
     axes.set_title(title or f"{told}, dark to light", fontsize="medium")
     return figure
 
 
-def _fit(leading: FloatArray, significance: float) -> PowerLawFit | None:
+def draw_line(
+    axes: Axes, leading: FloatArray, colour: str, significance: float
+) -> PowerLawFit | None:
+    """Draw the fitted line of a spectrum and return its fit; None where there is none."""
     if len(leading) < 2 or leading[0] <= leading[-1]:
         return None
-    return fit_power_law(leading, significance=significance)
+    fit = fit_power_law(leading, significance=significance)
+    ranks = np.arange(1, len(leading) + 1)
+    axes.plot(ranks, _line(fit, ranks), color=colour, linewidth=1.2, zorder=3)
+    return fit
 
 
 def _line(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_hessian.results import FloatArray, GradientStructure, HessianSpectrum
-from lightning_hessian.statistics.power_law import fit_power_law
 from lightning_hessian.statistics.subspace import proportionality
+from lightning_hessian.tracking.figures import draw_line
 from lightning_hessian.tracking.style import (
     COLOURS,
     few_ticks,
@@ -111,9 +111,6 @@ def _draw(
     if not len(values):
         return
     ranks = np.arange(1, len(values) + 1)
-    if len(values) >= 2 and values[0] > values[-1]:
-        fit = fit_power_law(values, significance=significance)
+    if fit := draw_line(axes, values, colour, significance):
         name += f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
-        line = fit.cutoff * (ranks[-1] / ranks) ** fit.slope
-        axes.plot(ranks, line, color=colour, linewidth=1.2, zorder=3)
     axes.scatter(ranks, values, s=14, marker=marker, color=colour, alpha=0.6, label=name)

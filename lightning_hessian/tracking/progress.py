@@ -103,12 +103,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        lightning_bar: Any,
-        name: str,
-        *,
-        unit: str = "HVPs",
-        expected: int = 0,
+        self, lightning_bar: Any, name: str, *, unit: str = "HVPs", expected: int = 0
     ) -> None:
         enabled = lightning_bar is not None and getattr(lightning_bar, "is_enabled", False)
         kinds = [kind.__name__ for kind in type(lightning_bar).__mro__]
