@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -64,19 +64,11 @@ def rank_plot(
         label = name + _draw_fit(axes, spectrum.leading, colour, significance)
         values, converged = spectrum.eigenvalues, spectrum.converged
         ranks = np.arange(1, len(values) + 1)
-        positive = values > 0
-        for mask, fill in ((positive & converged, colour), (positive & ~converged, "none")):
-            axes.scatter(
-                ranks[mask],
-                values[mask],
-                s=14,
-                marker=marker,
-                facecolors=fill,
-                edgecolors=colour,
-                linewidths=0.7,
-                alpha=0.75,
-                label=label if fill == colour else None,
-            )
+        filled, hollow = (values > 0) & converged, (values > 0) & ~converged
+        look: dict[str, Any] = {"s": 14, "marker": marker, "linewidths": 0.7, "alpha": 0.75}
+        look["edgecolors"] = colour
+        axes.scatter(ranks[filled], values[filled], facecolors=colour, label=label, **look)
+        axes.scatter(ranks[hollow], values[hollow], facecolors="none", **look)
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
     quiet_grid(axes)
     few_ticks(axes)
@@ -106,14 +98,8 @@ def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float)
     text = f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
     outliers = num_outliers(leading, significance=significance) if len(leading) >= 4 else 0
     if outliers:
-        axes.scatter(
-            ranks[:outliers],
-            leading[:outliers],
-            s=70,
-            facecolors="none",
-            edgecolors=colour,
-            linewidths=0.9,
-        )
+        x, y = ranks[:outliers], leading[:outliers]
+        axes.scatter(x, y, s=70, facecolors="none", edgecolors=colour, linewidths=0.9)
         text += f", {outliers} outlier{'s' if outliers > 1 else ''}"
     return text
 
@@ -148,12 +134,8 @@ def eigengap_plot(
     line = np.exp(np.log(gaps).mean() - found.rank_slope * (logs - logs.mean()))
     slope = f"slope $-${found.rank_slope:.2f} ± {found.rank_slope_std_error:.2f}"
     left.plot(ranks, line, color=COLOURS[1], linewidth=1.2, label=slope)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="rank $k$ of the eigenvalue",
-        ylabel=r"gap $\delta_k$ (loss / parameter$^2$)",
-    )
+    left.set(xscale="log", yscale="log", xlabel="rank $k$ of the eigenvalue")
+    left.set_ylabel(r"gap $\delta_k$ (loss / parameter$^2$)")
     descending, order = np.sort(gaps)[::-1], np.arange(1, len(gaps) + 1)
     right.scatter(order, descending, s=12, color=COLOURS[0], alpha=0.7)
     fit = found.fit
@@ -195,20 +177,10 @@ def cutoff_plot(
     axes.plot(ks, critical, "--", color="0.4", linewidth=1.1, label=f"$d_c$ at {significance:g}")
     if count > _FEWEST_OF_CUTOFF:
         best = optimal_cutoff(eigenvalues, k_min=_FEWEST_OF_CUTOFF, significance=significance)
-        axes.plot(
-            best.num_values,
-            best.ks_distance,
-            "o",
-            color=COLOURS[2],
-            label=f"smallest: $K$ = {best.num_values}, $d_{{ks}}$ = {best.ks_distance:.3f}",
-        )
-    axes.plot(
-        count,
-        whole.ks_distance,
-        "^",
-        color=COLOURS[1],
-        label=f"all: $K$ = {count}, {verdict(whole)}",
-    )
+        label = f"smallest: $K$ = {best.num_values}, $d_{{ks}}$ = {best.ks_distance:.3f}"
+        axes.plot(best.num_values, best.ks_distance, "o", color=COLOURS[2], label=label)
+    label = f"all: $K$ = {count}, {verdict(whole)}"
+    axes.plot(count, whole.ks_distance, "^", color=COLOURS[1], label=label)
     axes.set(xscale="log", xlabel="number of eigenvalues $K$", ylabel="KS distance")
     settled = np.nanmax(distances[ks >= min(5, count)])
     axes.set_ylim(0, min(1.0, 1.3 * max(float(settled), 1.5 * whole.critical_value)))

@@ -72,32 +72,16 @@ def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure
     ranks = np.arange(1, len(found.ratios) + 1)
     figure, axes = new_figure(6.4, 3.6)
     axes.scatter(ranks, found.ratios, s=14, color=_COVARIANCE, alpha=0.75)
-    axes.axhline(
-        found.constant,
-        color=_COVARIANCE,
-        linewidth=1.2,
-        label=f"geometric mean {found.constant:.3g}, spread $\\times$ {found.spread:.2f}",
-    )
-    axes.axhspan(
-        found.constant / found.spread,
-        found.constant * found.spread,
-        color=_COVARIANCE,
-        alpha=0.12,
-        linewidth=0,
-    )
+    label = f"geometric mean {found.constant:.3g}, spread $\\times$ {found.spread:.2f}"
+    axes.axhline(found.constant, color=_COVARIANCE, linewidth=1.2, label=label)
+    low, high = found.constant / found.spread, found.constant * found.spread
+    axes.axhspan(low, high, color=_COVARIANCE, alpha=0.12, linewidth=0)
     if structure.batch_size is not None:
-        axes.axhline(
-            1 / structure.batch_size,
-            color=_HESSIAN,
-            linestyle=":",
-            label=f"$1/B$ = {1 / structure.batch_size:.3g}",
-        )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="rank $k$",
-        ylabel="$\\lambda_k(C)\\,/\\,\\lambda_k(H)$ (loss)",
-    )
+        expected = 1 / structure.batch_size
+        label = f"$1/B$ = {expected:.3g}"
+        axes.axhline(expected, color=_HESSIAN, linestyle=":", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="rank $k$")
+    axes.set_ylabel("$\\lambda_k(C)\\,/\\,\\lambda_k(H)$ (loss)")
     quiet_grid(axes)
     few_ticks(axes)
     axes.legend(frameon=False, fontsize="small")
