@@ -21,9 +21,6 @@ from lightning_hessian.results import ArgumentError, FloatArray
 from lightning_hessian.results.arguments import checked, real_number, seed_number, whole_number
 from lightning_hessian.results.array_arguments import real_matrix, real_values
 
-THEOREM_2_SLOPES = {"ww_cross_entropy": -1, "ww_squared_error": -1, "vv_cross_entropy": -2}
-"""Powers of C at which the ratios of expected squared norms vanish (HBS theorem 2, eq. 28)."""
-
 _positive = real_number("Give a positive number.", above=0.0)
 
 _RULES = {
