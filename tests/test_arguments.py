@@ -55,7 +55,6 @@ from lightning_hessian.reports.live import follow
 from lightning_hessian.results import arguments as rules
 from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.statistics import power_law, significance, subspace, theory
-from lightning_hessian.statistics.eigengaps import davis_kahan_bound
 from lightning_hessian.tracking.power_law_metric import PowerLawMetric
 
 
@@ -155,9 +154,6 @@ DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "power_law.ks_distance_by_cutoff": (power_law.ks_distance_by_cutoff, {"values": [4.0, 2, 1]}),
     "power_law.exponent_std_error": (power_law.exponent_std_error, {"exponent": 2.0, "k": 9}),
     "power_law.slope": (power_law.slope, {"exponent": 2.0}),
-    "davis_kahan_bound": (
-        davis_kahan_bound, {"eigenvalues": [3.0, 2.0, 1.0], "perturbation_norm": 0.1},
-    ),
     "subspace.num_outliers": (subspace.num_outliers, {"eigenvalues": [9.0, 5, 3, 2, 1.5]}),
     "theory.linear_mse_hessian": (
         theory.linear_mse_hessian, {"inputs": [[1.0, 2.0]], "num_classes": 2},

@@ -18,7 +18,7 @@ from lightning_hessian.callbacks.compat import Callback
 from lightning_hessian.callbacks.guard import Guard, named, sentence
 from lightning_hessian.callbacks.handover import HandOver
 from lightning_hessian.callbacks.instruments import measured
-from lightning_hessian.callbacks.pairing import Pairs, checked_monitors, incomparable
+from lightning_hessian.callbacks.pairing import Pairs, incomparable
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches, probe_batches
 from lightning_hessian.callbacks.schedule import Schedule
 from lightning_hessian.callbacks.surroundings import (
@@ -84,7 +84,7 @@ class MeasurementCallback(Callback):
         instruments: Sequence[Instrument] = (),
     ) -> None:
         super().__init__()
-        self.monitors = checked_monitors(tuple(dict.fromkeys(monitor)))  # by its rule, of texts
+        self.monitors = tuple(dict.fromkeys(monitor))  # by its rule, of texts
         assert not isinstance(every_n_validations, int)  # by its rule
         self.schedule = every_n_validations
         self.data = data

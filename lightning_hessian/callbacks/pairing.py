@@ -6,25 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_hessian.callbacks.surroundings import unknown_metric
-from lightning_hessian.results import ArgumentError
 
 GAP = "gap"
 """The generalization gap: the validation loss minus the loss on the training probe."""
-
-
-def checked_monitors(monitor: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the monitored metrics.
-
-    Raises:
-        ArgumentError: Something else than names.
-    """
-    names: Any = [monitor] if isinstance(monitor, (str, bytes)) else monitor
-    found = tuple(names) if isinstance(names, Sequence) else ()
-    if not found or not all(isinstance(name, str) and name for name in found):
-        raise ArgumentError(
-            "monitor", monitor, "Give the name of a logged metric, or a list of names."
-        )
-    return found
 
 
 def validation_loss(monitors: Sequence[str], known: Mapping[str, Any]) -> str | None:

@@ -18,9 +18,7 @@ from lightning_hessian.results.path_arguments import path_name
 def read_as(convert: Callable[[str], Any], rule: Rule) -> Callable[[str], Any]:
     """Return a ``type=`` for argparse: the text converted, then checked by the rule.
 
-    Args:
-        convert: ``int``, ``float``, ...; what it cannot convert goes to the rule as it is.
-        rule: As in `results.arguments`.
+    What ``convert`` (``int``, ``float``, ...) cannot convert goes to the rule as it is.
     """
 
     def read(text: str) -> Any:
@@ -81,9 +79,7 @@ def entity_and_project(text: str) -> str:
 def named_values(texts: list[str], refusal: str) -> dict[str, Any]:
     """Return what ``NAME=VALUE`` says in each text, values as JSON has them, else as text.
 
-    Args:
-        texts: What was given.
-        refusal: What is said of a text that is nothing of the kind, with ``{!r}`` in its place.
+    ``refusal`` is said of a text that is nothing of the kind, with ``{!r}`` in its place.
     """
     found: dict[str, Any] = {}
     for text in texts:

@@ -46,11 +46,6 @@ def measure_checkpoints(options: argparse.Namespace) -> int:
 
     Returns:
         The exit code: 0, or 1 where some of the checkpoints could not be measured.
-
-    Raises:
-        ValueError: An argument that is wrong, a folder with other measurements, or not one of the
-            checkpoints could be measured.
-        FileNotFoundError: There is no such checkpoint.
     """
     paths = find_checkpoints(options.checkpoints)
     check_folder(options.out, files=("metrics.csv", "spectra_hessian.jsonl", "hparams.yaml"))
@@ -99,11 +94,7 @@ def _say(text: str) -> None:
 
 
 def _told_at_the_end(failed: dict[Path, str], count: int) -> int:
-    """Return the exit code, after naming the checkpoints that could not be measured.
-
-    Raises:
-        ValueError: Not one of them could.
-    """
+    """Return the exit code, after naming the checkpoints that failed; raise where all did."""
     if not failed:
         return 0
     named = "; ".join(
@@ -207,11 +198,7 @@ def _files(paths: list[Path], folder: Path) -> dict[Path, Path]:
 
 
 def _is_done(file: Path, path: Path, options: argparse.Namespace) -> bool:
-    """Whether a file holds this very measurement.
-
-    Raises:
-        ValueError: It holds another one.
-    """
+    """Whether a file holds this very measurement; raise where it holds another."""
     try:
         extra = _extra(file)
     except (UnreadableFileError, OSError) as error:
@@ -239,11 +226,7 @@ def _is_done(file: Path, path: Path, options: argparse.Namespace) -> bool:
 
 
 def _extra(file: Path) -> dict[str, Any]:
-    """Return what a file of ours keeps beside its spectrum, its parts checked.
-
-    Raises:
-        UnreadableFileError: It is none, or damaged.
-    """
+    """Return what a file of ours keeps beside its spectrum, its parts checked."""
     extra = load_extra(file)
     with unreadable(file, "Delete it and measure again."):
         for part in ("settings", "source", "row", "hparams"):
@@ -258,8 +241,7 @@ def _extra(file: Path) -> dict[str, Any]:
 def _write_tables(out: Path) -> dict[Path, str]:
     """Write ``metrics.csv``, ``spectra_hessian.jsonl`` and ``hparams.yaml`` from what is done.
 
-    Returns:
-        The files that are left out of them, and why: damaged, or of a step that another has too.
+    Returns the files that are left out, and why: damaged, or of a step that another has too.
     """
     found: dict[int, tuple[dict[str, Any], HessianSpectrum]] = {}
     left_out: dict[Path, str] = {}

@@ -21,35 +21,20 @@ _LARGEST = 2**53
 
 @dataclass(frozen=True)
 class Saved:
-    """What is read of a checkpoint beside its weights.
-
-    Attributes:
-        path: The file.
-        step: Optimiser steps taken.
-        epoch: Epoch.
-        metrics: The metrics that ModelCheckpoint monitored, at the time of saving.
-        hparams: Hyperparameters of the module, those that are primitives.
-        has_data_hparams: Whether it holds those of a datamodule.
-        trusted: Whether it may run code when it is loaded.
-        problems: What of it could not be used, and why.
-    """
+    """What is read of a checkpoint beside its weights."""
 
     path: Path
     step: int
     epoch: int
-    metrics: dict[str, float]
-    hparams: dict[str, Any]
-    has_data_hparams: bool
-    trusted: bool
-    problems: tuple[str, ...]
+    metrics: dict[str, float]  # that ModelCheckpoint monitored, at the time of saving
+    hparams: dict[str, Any]  # of the module, those that are primitives
+    has_data_hparams: bool  # whether it holds those of a datamodule too
+    trusted: bool  # whether it may run code when it is loaded
+    problems: tuple[str, ...]  # what of it could not be used, and why
 
 
 def find_checkpoints(places: Iterable[Path]) -> list[Path]:
-    """Return the files, and those named ``*.ckpt`` in folders and below, each once.
-
-    Raises:
-        FileNotFoundError: There is no such file, or none in a folder.
-    """
+    """Return the files, and those named ``*.ckpt`` in folders and below, each once."""
     found: list[Path] = []
     for place in places:
         if not place.exists():

@@ -29,5 +29,4 @@ def run(options: argparse.Namespace) -> None:
     from lightning_hessian.results.output import check_folder
 
     check_folder(options.out)
-
     run_demo(options.out)

@@ -122,16 +122,7 @@ class Table(L.Callback):
 def run_demo(
     out: Path, *, num_epochs: int = NUM_EPOCHS, num_eigenvalues: int = NUM_EIGENVALUES
 ) -> Path:
-    """Trains, measures, prints, and writes a figure, the page and the report of the run.
-
-    Args:
-        out: Folder for the offline W&B run, the figure, the page and the report; made if missing.
-        num_epochs: How long to train.
-        num_eigenvalues: How many eigenvalues to find after each epoch.
-
-    Returns:
-        The path of the figure.
-    """
+    """Train, measure, print, write figure, page and report of the run; return the figure."""
     from lightning.pytorch.loggers import WandbLogger
 
     from lightning_hessian.measure.spectrum import hessian_spectrum
@@ -213,7 +204,7 @@ def _cell(row: dict[str, float], key: str, form: str) -> str:
 
 
 def _quiet() -> None:
-    """Leaves the terminal to the table."""
+    """Leave the terminal to the table."""
     import wandb
 
     wandb.setup(settings=wandb.Settings(mode="offline", silent=True, console="off"))

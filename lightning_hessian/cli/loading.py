@@ -33,11 +33,7 @@ DATA_MODULES = tuple(library.LightningDataModule for library in LIBRARIES)
 
 
 def named(text: str) -> Any:
-    """Return the object ``NAME`` of ``package.module:NAME`` or ``file.py:NAME``.
-
-    Raises:
-        ValueError: There is no such thing; says what there is.
-    """
+    """Return the object ``NAME`` of ``package.module:NAME`` or ``file.py:NAME``."""
     where, _, name = text.rpartition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -92,11 +88,7 @@ def _told(error: BaseException) -> str:
 
 
 def module_class(options: argparse.Namespace) -> Any:
-    """Return the class of the module, its arguments checked.
-
-    Raises:
-        ValueError: It is not a LightningModule, or does not take an argument that was given.
-    """
+    """Return the class of the module, its arguments checked."""
     cls = named(options.module)
     if not (isinstance(cls, type) and issubclass(cls, MODULES)):
         raise ValueError(f"{options.module} is no LightningModule; give --module PKG:CLASS.")
@@ -110,11 +102,7 @@ def module_class(options: argparse.Namespace) -> Any:
 
 
 def module_of(cls: Any, saved: Saved, options: argparse.Namespace) -> Any:
-    """Return the module, of the class of `module_class`, with the weights of a checkpoint.
-
-    Raises:
-        ValueError: The class does not fit the checkpoint.
-    """
+    """Return the module, of the class of `module_class`, with the weights of a checkpoint."""
     try:
         return _load(cls, saved, options.module_arg)
     except TypeError as error:
@@ -142,11 +130,7 @@ def _load(cls: Any, saved: Saved, arguments: Mapping[str, Any]) -> Any:
 
 
 def data_of(saved: Saved, options: argparse.Namespace) -> Any:
-    """Return a datamodule that is set up, a loader, or batches; None for the module's own.
-
-    Raises:
-        ValueError: It cannot be made.
-    """
+    """Return a datamodule that is set up, a loader, or batches; None for the module's own."""
     text = options.data
     if text is None:
         return None
@@ -174,11 +158,7 @@ def data_of(saved: Saved, options: argparse.Namespace) -> Any:
 
 
 def batches_of(module: Any, data: Any, options: argparse.Namespace) -> list[Any]:
-    """Return the probe batches on the device, through the module's transfer hooks.
-
-    Raises:
-        ValueError: There is no such loader, or it is empty.
-    """
+    """Return the probe batches on the device, through the module's transfer hooks."""
     source = module if data is None else data
     if isinstance(source, (*MODULES, *DATA_MODULES)):
         hook = f"{options.split}_dataloader"
@@ -205,11 +185,7 @@ def batches_of(module: Any, data: Any, options: argparse.Namespace) -> list[Any]
 
 
 def validation_metrics(module: Any, data: Any) -> dict[str, float]:
-    """Return what the module logs in a validation.
-
-    Raises:
-        ValueError: There is nothing to validate on.
-    """
+    """Return what the module logs in a validation."""
     if data is not None and not isinstance(data, DATA_MODULES):
         raise ValueError("--validate needs a datamodule, or a module with loaders of its own.")
     library = next(each for each in LIBRARIES if isinstance(module, each.LightningModule))

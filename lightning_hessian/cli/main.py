@@ -41,8 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     from lightning_hessian import __version__
 
     parser = _Parser(
-        prog="lightning-hessian",
-        description="Hessian spectra of PyTorch Lightning runs.",
+        prog="lightning-hessian", description="Hessian spectra of PyTorch Lightning runs."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -30,12 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the command.
-
-    Raises:
-        ConnectionError: The server was not reached, knows no key of ours, or refused the view.
-        ModuleNotFoundError: wandb-workspaces is not installed.
-    """
+    """Run the command."""
     from lightning_hessian.tracking.dashboard import build_workspace, workspace_json
 
     entity, _, project = options.path.partition("/")

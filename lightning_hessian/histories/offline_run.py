@@ -62,29 +62,6 @@ class OfflineRun:
     problems: tuple[str, ...] = ()
     exit_code: int | None = None
 
-    def history(self, keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Return the rows that hold a value for every one of ``keys``, all rows without ``keys``.
-
-        That is the choice of rows that `wandb.apis.public.Run.scan_history` makes; the rows come
-        whole, though, with the keys that were not asked for. Steps that repeat are all kept.
-
-        Args:
-            keys: Names of metrics, as logged.
-
-        Raises:
-            TypeError: ``keys`` is one string.
-
-        Example:
-            >>> rows = [{"_step": 0, "loss": 2.0}, {"_step": 1, "loss": 1.0, "hessian/d_ks": 0.1}]
-            >>> run = OfflineRun("id", "project", "name", {}, rows, {}, complete=True)
-            >>> [row["_step"] for row in run.history(keys=["loss", "hessian/d_ks"])]
-            [1]
-        """
-        if isinstance(keys, str):
-            raise TypeError(f"keys must be a list of metric names; write keys=[{keys!r}]")
-        wanted = keys or ()
-        return [row for row in self.rows if all(row.get(key) is not None for key in wanted)]
-
 
 @arguments.checked({"path": path_name, "summary": arguments.flag})
 def read_offline_run(path: str | PathLike[str], *, summary: bool = True) -> OfflineRun:

@@ -180,16 +180,12 @@ def _together(kept: RunRecord, *others: RunRecord) -> RunRecord:
             continue
         outside = (other.steps < kept.steps[0]) | (other.steps > kept.steps[-1])
         if outside.any():
-            kept = _joined(kept, other, outside)
+            steps = np.concatenate([kept.steps, other.steps[outside]])
+            order = np.argsort(steps, kind="stable")
+            columns = {
+                key: np.concatenate([kept.series(key), other.series(key)[outside]])[order]
+                for key in dict.fromkeys([*kept.columns, *other.columns])
+            }
+            kept = replace(kept, steps=steps[order], columns=columns)
         kept = replace(kept, config=other.config | kept.config)
     return kept
-
-
-def _joined(kept: RunRecord, other: RunRecord, rows: Any) -> RunRecord:
-    steps = np.concatenate([kept.steps, other.steps[rows]])
-    order = np.argsort(steps, kind="stable")
-    columns = {
-        key: np.concatenate([kept.series(key), other.series(key)[rows]])[order]
-        for key in dict.fromkeys([*kept.columns, *other.columns])
-    }
-    return replace(kept, steps=steps[order], columns=columns)

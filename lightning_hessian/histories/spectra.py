@@ -88,11 +88,7 @@ def _of_lines(file: Path, key: str, problems: Problems) -> list[tuple[int, Store
 
 
 def _step(value: Any) -> int:
-    """Return a step as a whole number.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """Return a step as a whole number; raise ValueError where it is none."""
     if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > 2**63:
         raise ValueError(f"the step is {printable(repr(value), 60)}")
     return int(value)

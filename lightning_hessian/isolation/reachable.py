@@ -95,7 +95,9 @@ def reachable(roots: Iterable[Any]) -> Reachable:
         value = stack.pop()
         if id(value) in found.prints or isinstance(value, _ATOMS):
             continue
-        if isinstance(value, (Tensor, np.ndarray)) and not _holds_objects(value):
+        if isinstance(value, Tensor) or (
+            isinstance(value, np.ndarray) and not value.dtype.hasobject
+        ):
             shown, more = _checksum(value, checked), []
             found.arrays.append(value)
         elif isinstance(value, GENERATORS):
@@ -263,10 +265,6 @@ def _is_known(module: str) -> bool:
 def _is_library(module: str) -> bool:
     path = getattr(sys.modules.get(module.partition(".")[0]), "__file__", None) or ""
     return "site-packages" in path or "dist-packages" in path
-
-
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.hasobject
 
 
 def _token(value: Any) -> Any:

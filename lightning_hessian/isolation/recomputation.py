@@ -94,7 +94,7 @@ def _noting(original: Callable[..., Any], note: Note) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if _is_transformed():
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # a transform of torch.func
             return _nothing()
         block, as_drawn = note(), global_restorer()
 
@@ -108,11 +108,6 @@ def _noting(original: Callable[..., Any], note: Note) -> Callable[..., Any]:
         return original(again, preserve_rng_state, contexts, *args, **kwargs)
 
     return generator
-
-
-def _is_transformed() -> bool:
-    """Return whether `torch.func` differentiates or vmaps: it keeps all, with no hooks between."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _nothing() -> Iterator[None]:

@@ -5,10 +5,11 @@ A name means the same everywhere.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from lightning_hessian.results.arguments import (
     Rule,
     flag,
     function_of,
+    instance_of,
     memory,
     one_of,
     optional,
@@ -39,6 +41,8 @@ from lightning_hessian.solvers.storage import BasisStorage
 
 MOST_PROBES = 10_000
 """Random probes of a trace or a density: by then their error is a hundredth of that of one."""
+
+_Made = TypeVar("_Made")
 
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_]+")
 
@@ -60,13 +64,6 @@ def layer_choice(name: str, value: Any) -> Any:
             )
         selection(f"{name}[{key!r}]", chosen)
     return dict(value)
-
-
-def basis_storage(name: str, value: Any) -> BasisStorage:
-    """Apply the rule of ``basis``."""
-    if isinstance(value, BasisStorage):
-        return value
-    raise ArgumentError(name, value, "Give BasisStorage(memory=..., tier=..., dtype=...).")
 
 
 _positive = whole_number(least=1)
@@ -91,7 +88,7 @@ RULES: dict[str, Rule] = {
     ),
     "density": flag,
     "return_eigenvectors": flag,
-    "basis": basis_storage,
+    "basis": instance_of(BasisStorage, "Give BasisStorage(memory=..., tier=..., dtype=...)."),
     "checkpoint": optional(path_name, "for none"),  # ranks agree on whether it can be written
     "process_group": optional(group, "this process alone"),
     "on_progress": optional(progress_function),
@@ -131,14 +128,20 @@ GRADIENT_RULES: dict[str, Rule] = {
 
 
 def together(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """Return the block in which the ranks of a call check its arguments.
-
-    Args:
-        arguments: Of the call, not checked yet.
-    """
+    """Return the block in which the ranks of a call check its arguments."""
     group, model = arguments.get("process_group"), arguments.get("model")
     if not isinstance(group, torch.distributed.ProcessGroup):
         return nullcontext()
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     device = parameters[0].device if parameters else torch.device("cpu")
     return Ranks.of(group, device).together()
+
+
+def made_from(make: Callable[..., _Made], arguments: Mapping[str, Any], **others: Any) -> _Made:
+    """Return what is made of those arguments of a call that it has parameters for.
+
+    ``arguments`` are the `locals` of the call at its beginning; ``others`` take precedence.
+    """
+    names = inspect.signature(make).parameters
+    given = {**arguments, **others}
+    return make(**{name: given[name] for name in names if name in given})

@@ -13,12 +13,8 @@ from torch import nn
 
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
-from lightning_hessian.linear.operator import (
-    MatrixOperator,
-    RestrictedOperator,
-    SymmetricOperator,
-)
-from lightning_hessian.measure.arguments import RULES, together
+from lightning_hessian.linear.operator import MatrixOperator, RestrictedOperator, SymmetricOperator
+from lightning_hessian.measure.arguments import RULES, made_from, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.instrument import Absent
 from lightning_hessian.measure.options import LossOptions
@@ -121,48 +117,22 @@ def block_structure(
         >>> blocks.names, blocks.frobenius.shape, blocks.exact
         (('0', '2'), (2, 2), True)
     """
-    instrument = BlocksInstrument(
-        blocks=blocks,
-        parameters=parameters,
-        rel_error=rel_error,
-        exact=exact,
-        densities=densities,
-        density_steps=density_steps,
-        density_probes=density_probes,
-        return_matrix=return_matrix,
-    )
+    given = locals()
+    instrument = made_from(BlocksInstrument, given)
     with whole(model) as plain:
-        instrument.check(plain)
-        cut = partition(plain, blocks, parameters)
-        session = Session(
-            plain,
-            loss_fn,
-            batches,
-            parameters=parameters,
-            hvp=hvp,
-            loss_options=loss_options,
-            process_group=process_group,
-            expected_products=2 * least_products(cut.sizes),
-            seed=seed,
-        )
-        with session:
+        least = least_products(partition(plain, blocks, parameters).sizes)
+        with made_from(Session, given, model=plain, expected_products=2 * least) as session:
             allowance = (budget or UNLIMITED).open(session, on_progress)
             return instrument.structure(session, allowance)
 
 
 @dataclass(frozen=True)
 class BlocksRecord:
-    """A block structure as it is logged.
-
-    Attributes:
-        structure: What was measured.
-        missing: Sentences on what was left out.
-        cut_by: The partition, which says what the groups of blocks are.
-    """
+    """A block structure as it is logged."""
 
     structure: BlockStructure
-    missing: tuple[str, ...] = ()
-    cut_by: Blocks = "layer"
+    missing: tuple[str, ...] = ()  # sentences on what was left out
+    cut_by: Blocks = "layer"  # the partition, which says what the groups of blocks are
 
     def scalars(self) -> dict[str, float]:
         """Return the statistics by logged name."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_hessian.linear.allowance import Allowance
-from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     check_fields,
+    instance_of,
     optional,
     real_number,
     seconds,
@@ -59,9 +59,7 @@ class Budget:
         return f"Budget({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def open(
-        self,
-        session: Session,
-        on_progress: Callable[[int, int | None], None] | None = None,
+        self, session: Session, on_progress: Callable[[int, int | None], None] | None = None
     ) -> Allowance:
         """Return what is left now, for the instruments of one session to spend from.
 
@@ -81,11 +79,5 @@ class Budget:
 
 UNLIMITED = Budget()
 
-
-def a_budget(name: str, value: Any) -> Budget:
-    """Apply the rule of ``budget``; None is for no bound."""
-    if value is None:
-        return UNLIMITED
-    if isinstance(value, Budget):
-        return value
-    raise ArgumentError(name, value, "Give Budget(products=..., seconds=...), or None.")
+a_budget = instance_of(Budget, "Give Budget(products=..., seconds=...), or None.", UNLIMITED)
+"""The rule of ``budget``."""

@@ -17,7 +17,7 @@ from lightning_hessian.isolation.context import isolated
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import free_bytes, memory_explained
 from lightning_hessian.linear.ranks import Ranks
-from lightning_hessian.measure.arguments import GRADIENT_RULES, together
+from lightning_hessian.measure.arguments import GRADIENT_RULES, made_from, together
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.gradient_checks import (
     check_alike,
@@ -42,11 +42,7 @@ from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
-from lightning_hessian.results import (
-    FloatArray,
-    GradientStructure,
-    MeasurementError,
-)
+from lightning_hessian.results import FloatArray, GradientStructure, MeasurementError
 from lightning_hessian.results.arguments import check_fields, checked, optional
 from lightning_hessian.results.path_arguments import existing_folder
 
@@ -134,24 +130,11 @@ def gradient_structure(
         >>> found.num_gradients, found.num_parameters, len(found.covariance)
         (100, 30, 30)
     """
+    given = locals()
     with whole(model) as plain:
         ranks = Ranks.of(process_group, next(plain.parameters()).device)
         with ranks.together():  # a folder may be missing on one machine only
-            instrument = GradientsInstrument(
-                num_gradients=num_gradients,
-                batch_size=batch_size,
-                num_eigenvalues=num_eigenvalues,
-                parameters=parameters,
-                tests=tests,
-                max_tested=max_tested,
-                clip_norm=clip_norm,
-                preconditioner=preconditioner,
-                num_eigenvectors=num_eigenvectors,
-                mode=mode,
-                significance=significance,
-                memory_budget=memory_budget,
-                directory=directory,
-            )
+            instrument = made_from(GradientsInstrument, given)
             instrument.check(plain)
         seconds = None if budget is None else budget.seconds
         allowance = Allowance(seconds=seconds, ranks=ranks, on_progress=on_progress)
@@ -160,15 +143,10 @@ def gradient_structure(
 
 @dataclass(frozen=True)
 class GradientsRecord:
-    """A gradient structure as it is logged.
-
-    Attributes:
-        structure: What was measured.
-        significance: Level of the Kolmogorov-Smirnov test.
-    """
+    """A gradient structure as it is logged."""
 
     structure: GradientStructure
-    significance: float = 0.05
+    significance: float = 0.05  # level of the Kolmogorov-Smirnov test
 
     def scalars(self) -> dict[str, float]:
         """Return the statistics by logged name."""
@@ -334,11 +312,7 @@ def _left_by_gram(
     tests: bool,
     ranks: Ranks,
 ) -> float:
-    """Return what the Gram matrix leaves of the budget, the same on all ranks.
-
-    Raises:
-        MeasurementError: It leaves less than half.
-    """
+    """Return what the Gram matrix leaves of the budget, at least half, the same on all ranks."""
     if memory_budget is None:
         # G lies in main memory, which all ranks of a machine share, whatever their devices.
         device = torch.device("cpu") if tests else device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -92,7 +92,7 @@ class Scalars:
     """
 
     values: Mapping[str, float]
-    missing: Sequence[str] = field(default_factory=tuple)
+    missing: Sequence[str] = ()
 
     def scalars(self) -> Mapping[str, float]:
         """Return the statistics by name."""

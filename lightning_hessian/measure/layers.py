@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,16 +11,22 @@ from torch import nn
 
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
-from lightning_hessian.measure.arguments import RULES, SPECTRUM_RULES, layer_choice, together
+from lightning_hessian.measure.arguments import (
+    RULES,
+    SPECTRUM_RULES,
+    layer_choice,
+    made_from,
+    together,
+)
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.session import Session
-from lightning_hessian.measure.spectrum import SpectrumInstrument, SpectrumRecord
+from lightning_hessian.measure.spectrum import SpectrumInstrument, SpectrumRecord, warn_caller
 from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results import ArgumentError, HessianSpectrum
-from lightning_hessian.results.arguments import check_fields, checked
+from lightning_hessian.results.arguments import check_fields, checked, instance_of
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage
 
 if TYPE_CHECKING:
@@ -99,48 +104,28 @@ def layer_spectra(
         >>> {name: len(spectrum.eigenvalues) for name, spectrum in spectra.items()}
         {'0': 5, '2': 5}
     """
-    instrument = LayersInstrument(
-        layers,
-        SpectrumInstrument(
-            num_eigenvalues=num_eigenvalues,
-            protocol=protocol,
-            tol=tol,
-            trace_probes=trace_probes,
-            basis=basis,
-        ),
-    )
+    given = locals()
+    instrument = LayersInstrument(layers, made_from(SpectrumInstrument, given))
     with whole(model) as plain:
         instrument.check(plain)
-        session = Session(
-            plain,
-            loss_fn,
-            batches,
+        with made_from(
+            Session,
+            given,
+            model=plain,
             parameters=instrument.selected(plain),
-            hvp=hvp,
-            loss_options=loss_options,
-            process_group=process_group,
             expected_products=instrument.expected_products(plain),
-            seed=seed,
-        )
-        with session:
+        ) as session:
             record = instrument.measure(session, (budget or UNLIMITED).open(session, on_progress))
-    if session.ranks.rank == 0:
-        for warning in record.warnings:
-            warnings.warn(warning, stacklevel=4)  # past both decorators, to the caller
+    warn_caller(record.warnings, session.ranks)
     return record.spectra
 
 
 @dataclass(frozen=True)
 class LayersRecord:
-    """The spectra of layers as they are logged.
-
-    Attributes:
-        records: By name of the layer.
-        warnings: What is to be said of layers that were left out.
-    """
+    """The spectra of layers, by name, as they are logged."""
 
     records: Mapping[str, SpectrumRecord]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # on layers that were left out
 
     @property
     def spectra(self) -> dict[str, HessianSpectrum]:
@@ -166,13 +151,6 @@ class LayersRecord:
         return [*missing, *self.warnings]
 
 
-def _a_spectrum(name: str, value: Any) -> SpectrumInstrument:
-    """Apply the rule of ``spectrum``."""
-    if isinstance(value, SpectrumInstrument):
-        return value
-    raise ArgumentError(name, value, "Give SpectrumInstrument(num_eigenvalues=..., ...).")
-
-
 @dataclass(frozen=True)
 class LayersInstrument:
     """A spectrum for each of several layers.
@@ -188,7 +166,9 @@ class LayersInstrument:
     prefix: str = field(default="layers", init=False)
 
     def __post_init__(self) -> None:
-        check_fields(self, {"layers": RULES["layers"], "spectrum": _a_spectrum})
+        remedy = "Give SpectrumInstrument(num_eigenvalues=..., ...)."
+        spectrum = instance_of(SpectrumInstrument, remedy)
+        check_fields(self, {"layers": RULES["layers"], "spectrum": spectrum})
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where a name or a selection does not fit the model."""
@@ -235,11 +215,7 @@ class LayersInstrument:
 
 
 def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelection]:
-    """Return the selection of each layer by name.
-
-    Raises:
-        ValueError: As `layer_spectra`.
-    """
+    """Return the selection of each layer by name; errors as of `layer_spectra`."""
     if not layers:
         raise ArgumentError("layers", layers, "It names no layer; give None for none.")
     chosen = layer_choice("layers", layers)

@@ -11,6 +11,7 @@ from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     check_fields,
     function_of,
+    instance_of,
     one_of,
     optional,
     whole_number,
@@ -75,10 +76,7 @@ def spectrum_protocol(name: str, value: Any) -> SpectrumProtocol:
     raise ArgumentError(name, value, "Give 'converged', or PooledSLQ(num_runs, num_steps).")
 
 
-def loss_options(name: str, value: Any) -> LossOptions:
-    """Apply the rule of ``loss_options``; None is for the defaults."""
-    if value is None:
-        return LossOptions()
-    if isinstance(value, LossOptions):
-        return value
-    raise ArgumentError(name, value, "Give LossOptions(mode=..., batch_weight=...), or None.")
+loss_options = instance_of(
+    LossOptions, "Give LossOptions(mode=..., batch_weight=...), or None.", LossOptions()
+)
+"""The rule of ``loss_options``."""

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hessian.linear.allowance import Allowance
-from lightning_hessian.measure.options import PooledSLQ, SpectrumProtocol
-from lightning_hessian.results import ArgumentError, FloatArray, SpectralDensity
+from lightning_hessian.measure.options import PooledSLQ
+from lightning_hessian.results import FloatArray, SpectralDensity
 from lightning_hessian.solvers.density import spectral_density
 from lightning_hessian.solvers.lanczos import RitzPairs
-from lightning_hessian.solvers.pooled import PooledRitzValues, pooled_ritz_values
+from lightning_hessian.solvers.pooled import pooled_ritz_values
 from lightning_hessian.solvers.storage import BasisStorage
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
     # The converged ones before the first that has not; a view, for they may be large.
     good = len(ritz.values) if ritz.converged.all() else int(ritz.converged.argmin())
     lowest_found = ritz.lowest_residual <= tol * abs(ritz.lowest)
-    warning = _unconverged(ritz, count, tol)
     return Top(
         values=ritz.values,
         residuals=ritz.residuals,
@@ -55,7 +54,7 @@ def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
         good=good,
         lowest=ritz.lowest if lowest_found else None,
         num_products=ritz.num_products,
-        warnings=(warning,) if warning else (),
+        warnings=_unconverged(ritz, count, tol),
         trace=ritz.trace,
     )
 
@@ -71,7 +70,7 @@ def pooled_top(
     seed: int,
 ) -> Top:
     """Return the top of the pooled Ritz values, and what to say of them."""
-    found: PooledRitzValues = pooled_ritz_values(
+    found = pooled_ritz_values(
         operator,
         num_runs=protocol.num_runs,
         num_steps=protocol.num_steps,
@@ -82,23 +81,23 @@ def pooled_top(
         allowance=allowance,
     )
     wanted = protocol.num_runs * min(protocol.num_steps, operator.size)
-    said = []
+    said: tuple[str, ...] = ()
     if found.stopped != "done":
-        said.append(
+        said = (
             f"PooledSLQ pools {found.num_products} Ritz values instead of {wanted}: the budget "
-            "ran out. Allow more, or lower num_steps."
+            "ran out. Allow more, or lower num_steps.",
         )
-    lowest = len(found.values) - 1
-    lowest_found = found.residuals[lowest] <= tol * abs(found.values[lowest])
+    lowest = float(found.values[-1])
+    lowest_found = found.residuals[-1] <= tol * abs(lowest)
     empty = torch.zeros(0, operator.shard.length, dtype=operator.dtype, device=operator.device)
     return Top(
         values=found.values[:count],
         residuals=found.residuals[:count],
         vectors=empty,
         good=0,
-        lowest=float(found.values[lowest]) if lowest_found else None,
+        lowest=lowest if lowest_found else None,
         num_products=found.num_products,
-        warnings=tuple(said),
+        warnings=said,
         num_copies=int(found.is_copy[:count].sum()),
         density=found.density,
     )
@@ -119,29 +118,11 @@ def whole_density(
     )
 
 
-def check_protocol(
-    protocol: SpectrumProtocol, num_eigenvalues: int | None, checkpoint: object
-) -> int:
-    """Return K, by default that of the protocol.
-
-    Raises:
-        ArgumentError: A checkpoint, where the protocol keeps none.
-    """
-    pooled = isinstance(protocol, PooledSLQ)
-    if checkpoint is not None and pooled:
-        raise ArgumentError(
-            "checkpoint", checkpoint, "PooledSLQ keeps no checkpoint; leave checkpoint=None."
-        )
-    if num_eigenvalues is not None:
-        return num_eigenvalues
-    return DEFAULT_POOLED if pooled else DEFAULT_EIGENVALUES
-
-
-def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> str | None:
-    """Return what to say of eigenvalues that have not converged, None where all have."""
+def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> tuple[str, ...]:
+    """Return what to say of eigenvalues that have not converged."""
     found = int(ritz.converged.sum())
     if ritz.stopped in ("converged", "exhausted") or found == num_eigenvalues:
-        return None
+        return ()
     reason = {
         "bound": "the bound on products was reached; allow more or lower num_eigenvalues",
         "interrupted": "the time was up; allow more or lower num_eigenvalues",
@@ -152,5 +133,5 @@ def _unconverged(ritz: RitzPairs, num_eigenvalues: int, tol: float) -> str | Non
     }[ritz.stopped]
     return (
         f"{found} of {num_eigenvalues} eigenvalues converged to tol={tol:g} after "
-        f"{ritz.num_products} products: {reason}."
+        f"{ritz.num_products} products: {reason}.",
     )

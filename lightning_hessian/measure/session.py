@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +33,14 @@ class Knowledge:
     """What measurements have learnt about a module, for those that follow.
 
     It informs estimates of cost and spares trials; no number of a record depends on it.
-
-    Attributes:
-        seconds_a_product: What a product took, on average over the last session.
-        seconds_to_build: What making objective and operator took.
-        engine: The engine that the operator came to.
     """
 
-    seconds_a_product: float | None = None
-    seconds_to_build: float | None = None
-    engine: str | None = None
+    seconds_a_product: float | None = None  # on average over the last session
+    seconds_to_build: float | None = None  # objective and operator
+    engine: str | None = None  # that the operator came to
 
 
+@dataclass(eq=False, repr=False)
 class Session:
     """A block in which a module is isolated and can be measured by several instruments.
 
@@ -82,33 +78,20 @@ class Session:
     """
 
     model: nn.Module
-    space: ParameterSpace
-    ranks: Ranks
+    loss_fn: LossFunction | None
+    batches: Iterable[Any]
+    _: KW_ONLY
+    parameters: ParameterSelection = None
+    hvp: str = "auto"
+    loss_options: LossOptions | None = None
+    process_group: ProcessGroup | None = None
+    expected_products: int = 200
+    known: Knowledge = field(default_factory=Knowledge)
+    seed: int = 0
+    space: ParameterSpace = field(init=False)
+    ranks: Ranks = field(init=False)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFunction | None,
-        batches: Iterable[Any],
-        *,
-        parameters: ParameterSelection = None,
-        hvp: str = "auto",
-        loss_options: LossOptions | None = None,
-        process_group: ProcessGroup | None = None,
-        expected_products: int = 200,
-        known: Knowledge | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.model = model
-        self.loss_fn = loss_fn
-        self.batches = batches
-        self.parameters = parameters
-        self.hvp = hvp
-        self.loss_options = loss_options or LossOptions()
-        self.process_group = process_group
-        self.expected_products = expected_products
-        self.known = known if known is not None else Knowledge()
-        self.seed = seed
+    def __post_init__(self) -> None:
         self._stack = ExitStack()
         self._operator: Any = None
         self._gradient: Tensor | None = None
@@ -130,14 +113,15 @@ class Session:
     def objective(self) -> Objective:
         """The loss over the probe batches; from its making on the module is isolated."""
         begun = time.monotonic()
+        options = self.loss_options or LossOptions()
         objective = objective_over(
             self.process_group,
             self.model,
             self.loss_fn,
             self.batches,
             self.space,
-            batch_weight=self.loss_options.batch_weight,
-            mode=self.loss_options.mode,
+            batch_weight=options.batch_weight,
+            mode=options.mode,
             seed=self.seed,
         )
         self._stack.enter_context(objective.isolated())
@@ -226,7 +210,7 @@ class Session:
             self._operator = hessian_operator(
                 self.objective, self.hvp, expected_products=self.expected_products
             )
-            self._operator.on_product = self._spend
+            self._operator.on_product = lambda products: self._allowance.spend(products)
             self.known.engine = self._operator.engine
             self._built = time.monotonic()
             self.known.seconds_to_build = (self.known.seconds_to_build or 0.0) + self._built - begun
@@ -241,6 +225,3 @@ class Session:
         """Let products of this session's operator count against an allowance."""
         allowance.seconds_a_product = self.known.seconds_a_product
         self._allowance = allowance
-
-    def _spend(self, products: int) -> None:
-        self._allowance.spend(products)

@@ -15,13 +15,15 @@ from torch import nn
 
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
-from lightning_hessian.measure.arguments import SPECTRUM_RULES, together
+from lightning_hessian.linear.ranks import Ranks
+from lightning_hessian.measure.arguments import SPECTRUM_RULES, made_from, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.protocols import (
+    DEFAULT_EIGENVALUES,
+    DEFAULT_POOLED,
     DENSITY_PRODUCTS,
     Top,
-    check_protocol,
     pooled_top,
     ritz_top,
     whole_density,
@@ -119,54 +121,33 @@ def hessian_spectrum(
         >>> spectrum.num_converged, spectrum.num_parameters
         (3, 5)
     """
-    instrument = SpectrumInstrument(
-        num_eigenvalues=num_eigenvalues,
-        parameters=parameters,
-        protocol=protocol,
-        tol=tol,
-        trace_probes=trace_probes,
-        density=density,
-        return_eigenvectors=return_eigenvectors,
-        basis=basis,
-        checkpoint=checkpoint,
-    )
+    given = locals()
+    instrument = made_from(SpectrumInstrument, given)
     budget = budget or UNLIMITED
     instrument.check_budget(budget)
-    session = Session(
-        model,
-        loss_fn,
-        batches,
-        parameters=parameters,
-        hvp=hvp,
-        loss_options=loss_options,
-        process_group=process_group,
-        expected_products=instrument.expected_products,
-        seed=seed,
-    )
-    with session:
+    with made_from(Session, given, expected_products=instrument.expected_products) as session:
         instrument.check(session.model)
         if checkpoint is not None:
             with session.ranks.together():  # a folder may be missing on one machine only
                 file_to_write("checkpoint", checkpoint)
         record = instrument.measure(session, budget.open(session, on_progress))
-    if session.ranks.rank == 0:
-        for warning in record.warnings:
-            warnings.warn(warning, stacklevel=4)  # past both decorators, to the caller
+    warn_caller(record.warnings, session.ranks)
     return record.spectrum
+
+
+def warn_caller(said: Iterable[str], ranks: Ranks) -> None:
+    """Warn the caller of a measuring function, on rank zero."""
+    if ranks.rank == 0:
+        for warning in said:
+            warnings.warn(warning, stacklevel=5)  # past the function and both decorators
 
 
 @dataclass(frozen=True)
 class SpectrumRecord:
-    """A spectrum as it is logged.
-
-    Attributes:
-        spectrum: What was measured.
-        significance: Level of the Kolmogorov-Smirnov test.
-        warnings: What is to be said of the measurement.
-    """
+    """A spectrum as it is logged, and what is to be said of the measurement."""
 
     spectrum: HessianSpectrum
-    significance: float = 0.05
+    significance: float = 0.05  # level of the Kolmogorov-Smirnov test
     warnings: tuple[str, ...] = ()
 
     def scalars(self) -> dict[str, float]:
@@ -213,7 +194,11 @@ class SpectrumInstrument:
     @property
     def count(self) -> int:
         """K, by default that of the protocol."""
-        return check_protocol(self.protocol, self.num_eigenvalues, self.checkpoint)
+        pooled = isinstance(self.protocol, PooledSLQ)
+        if self.checkpoint is not None and pooled:
+            remedy = "PooledSLQ keeps no checkpoint; leave checkpoint=None."
+            raise ArgumentError("checkpoint", self.checkpoint, remedy)
+        return self.num_eigenvalues or (DEFAULT_POOLED if pooled else DEFAULT_EIGENVALUES)
 
     @property
     def expected_products(self) -> int:

@@ -58,9 +58,8 @@ class Drawing:
     @property
     def standalone(self) -> str:
         """The figure as a file of its own, on white."""
-        return self.svg.replace(
-            "<defs>", '<rect width="100%" height="100%" fill="white"/><defs>', 1
-        )
+        white = '<rect width="100%" height="100%" fill="white"/>'
+        return self.svg.replace("<defs>", f"{white}<defs>", 1)
 
 
 def across_figure(

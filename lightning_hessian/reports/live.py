@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lightning_hessian.histories.offline_run import OfflineRun, find_run_file, read_offline_run
 from lightning_hessian.histories.run_table import RunRecord, columns_of
 from lightning_hessian.histories.spectra import spectra_of
@@ -35,6 +33,7 @@ from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.tracking.dashboard import Lines, sections
 from lightning_hessian.tracking.history import Row, key_part
 from lightning_hessian.tracking.loggers import STEP
+from lightning_hessian.tracking.style import evenly_chosen
 
 _MOST_SPECTRA = 40
 _MOST_POINTS = 400
@@ -144,7 +143,7 @@ def live_page(
         "which": [asdict(found) for found in which_goes_with(pairs)],
         "spectra": [
             {"step": step, "values": [float(f"{v:.4g}") for v in found.leading]}
-            for step, found in _evenly(spectra, _MOST_SPECTRA)
+            for step, found in evenly_chosen(spectra, _MOST_SPECTRA)
         ],
         "sections": _panels([_with_gap(row) for row in rows], monitors),
         "latest": measured[-1] if measured else {},
@@ -256,7 +255,7 @@ def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[s
         points = [(row[x], row[key]) for row in rows if x in row and key in row]
         points = [point for point in points if all(map(math.isfinite, point))]
         if points:
-            series.append({"key": label, "points": _evenly(points, _MOST_POINTS)})
+            series.append({"key": label, "points": evenly_chosen(points, _MOST_POINTS)})
     return {
         "title": panel.title,
         "x": "optimizer step" if x == "step" else x,
@@ -304,10 +303,3 @@ def _status(run: OfflineRun) -> str:
     if run.exit_code is None:
         return "running, or cut off"
     return "finished" if run.exit_code == 0 else f"ended with exit code {run.exit_code}"
-
-
-def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """Return at most so many items, evenly chosen, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]

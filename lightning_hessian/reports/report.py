@@ -30,11 +30,9 @@ from lightning_hessian.tracking.scalars import GRADIENT_CORRELATED as OF_GRADIEN
 DEFAULT_MONITORS = ("val_loss", "gap")
 """What is monitored where nothing is asked for; the gap as far as a run logged it."""
 
-DEFAULT_STATISTICS = tuple(
-    dict.fromkeys(
-        [f"hessian/{name}" for name in (*OF_SPECTRA, "block_off_diagonal_ratio", "loss")]
-        + [f"gradient/{name}" for name in OF_GRADIENTS]
-    )
+DEFAULT_STATISTICS = (
+    *(f"hessian/{name}" for name in (*OF_SPECTRA, "loss")),
+    *(f"gradient/{name}" for name in OF_GRADIENTS),
 )
 """What is correlated where nothing is asked for, as far as a run logged it."""
 
@@ -194,11 +192,8 @@ def resolved_monitors(monitor: str | Sequence[str], keys: Collection[str]) -> tu
     asked = (monitor,) if isinstance(monitor, str) else tuple(monitor)
     if not asked:
         raise ValueError("No monitor was named; give a logged metric such as 'val_loss'.")
-    found = tuple(
-        dict.fromkeys(GAP if key == "gap" and "gap" not in keys else key for key in asked)
-    )
-    there = tuple(key for key in found if key != GAP or GAP in keys)
-    return there or found
+    named = dict.fromkeys(GAP if key == "gap" and "gap" not in keys else key for key in asked)
+    return tuple(key for key in named if key != GAP or GAP in keys) or tuple(named)
 
 
 def logged_statistics(keys: Collection[str], monitors: Sequence[str]) -> tuple[str, ...]:

@@ -157,14 +157,10 @@ def _brief(pair: WithinRun | AcrossRuns | OverRuns) -> tuple[Verdict | bool | No
     return shown, words if shown else "no coefficient" if shown is None else "not shown"
 
 
-def _why(reason: str) -> str:
-    return reason.partition("; r_differences")[0].removeprefix("r, spearman: ")
-
-
 def verdict_across(pair: AcrossRuns, num_tests: int, group: str | None = None) -> str:
     """Return what the runs, one point each, say of one of ``num_tests`` pairs."""
     if math.isnan(pair.r):
-        return f"No coefficient: {_why(pair.reason)}."
+        return f"No coefficient: {pair.reason.removeprefix('r, spearman: ')}."
     if not excludes_zero(*pair.fisher):
         return "Not told from zero." + _groups(pair, group)
     text = _goes(pair, pair.r)

@@ -96,12 +96,10 @@ def anything(name: str, value: Any) -> Any:
 
 def _rest(given: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
     """Return what was given behind ``**``, checked."""
-    if OTHERS in rules:
-        return {name: rules.get(name, anything)(name, value) for name, value in given.items()}
     for name, value in given.items():
-        if name not in rules:
+        if name not in rules and OTHERS not in rules:
             raise ArgumentError(name, value, f"There is no such argument. {_choice(rules)}")
-    return {name: rules[name](name, value) for name, value in given.items()}
+    return {name: rules.get(name, anything)(name, value) for name, value in given.items()}
 
 
 def check_fields(record: Any, rules: Rules) -> None:
@@ -127,6 +125,19 @@ def optional(rule: Rule, otherwise: str = "") -> Rule:
             if not otherwise:
                 raise
             raise ArgumentError(name, value, f"{error.remedy} None is {otherwise}.") from None
+
+    return check
+
+
+def instance_of(kind: type, remedy: str, otherwise: object = None) -> Rule:
+    """Return the rule of an instance of a class; None is for ``otherwise``, where it is given."""
+
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, kind):
+            return value
+        if value is None and otherwise is not None:
+            return otherwise
+        raise ArgumentError(name, value, remedy)
 
     return check
 
@@ -191,10 +202,8 @@ def as_float(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def seed_number(name: str, value: Any) -> int:
-    """Check a seed: a whole number from 0 to 2^32 - 1."""
-    return int(whole_number(least=0, most=MOST_SEED)(name, value))
-
+seed_number = whole_number(most=MOST_SEED)
+"""The rule of a seed."""
 
 seconds = real_number("Give a finite number of seconds from 0 on.", least=0.0)
 """The rule of a time limit; 0 means that time is up at once."""

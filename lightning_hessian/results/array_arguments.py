@@ -11,11 +11,7 @@ from lightning_hessian.results.base import ArgumentError
 
 
 def real_values(name: str, value: Any) -> Any:
-    """Check an array: real numbers, of any shape; return them as a NumPy array.
-
-    Raises:
-        ArgumentError: Words, complex numbers, None, booleans, or a tensor that has no NumPy form.
-    """
+    """Check an array of any shape: real numbers, no words, no booleans; return NumPy's."""
     remedy = "Give real numbers: a list, an array or a tensor on the CPU."
     if getattr(value, "requires_grad", False) is True:
         remedy = "Give a tensor without gradient: values.detach().cpu()."

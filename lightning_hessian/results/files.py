@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ def save_spectrum(
         path: The file; its folder must exist.
         extra: What else to keep, as JSON; `load_extra` returns it.
     """
-    path = Path(path)
     arrays: dict[str, Any] = {name: getattr(spectrum, name) for name in _ARRAYS}
     if spectrum.eigenvectors is not None:
         arrays["eigenvectors"] = spectrum.eigenvectors.cpu().numpy()
@@ -45,13 +43,11 @@ def save_spectrum(
     }
     if (density := spectrum.density) is not None:
         arrays["density_nodes"], arrays["density_weights"] = density.nodes, density.weights
-        about["density"] = {
-            "size": density.size, "num_products": density.num_products, "exact": density.exact,
-        }  # fmt: skip
-    text = json.dumps({"spectrum": about, "extra": dict(extra or {})})
-    contents: dict[str, Any] = {**arrays, _ABOUT: np.array(text)}
-    with atomic_write(path) as file:
-        np.savez(file, **contents)
+        kept = ("size", "num_products", "exact")
+        about["density"] = {name: getattr(density, name) for name in kept}
+    arrays[_ABOUT] = np.array(json.dumps({"spectrum": about, "extra": dict(extra or {})}))
+    with atomic_write(Path(path)) as file:
+        np.savez(file, **arrays)
 
 
 def load_spectrum(path: str | os.PathLike[str]) -> HessianSpectrum:
@@ -70,7 +66,7 @@ def load_spectrum(path: str | os.PathLike[str]) -> HessianSpectrum:
         FileNotFoundError: nowhere.npz does not exist.
     """
     arrays, about = _read(Path(path))
-    with _ours(Path(path)):
+    with unreadable(path, _REMEDY):
         fields = dict(about["spectrum"])
         if (density := fields.pop("density", None)) is not None:
             nodes, weights = arrays.pop("density_nodes"), arrays.pop("density_weights")
@@ -84,14 +80,9 @@ def load_spectrum(path: str | os.PathLike[str]) -> HessianSpectrum:
 
 
 def load_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what `save_spectrum` was given to keep beside the spectrum.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        UnreadableFileError: It is not such a file, or damaged; a ValueError.
-    """
+    """Return what `save_spectrum` was given to keep beside it; errors as of `load_spectrum`."""
     about = _read(Path(path), only=_ABOUT)[1]
-    with _ours(Path(path)):
+    with unreadable(path, _REMEDY):
         return dict(about["extra"])
 
 
@@ -109,13 +100,9 @@ def _check(arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is {fields[name]!r}")
 
 
-def _ours(path: Path) -> AbstractContextManager[None]:
-    return unreadable(path, _REMEDY)
-
-
 def _read(path: Path, only: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    with _ours(path):
+    with unreadable(path, _REMEDY):
         arrays = read_npz(path, only=None if only is None else [only], remedy=_REMEDY)
         return arrays, parse_json(str(arrays.pop(_ABOUT)))

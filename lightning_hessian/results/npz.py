@@ -52,11 +52,7 @@ def _name(info: zipfile.ZipInfo) -> str:
 
 
 def require_stored(archive: zipfile.ZipFile, path: object) -> None:
-    """Check that no member of an archive unpacks to more bytes than it has there.
-
-    Raises:
-        UnreadableFileError: A member is compressed, or claims another size.
-    """
+    """Check that no member of an archive unpacks to more bytes than it has there."""
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise UnreadableFileError(

@@ -18,9 +18,6 @@ def check_folder(folder: Path, argument: str = "--out", files: Iterable[str] = (
     """Check that files can be written to a folder, by writing one; nothing stays behind.
 
     The folder need not exist yet. The files may, but not as folders or locked.
-
-    Raises:
-        ArgumentError: They cannot.
     """
     made: list[Path] = []
     try:
@@ -42,11 +39,7 @@ def check_folder(folder: Path, argument: str = "--out", files: Iterable[str] = (
 
 
 def check_file(file: Path, argument: str) -> None:
-    """Check that a file can be written, with the folders around it.
-
-    Raises:
-        ArgumentError: It cannot.
-    """
+    """Check that a file can be written, with the folders around it."""
     try:
         check_folder(file.parent, argument, [file.name])
     except ArgumentError as error:

@@ -83,11 +83,7 @@ def encodable(text: str) -> str:
 
 
 def inside(file: Path, folder: Path) -> None:
-    """Check that a file lies in a folder, symbolic links followed.
-
-    Raises:
-        UnreadableFileError: It lies elsewhere.
-    """
+    """Check that a file lies in a folder, symbolic links followed."""
     where = os.path.realpath(file)
     root = os.path.realpath(folder)
     if os.path.commonpath([root, where]) != root:
@@ -195,11 +191,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def check_integer(value: int) -> int:
-    """Return a whole number that float64 can hold.
-
-    Raises:
-        ValueError: It has too many digits.
-    """
+    """Return a whole number that float64 can hold, or raise ValueError."""
     if not -_LARGEST < value < _LARGEST:
         raise ValueError(f"a whole number of more than {bounds.DIGITS} digits")
     return value

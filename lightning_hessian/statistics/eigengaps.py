@@ -1,8 +1,7 @@
-"""Gaps between neighbouring eigenvalues: their power law, and how far eigenvectors can turn.
+"""Gaps between neighbouring eigenvalues, and their power law.
 
-Sources: HPL is "Investigating the Overlooked Hessian Structure" (Tang et al., ICML 2025),
-section 2.4 and appendix B; Y. Yu, T. Wang, R. J. Samworth, "A useful variant of the Davis-Kahan
-theorem for statisticians", Biometrika 102 (2015).
+Source: HPL is "Investigating the Overlooked Hessian Structure" (Tang et al., ICML 2025),
+section 2.4 and appendix B.
 """
 
 from __future__ import annotations
@@ -11,24 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lightning_hessian.results import ArgumentError, Eigengaps, FloatArray, array_arguments
-from lightning_hessian.results.arguments import (
-    checked,
-    flag,
-    optional,
-    real_number,
-    significance_level,
-)
+from lightning_hessian.results.arguments import checked, optional, significance_level
 from lightning_hessian.statistics.power_law import fit_power_law
 
 _MIN_POSITIVE_GAPS = 3
-
 
 _RULES = {
     "eigenvalues": array_arguments.finite_values,
     "residuals": optional(array_arguments.finite_values),
     "significance": significance_level,
-    "perturbation_norm": real_number("It is not a norm; give eps * norm(M) >= 0.", least=0.0),
-    "complete": flag,
 }
 
 
@@ -104,11 +94,7 @@ def eigengaps(
 
 
 def _bounds(values: FloatArray, residuals: ArrayLike | None) -> FloatArray:
-    """Return the bounds on the errors of eigenvalues [K], zeros where none are given.
-
-    Raises:
-        ArgumentError: They do not fit the eigenvalues, or one is negative.
-    """
+    """Return the bounds on the errors of eigenvalues [K], zeros where none are given."""
     if residuals is None:
         return np.zeros(len(values))
     errors = np.asarray(residuals, dtype=np.float64).ravel()
@@ -117,55 +103,3 @@ def _bounds(values: FloatArray, residuals: ArrayLike | None) -> FloatArray:
             "residuals", residuals, f"Give {len(values)} bounds >= 0, one for each eigenvalue."
         )
     return errors
-
-
-@checked(_RULES)
-def davis_kahan_bound(
-    eigenvalues: ArrayLike, perturbation_norm: float, *, complete: bool = False
-) -> FloatArray:
-    """Return for each eigenvector the most that the sine of its angle to the perturbed one can be.
-
-    The bound of u_k is 2 eps norm(M) / min(lambda_{k-1} - lambda_k, lambda_k - lambda_{k+1}) for
-    the Hessian H + eps M in place of H. At 1 and above it says nothing; such values are kept,
-    since how far they lie above 1 is what HPL plots. A zero gap gives infinity: an eigenvector
-    of a repeated eigenvalue is not determined.
-
-    The first eigenvector has nothing above it, and its one gap is the right one. The last has a
-    next eigenvalue below that was not computed and may lie arbitrarily close, so its gap above
-    alone would not bound anything: its entry is NaN, unless the spectrum is ``complete``.
-
-    Args:
-        eigenvalues: lambda_k, real [K], descending, as the rows of the eigenvectors.
-        perturbation_norm: eps norm(M), the operator norm of the perturbation, in the units of
-            the eigenvalues.
-        complete: Whether these are all n eigenvalues of H, so that the last has nothing below.
-
-    Returns:
-        The bounds, float64 [K].
-
-    Raises:
-        ValueError: An eigenvalue is NaN or infinite, they are not descending, or the norm is
-            negative or not finite.
-
-    Source: HPL eq. 7, first line, and theorem 2 (Yu et al. 2015, corollary 1).
-
-    Example:
-        >>> davis_kahan_bound([10.0, 6.0, 5.0, 4.5], 0.25).tolist()
-        [0.125, 0.5, 1.0, nan]
-        >>> davis_kahan_bound([10.0, 6.0, 5.0, 4.5], 0.25, complete=True).tolist()
-        [0.125, 0.5, 1.0, 1.0]
-    """
-    lambdas = np.asarray(eigenvalues, dtype=np.float64).ravel()
-    gaps = -np.diff(lambdas)
-    if np.any(gaps < 0):
-        raise ValueError(
-            "the eigenvalues are not in descending order, so the bounds would not belong to the "
-            "rows of the eigenvectors; sort both alike."
-        )
-    last = np.inf if complete else np.nan
-    above = np.concatenate([[np.inf], gaps])
-    below = np.concatenate([gaps, [last]])
-    narrower = np.minimum(above, below)[: len(lambdas)]
-    bounds = np.full(len(lambdas), np.inf)
-    np.divide(2.0 * perturbation_norm, narrower, out=bounds, where=narrower != 0)
-    return bounds

@@ -1,4 +1,4 @@
-"""Two symmetric matrices side by side: angles of their top subspaces, ratios of their spectra.
+"""Two symmetric matrices side by side: overlaps of their top subspaces, ratios of their spectra.
 
 Made for the covariance C of gradients and the Hessian H. SG is "On the Overlooked Structure of
 Stochastic Gradients" (Xie et al., NeurIPS 2023), section 4.
@@ -42,34 +42,6 @@ _RULES = {
 
 
 @checked(_RULES)
-def principal_angles(first: ArrayLike, second: ArrayLike) -> FloatArray:
-    """Return the angles between the spans of two sets of vectors, ascending, in radians.
-
-    Args:
-        first: Linearly independent rows [a, n]; eigenvectors, say.
-        second: Likewise [b, n].
-
-    Returns:
-        min(a, b) angles between 0 (a shared direction) and pi / 2, float64.
-
-    Raises:
-        ValueError: The vectors are not rows of equal length, or one is NaN or infinite.
-
-    Source: `scipy.linalg.subspace_angles` (Knyazev and Argentati 2002), good for small angles too.
-
-    Example:
-        >>> plane, tilted = [[1, 0, 0], [0, 1, 0]], [[1, 0, 0], [0, 1, 1]]
-        >>> np.degrees(principal_angles(plane, tilted)).round(6)
-        array([ 0., 45.])
-    """
-    from scipy.linalg import subspace_angles
-
-    one, other = _rows(first, second)
-    found: FloatArray = subspace_angles(one.T, other.T)[::-1].copy()
-    return found
-
-
-@checked(_RULES)
 def overlaps(first: ArrayLike, second: ArrayLike) -> FloatArray:
     """Return for each k how much the spans of the first k vectors of two sets have in common.
 
@@ -84,7 +56,8 @@ def overlaps(first: ArrayLike, second: ArrayLike) -> FloatArray:
         Overlaps for k = 1 to min(a, b), float64.
 
     Raises:
-        ValueError: As in `principal_angles`; or rows that are not orthonormal.
+        ValueError: The vectors are not rows of equal length, one is NaN or infinite, or they are
+            not orthonormal.
 
     Example:
         >>> overlaps([[1, 0, 0], [0, 1, 0]], [[0, 1, 0], [1, 0, 0]])

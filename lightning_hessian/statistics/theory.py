@@ -21,10 +21,6 @@ from lightning_hessian.results import ArgumentError, FloatArray
 from lightning_hessian.results.arguments import checked, real_number, seed_number, whole_number
 from lightning_hessian.results.array_arguments import real_matrix, real_values
 
-THEOREM_2_SLOPES = {"ww_cross_entropy": -1, "ww_squared_error": -1, "vv_cross_entropy": -2}
-"""Powers of C at which the ratios of expected squared norms vanish (HBS theorem 2, eq. 28)."""
-
-
 _positive = real_number("Give a positive number.", above=0.0)
 
 _RULES = {
@@ -80,7 +76,13 @@ def linear_cross_entropy_hessian(inputs: ArrayLike, V: ArrayLike) -> FloatArray:
                [-1.,  1.]])
     """
     x, v = _columns_fit(inputs=inputs, V=V)
-    return _output_blocks(x, _softmax(x @ v.T))
+    p = _softmax(x @ v.T)
+    (count, d), c = x.shape, len(v)
+    blocks = np.einsum("na,nc,nk,nl->akcl", -p, p, x, x, optimize=True)
+    for i in range(c):
+        blocks[i, :, i] += (x * p[:, i : i + 1]).T @ x
+    found: FloatArray = blocks.reshape(c * d, c * d) / count
+    return found
 
 
 @checked(_RULES)
@@ -164,16 +166,6 @@ def _hidden_hessian(
     top = np.hstack([ww.reshape(m * d, m * d), wv.reshape(m * d, c * m)])
     bottom = np.hstack([wv.reshape(m * d, c * m).T, vv.reshape(c * m, c * m)])
     found: FloatArray = np.vstack([top, bottom]) / count
-    return found
-
-
-def _output_blocks(features: FloatArray, p: FloatArray) -> FloatArray:
-    """Return the C x C blocks, mean of p_i (delta_ij - p_j) f f^T."""
-    (count, d), c = features.shape, p.shape[1]
-    blocks = np.einsum("na,nc,nk,nl->akcl", -p, p, features, features, optimize=True)
-    for i in range(c):
-        blocks[i, :, i] += (features * p[:, i : i + 1]).T @ features
-    found: FloatArray = blocks.reshape(c * d, c * d) / count
     return found
 
 

@@ -151,10 +151,7 @@ def verdict(found: Movement, monitor: str = "the other") -> Verdict:
 
 
 def answer(
-    pairs: Sequence[Pair],
-    *,
-    name: Callable[[str], str] = str,
-    stress: Callable[[str], str] = str,
+    pairs: Sequence[Pair], *, name: Callable[[str], str] = str, stress: Callable[[str], str] = str
 ) -> str:
     """Return what a run says of all its pairs, in one sentence.
 
@@ -205,20 +202,17 @@ def which_of_two(loss: Verdict | bool | None, gap: Verdict | bool | None) -> str
         >>> which_of_two(True, False)
         'the metric alone: mostly training that goes on may make it'
     """
-    told = [_told(loss), _told(gap)]
-    if told == [None, None]:
+    with_loss, with_gap = _told(loss), _told(gap)
+    if with_loss is None and with_gap is None:
         return "too little to tell"
-    if told[0]:
-        if told[1]:
-            return "both"
-        tail = (
-            "the gap cannot be told"
-            if told[1] is None
-            else "mostly training that goes on may make it"
-        )
-        return f"the metric alone: {tail}"
-    if told[1]:
-        tail = "; the metric cannot be told" if told[0] is None else ""
+    if with_loss and with_gap:
+        return "both"
+    if with_loss and with_gap is None:
+        return "the metric alone: the gap cannot be told"
+    if with_loss:
+        return "the metric alone: mostly training that goes on may make it"
+    if with_gap:
+        tail = "; the metric cannot be told" if with_loss is None else ""
         return f"the generalization gap alone{tail}"
     return "neither"
 

@@ -12,7 +12,7 @@ from lightning_hessian.results import FloatArray
 from lightning_hessian.statistics.correlation import Correlation, pearson
 from lightning_hessian.statistics.verdict import corrected, movement, verdict
 from lightning_hessian.tracking.history import History, Row
-from lightning_hessian.tracking.style import new_figure, quiet_grid, shades, symbol
+from lightning_hessian.tracking.style import SYMBOLS, evenly_chosen, new_figure, quiet_grid, shades
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,14 +61,14 @@ def scatter_plot(
         3.1 * columns + 0.4, 2.9 * lines + 0.3, nrows=lines, ncols=columns, squeeze=False
     )
     for axes, name in zip(panels.flat, drawn, strict=False):
-        pairs = _thinned(_pairs(found[name], metric))
+        pairs = evenly_chosen(_pairs(found[name], metric), _MOST_POINTS)
         xs, ys = zip(*pairs, strict=True)
         axes.plot(xs, ys, color="0.75", linewidth=0.8, zorder=1)
         axes.scatter(xs, ys, c=shades(len(xs)), s=22, zorder=2)
         axes.set_title(correlation_text(pearson(found[name], metric)), fontsize="small")
         axes.text(0.03, 0.97, labels[name], transform=axes.transAxes, va="top",
                   fontsize="small", bbox={"color": "white", "alpha": 0.7, "pad": 1})  # fmt: skip
-        axes.set_xlabel(symbol(name))
+        axes.set_xlabel(SYMBOLS.get(name, name))
         axes.locator_params(axis="x", nbins=4)
         quiet_grid(axes)
     for axes in panels[:, 0]:
@@ -113,9 +113,3 @@ def correlation_text(correlation: Correlation) -> str:
 def _pairs(first: FloatArray, second: FloatArray) -> list[tuple[float, float]]:
     both = np.isfinite(first) & np.isfinite(second)
     return list(zip(first[both].tolist(), second[both].tolist(), strict=True))
-
-
-def _thinned(pairs: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most `_MOST_POINTS` of the pairs, evenly chosen, the first and last among them."""
-    places = np.unique(np.linspace(0, len(pairs) - 1, _MOST_POINTS).round().astype(int))
-    return [pairs[i] for i in places]

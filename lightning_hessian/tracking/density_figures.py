@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_EIGENVALUE = r"eigenvalue $\lambda$ (loss / parameter$^2$)"
 _MOST_DENSITIES = 10
 _FAINTEST = 1e-6  # of the largest density: an outlier of a million parameters is seen
 
@@ -72,13 +73,9 @@ def draw_densities(axes: Axes, densities: Mapping[str, SpectralDensity]) -> None
     axes.set_xticks(places[shown], [_power(value) for value in powers[shown]])
     if shown.sum() > 7:
         axes.tick_params(axis="x", labelrotation=45)
-    axes.set(
-        xlabel=r"eigenvalue $\lambda$ (loss / parameter$^2$)",
-        ylabel=r"density of asinh($\lambda$ / unit)",
-        xlim=(grid[0], grid[-1]),
-        yscale="log",
-        ylim=(float(rows.max()) * _FAINTEST, 3 * float(rows.max())),
-    )
+    highest = float(rows.max())
+    axes.set(xlim=(grid[0], grid[-1]), yscale="log", ylim=(highest * _FAINTEST, 3 * highest))
+    axes.set(xlabel=_EIGENVALUE, ylabel=r"density of asinh($\lambda$ / unit)")
     quiet_grid(axes)
     left = len(densities) - len(drawn)
     heading = f"the first {len(drawn)} of {len(densities)}" if left else None
@@ -93,24 +90,15 @@ def _draw_leading(axes: Axes, leading: FloatArray, significance: float) -> None:
         heights = counts / len(leading) / np.diff(edges)
         filled = counts > 0
         centres = np.sqrt(edges[:-1] * edges[1:])
-        axes.scatter(
-            centres[filled],
-            heights[filled],
-            s=18,
-            color=COLOURS[0],
-            alpha=0.8,
-            label=f"the {len(leading)} largest",
-        )
+        x, y, label = centres[filled], heights[filled], f"the {len(leading)} largest"
+        axes.scatter(x, y, s=18, color=COLOURS[0], alpha=0.8, label=label)
         fit = fit_power_law(leading, significance=significance)
         line = (fit.exponent - 1) / fit.cutoff * (edges / fit.cutoff) ** -fit.exponent
         label = rf"$\lambda^{{-\hat\beta}}$, $\hat\beta$ = {fit.exponent:.2f}"
         label += f" ± {fit.exponent_std_error:.2f}"
         axes.plot(edges, line, color=COLOURS[1], linewidth=1.2, label=label)
         axes.set(xscale="log", yscale="log")
-    axes.set(
-        xlabel=r"eigenvalue $\lambda$ (loss / parameter$^2$)",
-        ylabel=r"density $p(\lambda)$ (parameter$^2$ / loss)",
-    )
+    axes.set(xlabel=_EIGENVALUE, ylabel=r"density $p(\lambda)$ (parameter$^2$ / loss)")
     quiet_grid(axes)
     few_ticks(axes)
     axes.legend(frameon=False, fontsize="small", loc="lower left")

@@ -21,14 +21,15 @@ from lightning_hessian.tracking.block_figures import block_heatmap, heterogeneit
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 from lightning_hessian.tracking.density_figures import spectral_density_plot
 from lightning_hessian.tracking.figures import (
+    MOST_CURVES,
     cutoff_plot,
     eigengap_plot,
     emergence_plot,
-    evenly_chosen,
     rank_plot,
 )
 from lightning_hessian.tracking.gradient_figures import spectra_plot
 from lightning_hessian.tracking.history import Row, key_part
+from lightning_hessian.tracking.style import evenly_chosen
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +52,6 @@ def hessian_drawings(
     """
     leading = spectrum.leading
     title = f"step {spectra[-1][0]}" if spectra else None
-    shown_spectra = evenly_chosen(spectra)
     found: dict[str, Drawing] = {}
     if (spectrum.eigenvalues > 0).any():
         named = {"Hessian": spectrum}
@@ -71,8 +71,9 @@ def hessian_drawings(
         found["density"] = partial(
             spectral_density_plot, leading, shown, significance=significance, title=title
         )
-    if sum(bool((values > 0).any()) for _, values in shown_spectra) > 1:
-        found["emergence"] = partial(emergence_plot, shown_spectra, count=len(spectra))
+    drawn = evenly_chosen(spectra, MOST_CURVES)
+    if sum(bool((values > 0).any()) for _, values in drawn) > 1:
+        found["emergence"] = partial(emergence_plot, spectra)
     if blocks is not None and (blocks.frobenius > 0).any():
         found["blocks"] = partial(block_heatmap, blocks)
     if blocks is not None and blocks.mean_heterogeneity is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,7 @@ from lightning_hessian.tracking.style import (
     COLOURS,
     EIGENVALUE,
     MARKERS,
+    evenly_chosen,
     few_ticks,
     legend_below,
     new_figure,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_CURVES = 60
+MOST_CURVES = 60
 _MOST_CUTOFFS = 200
 _FEWEST_OF_CUTOFF = 10
 
@@ -63,19 +64,11 @@ def rank_plot(
         label = name + _draw_fit(axes, spectrum.leading, colour, significance)
         values, converged = spectrum.eigenvalues, spectrum.converged
         ranks = np.arange(1, len(values) + 1)
-        positive = values > 0
-        for mask, fill in ((positive & converged, colour), (positive & ~converged, "none")):
-            axes.scatter(
-                ranks[mask],
-                values[mask],
-                s=14,
-                marker=marker,
-                facecolors=fill,
-                edgecolors=colour,
-                linewidths=0.7,
-                alpha=0.75,
-                label=label if fill == colour else None,
-            )
+        filled, hollow = (values > 0) & converged, (values > 0) & ~converged
+        look: dict[str, Any] = {"s": 14, "marker": marker, "linewidths": 0.7, "alpha": 0.75}
+        look["edgecolors"] = colour
+        axes.scatter(ranks[filled], values[filled], facecolors=colour, label=label, **look)
+        axes.scatter(ranks[hollow], values[hollow], facecolors="none", **look)
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
     quiet_grid(axes)
     few_ticks(axes)
@@ -87,11 +80,10 @@ def rank_plot(
 
 def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float) -> str:
     """Draw line, cutoff and outliers, and return what the legend says of them."""
-    fit = _fit(leading, significance)
+    fit = draw_line(axes, leading, colour, significance)
     if fit is None:
         return ""
     ranks = np.arange(1, len(leading) + 1)
-    axes.plot(ranks, _line(fit, ranks), color=colour, linewidth=1.2, zorder=3)
     axes.axhline(fit.cutoff, color=colour, linewidth=0.8, linestyle=":", zorder=1)
     axes.annotate(
         rf"$\lambda_K$ = {fit.cutoff:.3g}",
@@ -106,14 +98,8 @@ def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float)
     text = f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
     outliers = num_outliers(leading, significance=significance) if len(leading) >= 4 else 0
     if outliers:
-        axes.scatter(
-            ranks[:outliers],
-            leading[:outliers],
-            s=70,
-            facecolors="none",
-            edgecolors=colour,
-            linewidths=0.9,
-        )
+        x, y = ranks[:outliers], leading[:outliers]
+        axes.scatter(x, y, s=70, facecolors="none", edgecolors=colour, linewidths=0.9)
         text += f", {outliers} outlier{'s' if outliers > 1 else ''}"
     return text
 
@@ -148,12 +134,8 @@ def eigengap_plot(
     line = np.exp(np.log(gaps).mean() - found.rank_slope * (logs - logs.mean()))
     slope = f"slope $-${found.rank_slope:.2f} ± {found.rank_slope_std_error:.2f}"
     left.plot(ranks, line, color=COLOURS[1], linewidth=1.2, label=slope)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="rank $k$ of the eigenvalue",
-        ylabel=r"gap $\delta_k$ (loss / parameter$^2$)",
-    )
+    left.set(xscale="log", yscale="log", xlabel="rank $k$ of the eigenvalue")
+    left.set_ylabel(r"gap $\delta_k$ (loss / parameter$^2$)")
     descending, order = np.sort(gaps)[::-1], np.arange(1, len(gaps) + 1)
     right.scatter(order, descending, s=12, color=COLOURS[0], alpha=0.7)
     fit = found.fit
@@ -195,20 +177,10 @@ def cutoff_plot(
     axes.plot(ks, critical, "--", color="0.4", linewidth=1.1, label=f"$d_c$ at {significance:g}")
     if count > _FEWEST_OF_CUTOFF:
         best = optimal_cutoff(eigenvalues, k_min=_FEWEST_OF_CUTOFF, significance=significance)
-        axes.plot(
-            best.num_values,
-            best.ks_distance,
-            "o",
-            color=COLOURS[2],
-            label=f"smallest: $K$ = {best.num_values}, $d_{{ks}}$ = {best.ks_distance:.3f}",
-        )
-    axes.plot(
-        count,
-        whole.ks_distance,
-        "^",
-        color=COLOURS[1],
-        label=f"all: $K$ = {count}, {verdict(whole)}",
-    )
+        label = f"smallest: $K$ = {best.num_values}, $d_{{ks}}$ = {best.ks_distance:.3f}"
+        axes.plot(best.num_values, best.ks_distance, "o", color=COLOURS[2], label=label)
+    label = f"all: $K$ = {count}, {verdict(whole)}"
+    axes.plot(count, whole.ks_distance, "^", color=COLOURS[1], label=label)
     axes.set(xscale="log", xlabel="number of eigenvalues $K$", ylabel="KS distance")
     settled = np.nanmax(distances[ks >= min(5, count)])
     axes.set_ylim(0, min(1.0, 1.3 * max(float(settled), 1.5 * whole.critical_value)))
@@ -220,19 +192,8 @@ def cutoff_plot(
     return figure
 
 
-def evenly_chosen(
-    spectra: Sequence[tuple[int, FloatArray]],
-) -> Sequence[tuple[int, FloatArray]]:
-    """Return at most 60 of the spectra, evenly spread, the first and the last among them."""
-    places = np.unique(np.linspace(0, len(spectra) - 1, _MOST_CURVES).round().astype(int))
-    return [spectra[int(i)] for i in places] if len(spectra) else []
-
-
 def emergence_plot(
-    spectra: Sequence[tuple[int, FloatArray]],
-    *,
-    count: int | None = None,
-    title: str | None = None,
+    spectra: Sequence[tuple[int, FloatArray]], *, title: str | None = None
 ) -> Figure:
     """Return the spectra of all measurements over one another, dark to light (HPL fig. 9 and 10).
 
@@ -240,15 +201,13 @@ def emergence_plot(
 
     Args:
         spectra: Step and eigenvalues, descending, of each measurement, in the order of training.
-        count: How many measurements there are, where ``spectra`` are but some of them.
         title: Of the figure.
 
     Raises:
         ValueError: None has a positive eigenvalue.
     """
-    chosen = [
-        (step, values[values > 0]) for step, values in evenly_chosen(spectra) if (values > 0).any()
-    ]
+    some = evenly_chosen(spectra, MOST_CURVES)
+    chosen = [(step, values[values > 0]) for step, values in some if (values > 0).any()]
     if not chosen:
         raise ValueError("There is no spectrum with positive eigenvalues to draw.")
     from matplotlib.cm import ScalarMappable
@@ -266,16 +225,21 @@ def emergence_plot(
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="optimizer step", shrink=0.9)
     quiet_grid(axes)
     few_ticks(axes)
-    count = len(spectra) if count is None else count
-    told = f"{count} measurement{'s' if count > 1 else ''}"
+    told = f"{len(spectra)} measurement{'s' if len(spectra) > 1 else ''}"
     axes.set_title(title or f"{told}, dark to light", fontsize="medium")
     return figure
 
 
-def _fit(leading: FloatArray, significance: float) -> PowerLawFit | None:
+def draw_line(
+    axes: Axes, leading: FloatArray, colour: str, significance: float
+) -> PowerLawFit | None:
+    """Draw the fitted line of a spectrum and return its fit; None where there is none."""
     if len(leading) < 2 or leading[0] <= leading[-1]:
         return None
-    return fit_power_law(leading, significance=significance)
+    fit = fit_power_law(leading, significance=significance)
+    ranks = np.arange(1, len(leading) + 1)
+    axes.plot(ranks, _line(fit, ranks), color=colour, linewidth=1.2, zorder=3)
+    return fit
 
 
 def _line(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:

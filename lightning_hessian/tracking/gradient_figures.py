@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_hessian.results import FloatArray, GradientStructure, HessianSpectrum
-from lightning_hessian.statistics.power_law import fit_power_law
 from lightning_hessian.statistics.subspace import proportionality
+from lightning_hessian.tracking.figures import draw_line
 from lightning_hessian.tracking.style import (
     COLOURS,
     few_ticks,
@@ -72,32 +72,16 @@ def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure
     ranks = np.arange(1, len(found.ratios) + 1)
     figure, axes = new_figure(6.4, 3.6)
     axes.scatter(ranks, found.ratios, s=14, color=_COVARIANCE, alpha=0.75)
-    axes.axhline(
-        found.constant,
-        color=_COVARIANCE,
-        linewidth=1.2,
-        label=f"geometric mean {found.constant:.3g}, spread $\\times$ {found.spread:.2f}",
-    )
-    axes.axhspan(
-        found.constant / found.spread,
-        found.constant * found.spread,
-        color=_COVARIANCE,
-        alpha=0.12,
-        linewidth=0,
-    )
+    label = f"geometric mean {found.constant:.3g}, spread $\\times$ {found.spread:.2f}"
+    axes.axhline(found.constant, color=_COVARIANCE, linewidth=1.2, label=label)
+    low, high = found.constant / found.spread, found.constant * found.spread
+    axes.axhspan(low, high, color=_COVARIANCE, alpha=0.12, linewidth=0)
     if structure.batch_size is not None:
-        axes.axhline(
-            1 / structure.batch_size,
-            color=_HESSIAN,
-            linestyle=":",
-            label=f"$1/B$ = {1 / structure.batch_size:.3g}",
-        )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="rank $k$",
-        ylabel="$\\lambda_k(C)\\,/\\,\\lambda_k(H)$ (loss)",
-    )
+        expected = 1 / structure.batch_size
+        label = f"$1/B$ = {expected:.3g}"
+        axes.axhline(expected, color=_HESSIAN, linestyle=":", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="rank $k$")
+    axes.set_ylabel("$\\lambda_k(C)\\,/\\,\\lambda_k(H)$ (loss)")
     quiet_grid(axes)
     few_ticks(axes)
     axes.legend(frameon=False, fontsize="small")
@@ -111,9 +95,6 @@ def _draw(
     if not len(values):
         return
     ranks = np.arange(1, len(values) + 1)
-    if len(values) >= 2 and values[0] > values[-1]:
-        fit = fit_power_law(values, significance=significance)
+    if fit := draw_line(axes, values, colour, significance):
         name += f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
-        line = fit.cutoff * (ranks[-1] / ranks) ** fit.slope
-        axes.plot(ranks, line, color=colour, linewidth=1.2, zorder=3)
     axes.scatter(ranks, values, s=14, marker=marker, color=colour, alpha=0.6, label=name)

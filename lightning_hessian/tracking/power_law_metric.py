@@ -21,17 +21,7 @@ from lightning_hessian.results.arguments import (
     whole_number,
 )
 from lightning_hessian.statistics.power_law import fit_power_law
-
-STATISTICS = {
-    "d_ks": "ks_distance",
-    "d_c": "critical_value",
-    "power_law": "is_power_law",
-    "p_value": "p_value",
-    "beta_hat": "exponent",
-    "beta_sigma": "exponent_std_error",
-    "s_hat": "slope",
-}
-"""What `PowerLawMetric` can compute: as it is logged, and as it is called in the record."""
+from lightning_hessian.tracking.scalars import STATISTICS
 
 
 class PowerLawMetric(Metric):

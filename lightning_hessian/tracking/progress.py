@@ -41,8 +41,7 @@ class TqdmBar:
             dynamic_ncols=True,
             file=sys.stdout,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-            + unit
-            + " [{elapsed}<{remaining}]",
+            f"{unit} [{{elapsed}}<{{remaining}}]",
         )
 
     def show(self, done: int, total: int, text: str) -> None:
@@ -70,12 +69,9 @@ class RichBar:
 
     def show(self, done: int, total: int, text: str) -> None:
         """Show ``done`` of about ``total`` products, and a text before it."""
+        told = f"{text}, {self._unit}"
         self._progress.update(
-            self._task,
-            completed=done,
-            total=total,
-            description=f"{text}, {self._unit}",
-            visible=True,
+            self._task, completed=done, total=total, description=told, visible=True
         )
         self._lightning_bar.refresh()
 
@@ -103,12 +99,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        lightning_bar: Any,
-        name: str,
-        *,
-        unit: str = "HVPs",
-        expected: int = 0,
+        self, lightning_bar: Any, name: str, *, unit: str = "HVPs", expected: int = 0
     ) -> None:
         enabled = lightning_bar is not None and getattr(lightning_bar, "is_enabled", False)
         kinds = [kind.__name__ for kind in type(lightning_bar).__mro__]

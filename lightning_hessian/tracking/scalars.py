@@ -41,6 +41,18 @@ GRADIENT_CORRELATED = (
 """Those of gradients."""
 
 
+STATISTICS = {
+    "d_ks": "ks_distance",
+    "d_c": "critical_value",
+    "power_law": "is_power_law",
+    "p_value": "p_value",
+    "beta_hat": "exponent",
+    "beta_sigma": "exponent_std_error",
+    "s_hat": "slope",
+}
+"""The statistics of a power law: as they are logged, and as they are called in the record."""
+
+
 def spectrum_scalars(
     spectrum: HessianSpectrum, significance: float = 0.05
 ) -> tuple[dict[str, float], list[str]]:
@@ -175,20 +187,9 @@ def power_law_scalars(fit: PowerLawFit) -> dict[str, float]:
 
     Two values have the same distance whatever they are, so that it is no statistic of theirs.
     """
-    scalars = {
-        "d_ks": fit.ks_distance,
-        "d_c": fit.critical_value,
-        "p_value": fit.p_value,
-        "beta_hat": fit.exponent,
-        "beta_sigma": fit.exponent_std_error,
-        "s_hat": fit.slope,
-    }
-    if fit.is_power_law is not None:
-        scalars["power_law"] = float(fit.is_power_law)
-    if fit.num_values == 2:
-        for name in ("d_ks", "d_c", "p_value"):
-            del scalars[name]
-    return scalars
+    untold = ("d_ks", "d_c", "p_value") if fit.num_values == 2 else ()
+    values = {key: getattr(fit, name) for key, name in STATISTICS.items() if key not in untold}
+    return {key: float(value) for key, value in values.items() if value is not None}
 
 
 def eigengap_scalars(gaps: Eigengaps) -> dict[str, float]:

@@ -43,9 +43,7 @@ class StoredSpectrum:
 
 
 def encode_spectrum(
-    eigenvalues: ArrayLike,
-    residuals: ArrayLike | None = None,
-    converged: ArrayLike | None = None,
+    eigenvalues: ArrayLike, residuals: ArrayLike | None = None, converged: ArrayLike | None = None
 ) -> str:
     """Return a spectrum as text: base64 of a header of 8 bytes, float32 values and flags.
 

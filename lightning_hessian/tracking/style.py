@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,14 +75,11 @@ def legend_below(figure: Figure, columns: int = 1) -> None:
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
-def symbol(statistic: str) -> str:
-    """Return how a statistic is written at an axis.
-
-    Example:
-        >>> symbol("d_ks"), symbol("block_share_wv")
-        ('$d_{ks}$', 'block_share_wv')
-    """
-    return SYMBOLS.get(statistic, statistic)
+def evenly_chosen(items: Sequence[Any], most: int) -> list[Any]:
+    """Return at most so many items, evenly chosen, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
 def shades(count: int) -> list[tuple[float, float, float, float]]:

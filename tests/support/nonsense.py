@@ -69,7 +69,6 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "exponent": {"10**12": REAL, "-1": REAL, "0": REAL},
     "ks_distance": {"0": REAL},
-    "perturbation_norm": {"10**12": REAL, "0": REAL},
     "gamma": {"10**12": REAL},
     "ratio": {"10**12": REAL},
     "variance": {"10**12": REAL},
@@ -88,9 +87,6 @@ ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
     ("SpectrumInstrument", "num_eigenvalues"): {"10**12": "the model is not known yet"},
     ("SpectrumInstrument", "parameters"): {"'x'": "a name; the model is not known yet"},
     ("BlocksInstrument", "parameters"): {"'x'": "a name; the model is not known yet"},
-    ("davis_kahan_bound", "eigenvalues"): {
-        "-1": "one eigenvalue", "0": "one eigenvalue", "10**12": "one eigenvalue", "[]": "none",
-    },
     ("GradientStructureCallback", "batch_size"): {"10**12": "the data are not known yet"},
     ("GradientStructureCallback", "num_batches"): {},
     ("GradientsInstrument", "batch_size"): {"10**12": "the data are not known yet"},

@@ -7,10 +7,11 @@ import pytest
 
 from lightning_hessian.tracking import panels as panels_module
 from lightning_hessian.tracking.correlation_figures import scatter_plot
-from lightning_hessian.tracking.figures import emergence_plot, evenly_chosen
+from lightning_hessian.tracking.figures import emergence_plot
 from lightning_hessian.tracking.history import History
 from lightning_hessian.tracking.panels import Panels
 from lightning_hessian.tracking.spectra import encode_spectrum
+from lightning_hessian.tracking.style import evenly_chosen
 
 
 def _code(seed: int) -> str:
@@ -44,7 +45,7 @@ def test_spectra_kept_are_bounded_and_span_the_run(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 60, 61, 1000])
 def test_evenly_chosen_keeps_both_ends(count):
     spectra = [(step, np.ones(2)) for step in range(count)]
-    chosen = [step for step, _ in evenly_chosen(spectra)]
+    chosen = [step for step, _ in evenly_chosen(spectra, 60)]
     assert len(chosen) == min(count, 60)
     assert chosen[0] == 0
     assert chosen[-1] == count - 1
@@ -59,7 +60,7 @@ def test_figures_of_a_long_run_draw_some_and_tell_all():
     assert len(axes.collections[0].get_offsets()) <= 500
     assert "n = 4000" in axes.get_title()
     spectra = [(step, np.array([2.0, 1.0])) for step in range(4000)]
-    figure = emergence_plot(evenly_chosen(spectra), count=len(spectra))
+    figure = emergence_plot(spectra)
     assert "4000 measurements" in figure.axes[0].get_title()
 
 

@@ -107,7 +107,9 @@ class FlatBundle(Bundle):
     def joined(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return the shard of the flat parameter, with zeros where no parameter lies."""
         filled, parts = 0, []
-        for member, leaf in sorted(zip(self.members, leaves, strict=True), key=_held_at):
+        for member, leaf in sorted(
+            zip(self.members, leaves, strict=True), key=lambda pair: pair[0].held_at
+        ):
             if len(leaf):
                 parts += [leaf.new_zeros(member.held_at - filled), leaf]
                 filled = member.held_at + len(leaf)
@@ -173,7 +175,3 @@ def _units_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         above = [u for u in units if u in ("", name) or name.startswith(f"{u}.")]
         if above:
             yield part, parts[max(above, key=len)]
-
-
-def _held_at(pair: tuple[Piece, Tensor]) -> int:
-    return pair[0].held_at
