@@ -27,11 +27,7 @@ def jensen_shannon_distances(probabilities: ArrayLike) -> FloatArray:
     The root of the mean Kullback-Leibler divergence, in bits, from the two to their mean: a
     metric from 0 (equal) to 1 (nowhere both positive).
 
-    Args:
-        probabilities: Not negative, [B, G]; each row is divided by its sum.
-
-    Returns:
-        float64 [B, B], symmetric with zeros on the diagonal.
+    Rows [B, G] are divided by their sums.
 
     Source: Lin 1991; Endres and Schindelin 2003; `scipy.spatial.distance.jensenshannon`.
 
@@ -44,7 +40,8 @@ def jensen_shannon_distances(probabilities: ArrayLike) -> FloatArray:
     from scipy.spatial.distance import pdist, squareform
 
     # NaN where rounding makes the divergence of two equal rows negative.
-    return squareform(np.nan_to_num(pdist(probabilities, "jensenshannon")) / np.sqrt(np.log(2)))
+    distances = np.nan_to_num(pdist(probabilities, "jensenshannon")) / np.sqrt(np.log(2))
+    return np.asarray(squareform(distances))
 
 
 def heterogeneity(densities: Sequence[SpectralDensity]) -> FloatArray:
