@@ -47,7 +47,7 @@ class Ranks:
         device: Where tensors must live to be sent, the CPU under gloo.
 
     Example:
-        >>> Ranks().world, Ranks().sum(torch.ones(2))
+        >>> Ranks().world, Ranks().all_reduce(torch.ones(2))
         (1, tensor([1., 1.]))
     """
 

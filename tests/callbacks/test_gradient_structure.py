@@ -386,12 +386,12 @@ def test_a_statistic_that_has_no_value_is_absent_and_said(make_trainer: MakeTrai
     assert row["mean_gradient_norm"] > 1
 
 
-def test_a_cost_is_said_with_what_to_lower(
+def test_a_cost_is_said_with_the_remedy(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measurement, "_COSTLY_SECONDS", 0.0)
     callback = _callback(time_budget=None, num_gradients=400)
-    with pytest.warns(UserWarning, match=r"took .* lower num_gradients, batch_size, max_tested"):
+    with pytest.warns(UserWarning, match=r"took .* Give time_budget=0.2"):
         make_trainer(callback, max_steps=2, val_check_interval=1).fit(_model(), *_loaders())
 
 

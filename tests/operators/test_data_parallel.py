@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,13 @@ def test_rank_zero_alone_writes(trained):
     folder, _, seen = trained
     runs = list((folder / "watched" / "wandb").glob("offline-run-*"))
     assert len(runs) == 1
-    rows = read_offline_run(runs[0]).rows
-    counts = [row["correlation/num_points"] for row in rows if "correlation/num_points" in row]
+    counts: list[float] = []
+    for _ in range(60):  # W&B's own process may still be writing
+        rows = read_offline_run(runs[0]).rows
+        counts = [row["correlation/num_points"] for row in rows if "correlation/num_points" in row]
+        if len(counts) == 2:
+            break
+        time.sleep(0.5)
     assert counts == [4, 5]
     with (folder / "watched" / "csv" / "version_0" / "metrics.csv").open() as file:
         logged = [row for row in csv.DictReader(file) if row["hessian/lambda_1"]]

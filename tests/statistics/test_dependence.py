@@ -185,7 +185,7 @@ def test_short_series_have_no_lag():
 def test_every_sample_of_blocks_has_n_points_in_runs_of_neighbours():
     from lightning_hessian.statistics.dependence import _block_weights
 
-    counts = _block_weights(23, 5, 50, 0) * 23
+    counts = _block_weights(23, 5)[:50] * 23
     assert counts.sum(axis=1) == pytest.approx(23)
     for row in np.rint(counts).astype(int):
         # Of 5 blocks the last is cut to 3: what is drawn is a sum of 4 runs of 5 and one of 3.

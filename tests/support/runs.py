@@ -26,8 +26,10 @@ def measuring(**arguments: Any) -> HessianSpectrumCallback:
         "num_eigenvalues": 8, "num_batches": 2, "time_budget": Budget(seconds=600),
         "figures": 2, "on_error": "raise",
     }  # fmt: skip
-    densities = BlocksInstrument(densities=True, density_steps=20, density_probes=1)
-    return with_spectrum(**{"instruments": [densities], **defaults, **arguments})
+    cut = arguments.get("blocks", "layer")
+    densities = BlocksInstrument(cut or "layer", densities=True, density_steps=20, density_probes=1)
+    instruments = [] if cut is None else [densities]
+    return with_spectrum(**{"instruments": instruments, **defaults, **arguments})
 
 
 class RankOnly(HessianSpectrumCallback):

@@ -141,7 +141,9 @@ def test_drawing_is_neither_measuring_nor_training(
     assert len(slow) == 8  # four figures, each as PNG and SVG
     assert callback._panels.seconds > sum(slow)
     assert sum(row["seconds"] for row in callback.history) < 0.5 * sum(slow)
-    assert callback._budget.training < 0.5 * sum(slow), "drawing would earn time to measure"
+    assert callback._budgeting.account.trained < 0.5 * sum(slow), (
+        "drawing would earn time to measure"
+    )
 
 
 # Resume ---------------------------------------------------------------------------------------
