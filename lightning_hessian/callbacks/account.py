@@ -93,6 +93,10 @@ class Account:
         self.estimate = max(0.0, seconds)
         self.made += 1
 
+    def failed(self, seconds: float) -> None:
+        """Remember what a measurement took that failed: the next one is paid for before."""
+        self.estimate = max(seconds, self.estimate or 0.0)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on with."""
         return {"trained": self.trained, "spent": self.spent, "made": self.made}

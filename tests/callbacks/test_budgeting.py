@@ -252,6 +252,22 @@ def test_the_last_is_measured_whatever_the_schedule(
     assert fit(make_trainer, costly(every_n_validations=schedule))[-1:] == [24]
 
 
+def test_a_measurement_that_fails_is_paid_for_too(make_trainer: MakeTrainer) -> None:
+    """One that fails at every validation does not cost more than the budget allows."""
+    calls = []
+
+    def fails_late(module: Any, batch: Any) -> Tensor:
+        time.sleep(0.02)
+        calls.append(module.trainer.current_epoch)
+        if len(calls) > 30:
+            raise ArithmeticError("no number")
+        return module.loss(batch)
+
+    callback = costly(loss_fn=fails_late, on_error="warn", time_budget=0.01)
+    assert fit(make_trainer, callback, max_epochs=8) == []
+    assert set(calls) <= {0, 7}
+
+
 def test_without_a_budget_the_schedule_decides(make_trainer: MakeTrainer) -> None:
     callback = small_callback(every_n_validations=4, time_budget=None)
     assert fit(make_trainer, callback) == [16]

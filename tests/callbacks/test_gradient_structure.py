@@ -27,7 +27,7 @@ from lightning_hessian import (
     MeasurementError,
     gradient_structure,
 )
-from lightning_hessian.callbacks import measurement
+from lightning_hessian.callbacks import measuring
 from lightning_hessian.callbacks.schedule import EveryNValidations
 from lightning_hessian.measure.budget import Budget
 
@@ -389,7 +389,7 @@ def test_a_statistic_that_has_no_value_is_absent_and_said(make_trainer: MakeTrai
 def test_a_cost_is_said_with_the_remedy(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measurement, "_COSTLY_SECONDS", 0.0)
+    monkeypatch.setattr(measuring, "_COSTLY_SECONDS", 0.0)
     callback = _callback(time_budget=None, num_gradients=400)
     with pytest.warns(UserWarning, match=r"took .* Give time_budget=0.2"):
         make_trainer(callback, max_steps=2, val_check_interval=1).fit(_model(), *_loaders())

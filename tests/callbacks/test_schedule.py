@@ -14,7 +14,7 @@ from support.callbacks import with_spectrum
 from torch import Tensor
 
 from lightning_hessian import AtSteps, EveryNValidations
-from lightning_hessian.callbacks import measurement
+from lightning_hessian.callbacks import measuring
 from lightning_hessian.measure.budget import Budget
 
 MakeTrainer = Callable[..., Any]
@@ -143,7 +143,7 @@ def _warnings(
 def test_a_costly_measurement_says_so_once(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measurement, "_COSTLY_SECONDS", 0.0)
+    monkeypatch.setattr(measuring, "_COSTLY_SECONDS", 0.0)
     callback = with_spectrum(
         num_eigenvalues=5, num_batches=1, loss_fn=slow_loss, hvp="recompute",
         time_budget=Budget(products=8), on_error="raise", figures=None,

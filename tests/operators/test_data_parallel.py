@@ -138,6 +138,20 @@ def test_training_is_bit_identical(trained):
         assert torch.equal(weight, after[name]), name
 
 
+def test_ranks_decide_alike_what_the_budget_pays_for(tmp_path):
+    """Of a run that pays for some measurements, and of one that pays for the last alone."""
+    for share in (0.5, 1e-6):
+        seen = run(
+            tmp_path / str(share), strategy="ddp", devices=2, epochs=6,
+            callback={"time_budget": share, "blocks": None},
+        )  # fmt: skip
+        steps = [[row["step"] for row in each["history"]] for each in seen]
+        assert steps[0] == steps[1]
+        epochs = [row["epoch"] for row in seen[0]["history"]]
+        assert epochs[-1] == 5
+        assert len(epochs) == 1 or share == 0.5
+
+
 def test_a_rank_that_fails_takes_none_along(tmp_path):
     """It fails in the middle of a product: all leave, say who it was, and train on."""
     seen = run(

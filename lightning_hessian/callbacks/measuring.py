@@ -1,0 +1,241 @@
+"""One measurement in a Trainer: its session, its estimate, its instruments, its failures."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lightning_hessian.callbacks.budgeting import Budgeting
+from lightning_hessian.callbacks.guard import Guard, named, sentence
+from lightning_hessian.callbacks.instruments import measured
+from lightning_hessian.callbacks.probe_data import ProbeData, probe_batches
+from lightning_hessian.callbacks.surroundings import trainer_ranks
+from lightning_hessian.linear.ranks import ALONE, RankError
+from lightning_hessian.measure.budget import Budget
+from lightning_hessian.measure.instrument import Instrument, Record
+from lightning_hessian.measure.session import Knowledge, Session
+from lightning_hessian.probe.sharding.fsdp1 import whole
+from lightning_hessian.results import MeasurementError
+from lightning_hessian.tracking.progress import Progress, summary_line
+
+_COSTLY_SHARE = 0.2  # of the training time since the last measurement
+_COSTLY_SECONDS = 1.0  # below which no cost is worth a word
+_ADVICE = {
+    "spectrum": "num_eigenvalues ({num_eigenvalues})",
+    "layers": "the number of layers",
+    "blocks": "the number of blocks",
+    "gradients": "num_gradients ({num_gradients})",
+}
+"""By the instrument that costs most: what to lower."""
+
+
+class Measuring:
+    """Measures once, and says what it takes; when that is due is the callback's business.
+
+    Args:
+        data: What is measured on.
+        num_batches: How many probe batches.
+        time_budget: What measurements may cost.
+        on_error: ``"warn"`` or ``"raise"``.
+        seed: Of everything random here.
+        progress: Whether a bar is shown.
+        instruments: What measures, in this order.
+    """
+
+    prefix: str
+    work = ("HVPs", "num_hvps")  # what the progress bar counts, and the statistic that tells it
+
+    def __init__(
+        self,
+        *,
+        data: ProbeData,
+        num_batches: int,
+        time_budget: Budget,
+        on_error: str,
+        seed: int,
+        progress: bool,
+        instruments: Sequence[Instrument],
+    ) -> None:
+        super().__init__()
+        self.data = data
+        self.num_batches = num_batches
+        self.time_budget = time_budget
+        self.on_error = on_error
+        self.seed = seed
+        self.progress = progress
+        self.instruments: tuple[Instrument, ...] = tuple(instruments)
+        self.records: dict[str, Record] = {}
+        self._known = Knowledge()
+        self._progress: Progress | None = None  # of the measurement under way
+        self._batches: Sequence[Any] | None = None
+        self._ranks = ALONE
+        self._guard = Guard(on_error)
+        self._budgeting = Budgeting(time_budget, self._guard, type(self).__name__)
+        self._last_work = 0  # products of the measurement before
+        self._warned: set[str] = set()
+
+    def check(self, pl_module: Any) -> None:
+        """Raise ValueError where the arguments do not fit the module; called before training."""
+        for instrument in self.instruments:
+            instrument.check(pl_module)
+
+    def session(self, pl_module: Any, batches: Sequence[Any]) -> Session:
+        """Return the session that all instruments of a measurement share."""
+        raise NotImplementedError
+
+    def expected_work(self) -> int:
+        """Return about how many products (or gradients) the first measurement takes; 0 unknown."""
+        return 0
+
+    def measure(
+        self, trainer: Any, pl_module: Any, batches: Sequence[Any]
+    ) -> tuple[dict[str, float], list[str]] | None:
+        """Return the statistics by logged name, and a sentence for each that is absent.
+
+        All ranks call it together; those of ``self._ranks.group`` share the work. The record of
+        each instrument is kept in ``records``. None stands for a measurement that was not begun:
+        one product has been timed, and the budget does not pay for a whole one.
+
+        Raises:
+            MeasurementError: The time that the budget allows was up before all was measured.
+        """
+        begun = time.monotonic()
+        with self.session(pl_module, batches) as session:
+            account = self._budgeting.account
+            if account.bounded and account.estimate is None:
+                self._estimate(trainer, session)
+                if not self._budgeting.affords(trainer):
+                    return None
+            budget = replace(self.time_budget, share=None)
+            allowance = budget.open(session, self._progress)
+            found = measured(
+                self.instruments, session, allowance, prefix=self.prefix,
+                strict=self.on_error == "raise", progress=self._progress,
+            )  # fmt: skip
+        seconds = time.monotonic() - begun
+        if allowance.was_over:
+            raise MeasurementError(
+                f"the time was up after {seconds:.3g} s, before all was measured, so nothing "
+                f"is logged. Raise time_budget={self.time_budget}, or lower num_batches "
+                f"({self.num_batches})."
+            )
+        self.records, scalars = found.records, found.scalars
+        if self.work[1] == "num_hvps":  # of all instruments together
+            scalars["num_hvps"] = allowance.spent
+        scalars["seconds"] = seconds
+        self._last_work = int(scalars.get(self.work[1], 0))
+        return scalars, found.absent
+
+    def seconds_of_unit(self, session: Session) -> float:
+        """Return what a product takes: the shorter of two, the first of which warms up."""
+        operator = session.operator()
+        vector = torch.ones(
+            operator.shard.length, dtype=session.space.dtype, device=session.space.device
+        )
+        taken = []
+        for _ in range(2):
+            begun = time.monotonic()
+            operator.matvec(vector).sum().item()
+            taken.append(time.monotonic() - begun)
+        return min(taken)
+
+    def _estimate(self, trainer: Any, session: Session) -> None:
+        """Time a unit of work, and say what a whole measurement will take."""
+        with session.ranks.together():
+            unit = self.seconds_of_unit(session)
+            costs = {one.name: float(one.cost(session)) for one in self.instruments}
+        total = sum(costs.values())
+        seconds = total * unit + (session.known.seconds_to_build or 0.0)
+        most = _ADVICE.get(max(costs, key=costs.__getitem__), "the cost of your instruments")
+        advice = f"num_batches ({self.num_batches}) or {most.format(**vars(self))}"
+        self._budgeting.estimate(trainer, seconds, (total, self.work[0]), advice)
+
+    def _measure_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
+        """Return rank zero's statistics on all ranks, or None where the measurement failed."""
+        failure: Exception | None = None
+        found: tuple[dict[str, float], list[str]] | None = None
+        begun = time.monotonic()
+        self._ranks = trainer_ranks(trainer, pl_module)
+        try:
+            with self._ranks.together():
+                if self._batches is None:
+                    self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
+            self._progress = self._new_progress(trainer)
+            with whole(trainer.strategy.model):
+                found = self.measure(trainer, pl_module, self._batches)
+            self._tell_found(trainer, found)
+        except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
+            failure = error
+            if self._progress is not None:
+                self._progress.close()
+        seconds = time.monotonic() - begun
+        account = self._budgeting.account
+        account.pay(seconds)
+        if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+            if found is None:
+                self._budgeting.not_begun()
+                return None
+            self._warn_of_cost(seconds)
+            account.measured(seconds)
+            scalars: dict[str, float] = trainer.strategy.broadcast(found[0])
+            return scalars
+        account.failed(seconds)
+        if self._ranks.world > 1 and not isinstance(failure, RankError):
+            failure = named(failure, self._ranks)
+        assert failure is not None
+        if self.on_error == "raise":
+            raise failure
+        if trainer.is_global_zero:
+            warnings.warn(
+                f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
+                f"{sentence(failure)}",
+                stacklevel=2,
+            )
+        return None
+
+    def _new_progress(self, trainer: Any) -> Progress:
+        shown = self.progress and trainer.is_global_zero
+        return Progress(
+            trainer.progress_bar_callback if shown else None,
+            self.prefix,
+            unit=self.work[0],
+            expected=self._last_work or self.expected_work(),
+        )
+
+    def _tell_found(self, trainer: Any, found: tuple[dict[str, float], list[str]] | None) -> None:
+        """Close the bar with a line on what was found, and warn of what is absent."""
+        assert self._progress is not None
+        if found is None:
+            self._progress.close()
+            return
+        scalars, absent = found
+        line = self._guard.attempt(
+            "the line of the progress bar", summary_line, self.prefix, trainer.global_step, scalars
+        )
+        self._progress.close(line)
+        for reason in absent if trainer.is_global_zero else ():
+            if reason not in self._warned:  # what is so every time is told once
+                self._warned.add(reason)
+                warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
+
+    def _warn_of_cost(self, seconds: float) -> None:
+        """Warn once of a measurement that takes long, where no budget bounds it."""
+        account = self._budgeting.account
+        trained = account.trained / (account.made + 1)
+        costly = seconds > max(_COSTLY_SECONDS, _COSTLY_SHARE * trained)
+        if self.time_budget.share is None and account.trained and costly:
+            self._warn_once(
+                "cost",
+                f"The measurement took {seconds:.1f} s after {trained:.1f} s of training. "
+                "Give time_budget=0.2, the share of the training time that measurements may take.",
+            )
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned and self._ranks.rank == 0:
+            self._warned.add(topic)
+            warnings.warn(message, stacklevel=3)
