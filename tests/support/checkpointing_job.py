@@ -84,6 +84,7 @@ def main() -> None:
     same = all(torch.equal(before[name], buffer) for name, buffer in module.named_buffers())
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps({"found": found, "same": same}))
+    dist.barrier()  # gloo's threads, left running, can abort a process as it ends
     dist.destroy_process_group()
 
 

@@ -109,6 +109,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         same = all(other == seen[0] for other in seen)
         Path(sys.argv[1]).write_text(json.dumps({"found": found, "same": same}))
+    dist.barrier()  # gloo's threads, left running, can abort a process as it ends
     dist.destroy_process_group()
 
 
