@@ -231,7 +231,8 @@ class HessianSpectrumCallback(MeasurementCallback):
     def expected_work(self) -> int:
         """Return about how many products the first measurement takes."""
         work = sum(getattr(one, "expected_products", 0) for one in self.instruments[:1])
-        return work if not any(one.name == "blocks" for one in self.instruments) else 2 * work
+        blocks = next((one for one in self.instruments if isinstance(one, BlocksInstrument)), None)
+        return work if blocks is None else round((1 + blocks.share) * work)
 
     def spectrum_code(self) -> str | None:
         """Return the last spectrum as a text for the history."""

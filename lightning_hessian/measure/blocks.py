@@ -170,6 +170,11 @@ class BlocksInstrument:
         """Raise ValueError where the partition does not fit the model."""
         partition(model, self.blocks, self.parameters)
 
+    @property
+    def share(self) -> float:
+        """Products beside a spectrum, at most, as a share of those of the spectrum."""
+        return _SHARE_WITH_DENSITIES if self.densities else _SHARE
+
     def cost(self, session: Session) -> int:
         """Return the least products that the norms take."""
         return least_products(self._cut(session).sizes)
@@ -200,8 +205,7 @@ class BlocksInstrument:
         order, spent = sum(cut.sizes), allowance.spent
         # A small part of the whole, or about as much again with densities, which somebody asked
         # for; all columns of a tiny network cost next to nothing.
-        share = round((_SHARE_WITH_DENSITIES if self.densities else _SHARE) * spent)
-        enough = max(share, least, order if order <= DENSE_ORDER else 0)
+        enough = max(round(self.share * spent), least, order if order <= DENSE_ORDER else 0)
         limit = allowance.limited_to(enough) if spent else nullcontext()
         try:
             with limit:
