@@ -101,8 +101,9 @@ class Account:
         """Return what a resumed run goes on with."""
         return {"trained": self.trained, "spent": self.spent, "made": self.made}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the account of a checkpoint.
+    @classmethod
+    def checked(cls, budget: Budget, state: Mapping[str, Any]) -> Account:
+        """Return the account of a checkpoint.
 
         Raises:
             ValueError: Something else than numbers from 0 on.
@@ -111,8 +112,7 @@ class Account:
         for name, value in found.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"{name}={value!r} is no number from 0 on.")
-        self.trained, self.spent = float(found["trained"]), float(found["spent"])
-        self.made = int(found["made"])
+        return cls(budget, float(found["trained"]), float(found["spent"]), made=int(found["made"]))
 
     def forecast(self, products: float, unit: str, done: float | None, advice: str) -> str:
         """Return the one line on what is to come, before the first measurement.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from lightning_hessian.callbacks.account import Account
@@ -23,6 +22,7 @@ class Budgeting:
 
     Attributes:
         account: What was earned and spent.
+        epoch: That of the last validation; when training has ended, the Trainer's is one more.
         unmeasured: Whether the last validation so far was due, where it was not measured; None
             where it was.
     """
@@ -32,6 +32,7 @@ class Budgeting:
         self.unmeasured: bool | None = None
         self._guard = guard
         self._name = name
+        self.epoch = 0
         self._step = 0  # at the last validation
         self._has_ended = False
 
@@ -45,7 +46,8 @@ class Budgeting:
         """
         if not self.account.bounded:
             return due
-        self.unmeasured, self._step = due, trainer.global_step
+        self.unmeasured = due
+        self._step, self.epoch = trainer.global_step, trainer.current_epoch
         wanted = due or (self.account.budget.share is not None and self._is_last(trainer))
         if wanted and self.affords(trainer):
             self.unmeasured = None
@@ -61,18 +63,12 @@ class Budgeting:
         found: bool = trainer.strategy.broadcast(self.account.allows(done=done, last=last))
         return found
 
-    def not_begun(self, due: bool = True) -> None:
-        """Count a validation that was not measured after all."""
-        self.unmeasured = due
-        self.account.skipped += due
+    def not_begun(self) -> None:
+        """Count a validation that was due, and was not measured after all."""
+        self.unmeasured = True
+        self.account.skipped += 1
 
-    def estimate(
-        self,
-        trainer: Any,
-        seconds: float,
-        work: tuple[float, str],
-        advice: str,
-    ) -> None:
+    def estimate(self, trainer: Any, seconds: float, work: tuple[float, str], advice: str) -> None:
         """Take in what a whole measurement will take, and say so in one line.
 
         Args:
@@ -112,7 +108,7 @@ class Budgeting:
             )
             return False
         self._has_ended = True
-        return True
+        return self.affords(trainer)
 
     def caught_up(self, measured: bool) -> None:
         """Note that the last validation was measured after all, or could not be."""
@@ -127,22 +123,9 @@ class Budgeting:
             tell(f"{self._name}: {said}")
 
     def begin(self) -> None:
-        """Begin a fit, or go on with one."""
+        """Begin a fit, with an account of its own; that of a checkpoint is loaded after this."""
+        self.account = Account(self.account.budget)
         self.unmeasured, self._has_ended = None, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on with."""
-        return self.account.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the account of a checkpoint.
-
-        Raises:
-            ValueError: Something else than numbers from 0 on.
-        """
-        account = Account(self.account.budget)
-        account.load_state_dict(state)
-        self.account = account
 
     def _is_last(self, trainer: Any) -> bool:
         """Return whether this is the last validation of the fit, as far as can be foreseen."""

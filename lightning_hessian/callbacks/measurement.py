@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from lightning_hessian.callbacks.account import Account
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.compat import Callback
 from lightning_hessian.callbacks.handover import HandOver
@@ -125,7 +126,7 @@ class MeasurementCallback(Measuring, Callback):
             "history": self.history,
             "num_validations": self._num_validations,
             "identity": self._identity,
-            "account": self._budgeting.state_dict(),
+            "account": self._budgeting.account.state_dict(),
             **self._panels.state_dict(),
         }
 
@@ -142,8 +143,9 @@ class MeasurementCallback(Measuring, Callback):
         identity = state_dict.get("identity", self._identity)
         if not isinstance(identity, str):
             raise ValueError(f"identity={identity!r} is no text.")
-        self._budgeting.load_state_dict(state_dict["account"])
+        account = Account.checked(self.time_budget, state_dict["account"])
         self._panels.load_state_dict(state_dict)
+        self._budgeting.account = account
         self._history, self._num_validations, self._identity = history, number, identity
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -155,9 +157,9 @@ class MeasurementCallback(Measuring, Callback):
             self._identity = uuid.uuid4().hex  # that of a checkpoint is loaded after this
             self._batches = None
             self._pairs.forget()
+            self._budgeting.begin()
         self._guard.speaks = trainer.is_global_zero
         self._clock = None
-        self._budgeting.begin()
         if not self._enabled:
             return
         if trainer.barebones:
@@ -224,7 +226,7 @@ class MeasurementCallback(Measuring, Callback):
         )
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._pair(trainer, pending, fresh or {})
+            self._pair(trainer, pending, fresh or {}, trainer.current_epoch)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure the last validation where it was not; draw; say what was skipped."""
@@ -256,14 +258,16 @@ class MeasurementCallback(Measuring, Callback):
                 "logging the statistics", self._handover.log_late, trainer, pending,
                 self._pairs.latest(),
             )  # fmt: skip
-        self._pair(trainer, pending, self._pairs.latest())
+        self._pair(trainer, pending, self._pairs.latest(), self._budgeting.epoch)
 
-    def _pair(self, trainer: Any, pending: Mapping[str, float], fresh: Mapping[str, Any]) -> None:
+    def _pair(
+        self, trainer: Any, pending: Mapping[str, float], fresh: Mapping[str, Any], epoch: int
+    ) -> None:
         """Remember a measurement with the metrics of its validation, and hand it over."""
         found = self._guard.attempt("pairing", self._pairs.of, fresh, pending)
         monitored: dict[str, float] = found[0] if found else {}
         missing: dict[str, str] = found[1] if found else {}
-        place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        place = {"step": trainer.global_step, "epoch": epoch}
         self._history.add({**place, **pending, **monitored})
         for topic, reason in {**missing, **incomparable(self._history.rows)}.items():
             self._warn_once(topic, reason)

@@ -107,7 +107,8 @@ class Measuring:
         begun = time.monotonic()
         with self.session(pl_module, batches) as session:
             account = self._budgeting.account
-            if account.bounded and account.estimate is None:
+            asked = trainer.state.fn == "fit" and account.bounded
+            if asked and account.estimate is None:
                 self._estimate(trainer, session)
                 if not self._budgeting.affords(trainer):
                     return None

@@ -32,7 +32,9 @@ def is_last_validation(trainer: Any) -> bool:
     Args:
         trainer: In ``fit``, at the end of a validation.
     """
-    return bool(trainer.should_stop) or _batches_to_validation(trainer) > _batches_left(trainer)
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:  # not before min_epochs
+        return True
+    return _batches_to_validation(trainer) > _batches_left(trainer)
 
 
 def _batches_done(trainer: Any) -> int:
@@ -72,6 +74,8 @@ def _batches_to_validation(trainer: Any) -> float:
 def _epoch(trainer: Any) -> float:
     """Return the batches of an epoch; infinity where nobody knows."""
     found: float = trainer.num_training_batches
+    if math.isinf(found) and math.isinf(trainer.val_check_batch):
+        return _in_epoch(trainer)  # of data without a length: this validation ends the epoch
     return found
 
 

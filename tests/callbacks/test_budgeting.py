@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from callbacks.tiny_modules import Regression, small_callback, train_loader, val
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hessian import AtSteps, EveryNValidations, HessianSpectrumCallback
 from lightning_hessian.callbacks.account import Account
@@ -94,8 +95,7 @@ def test_a_clock_that_is_set_back_earns_and_costs_nothing() -> None:
 
 def test_an_account_goes_on_after_a_checkpoint() -> None:
     found = account(trained=5.0, spent=0.25, made=2)
-    resumed = account()
-    resumed.load_state_dict(found.state_dict())
+    resumed = Account.checked(found.budget, found.state_dict())
     assert (resumed.trained, resumed.spent, resumed.made) == (5.0, 0.25, 2)
 
 
@@ -103,7 +103,7 @@ def test_an_account_goes_on_after_a_checkpoint() -> None:
 def test_a_damaged_account_is_refused(bad: Any) -> None:
     state = {**account().state_dict(), "spent": bad}
     with pytest.raises(ValueError, match="spent="):
-        account().load_state_dict(state)
+        Account.checked(Budget(share=0.1), state)
 
 
 # How long a fit is, by Lightning itself -----------------------------------------------------------
@@ -155,6 +155,40 @@ def test_the_last_validation_is_foreseen(
     assert len(shares) == len(module.foreseen)
     assert shares[0] > 0
     assert shares[-1] <= 1
+
+
+class Stream(IterableDataset[Any]):
+    """The training samples without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(train_loader().dataset)
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_the_last_validation_of_data_without_a_length(each: int, make_trainer: MakeTrainer) -> None:
+    module = Asks()
+    trainer = make_trainer(max_epochs=4, check_val_every_n_epoch=each)
+    trainer.fit(module, DataLoader(Stream(), batch_size=8), val_loader())
+    assert module.foreseen == [False] * (4 // each - 1) + [True]
+    assert module.done == pytest.approx([epoch / 4 for epoch in range(each, 5, each)])
+
+
+def test_a_stop_before_min_epochs_is_no_end(make_trainer: MakeTrainer) -> None:
+    module = Asks()
+    stop = EarlyStopping("val_loss", patience=1, min_delta=1e9)
+    make_trainer(stop, max_epochs=9, min_epochs=5).fit(module, train_loader(), val_loader())
+    assert len(module.foreseen) == 5
+    assert not any(module.foreseen)
+
+
+def test_each_fit_has_an_account_of_its_own(make_trainer: MakeTrainer) -> None:
+    """A callback that is used again knows nothing of what another module took."""
+    callback = costly()
+    assert fit(make_trainer, callback, max_epochs=3)[-1] == 12
+    before = callback._budgeting.account
+    assert fit(make_trainer, callback, max_epochs=2)[-1] == 8
+    assert callback._budgeting.account is not before
+    assert callback._budgeting.account.made == 1
 
 
 def test_a_run_without_an_end_has_no_last_validation(make_trainer: MakeTrainer) -> None:
@@ -281,6 +315,7 @@ def test_an_end_that_nobody_foresaw_is_caught_up_in_one_row(
     logger = CSVLogger(tmp_path, name="run", version="")
     assert fit(make_trainer, callback, stop, logger=logger) == [8]
     row = callback.history[0]
+    assert row["epoch"] == 1
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     names = rows[0].split(",")
     found = [dict(zip(names, line.split(","), strict=True)) for line in rows[1:]]
