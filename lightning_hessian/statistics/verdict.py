@@ -155,9 +155,12 @@ def answer(
 ) -> str:
     """Return what a run says of all its pairs, in one sentence.
 
-    ``name`` marks a key as such, and ``stress`` makes words stand out.
+    That the loss on the probe moves with the one that is monitored is no answer about curvature:
+    it is named only where nothing else is. ``name`` marks a key as such, and ``stress`` makes words
+    stand out.
     """
-    shown = [pair for pair in ranked(pairs) if verdict(pair[2]).is_shown]
+    clear = [pair for pair in ranked(pairs) if verdict(pair[2]).is_shown]
+    shown = [pair for pair in clear if pair[0].rpartition("/")[2] != "loss"]
     if shown:
         named = ", ".join(
             f"{stress(f'{name(statistic)} with {name(monitor)}')} "
@@ -169,6 +172,8 @@ def answer(
     text = f"From one measurement to the next, {nothing} was shown to move with what is monitored"
     if pairs and all(_kind(found) in ("short", "undefined") for _, _, found in pairs):
         text += f"; an interval takes {MIN_BLOCK_POINTS + 1} measurements that vary"
+    if clear:
+        text += ", save the loss on the probe"
     return text + "."
 
 

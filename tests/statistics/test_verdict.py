@@ -110,6 +110,24 @@ def test_every_surface_says_the_same_of_a_run(kind, seed, count, tmp_path):
     assert "<strong>" in to_html(document)
 
 
+def test_that_losses_move_together_is_no_answer_about_curvature():
+    rng = np.random.default_rng(0)
+    steps, other = rng.normal(size=(2, 60))
+    pairs = [("hessian/loss", steps + 0.1 * other), ("hessian/trace", other)]
+    moved = corrected([movement(values.cumsum(), steps.cumsum()) for _, values in pairs])
+    found = [(name, "val_loss", one) for (name, _), one in zip(pairs, moved, strict=True)]
+    assert verdict(found[0][2]).is_shown
+    assert not verdict(found[1][2]).is_shown
+    said = "no statistic was shown to move with what is monitored"
+    assert answer(found) == (
+        f"From one measurement to the next, {said}, save the loss on the probe."
+    )
+    assert answer(found[1:]) == f"From one measurement to the next, {said}."
+    with_trace = [found[0], ("hessian/trace", "val_loss", found[0][2])]
+    assert "moved together: hessian/trace with val_loss" in answer(with_trace)
+    assert "hessian/loss" not in answer(with_trace)
+
+
 def expected_sentences(columns) -> dict[tuple[str, str], tuple[str, str]]:
     """Sentence and label of every pair, from the one function."""
     pairs = [
