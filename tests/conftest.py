@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def is_alone(item: pytest.Item) -> bool:
         names = vars(getattr(item, "module", object))
-        return not names.keys() & {"JOBS", "launch", "run"}
+        return not names.keys() & {"JOBS", "launch", "run", "run_torchrun"}
 
     items.sort(key=is_alone)
 

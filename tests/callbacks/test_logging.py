@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,8 @@ import torch
 from callbacks.tiny_modules import Regression, small_callback, train_loader, val_loader
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from scipy import stats
+from support.runs import finished, wandb_logger
 from torch import Tensor
-
-from lightning_hessian.histories.offline_run import read_offline_run
 
 MakeTrainer = Callable[..., Any]
 Row = dict[str, Any]
@@ -81,28 +79,6 @@ def _assert_correlations(rows: list[Row], history: list[dict[str, float]], monit
 # W&B, CSV and TensorBoard, all at once -------------------------------------------------------
 
 
-def _wandb_logger(folder: Path) -> WandbLogger:
-    import wandb
-
-    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
-    return WandbLogger(project="test", save_dir=folder, offline=True, settings=settings)
-
-
-def _finished_rows(logger: WandbLogger, folder: Path) -> list[Row]:
-    """Ends the run and reads it back.
-
-    On a busy machine the last block reaches the file some 50 ms after ``finish`` (wandb 0.31).
-    """
-    logger.experiment.finish()
-    deadline = time.monotonic() + 20
-    while (run := read_offline_run(folder)).exit_code is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert run.exit_code == 0
-    assert run.complete
-    assert not run.problems
-    return run.rows
-
-
 class Speaks(Regression):
     """Logs by self.log, by the logger and by what is behind it, on steps and on epochs."""
 
@@ -126,7 +102,7 @@ class Run:
     def __init__(self, folder: Path, callbacks: list[Any]) -> None:
         torch.manual_seed(0)
         loggers = [
-            _wandb_logger(folder),
+            wandb_logger(folder),
             CSVLogger(folder, name="csv"),
             TensorBoardLogger(folder, name="tensorboard"),
         ]
@@ -142,7 +118,7 @@ class Run:
             enable_model_summary=False,
         )
         trainer.fit(Speaks(), train_loader(shuffle=False), val_loader())
-        self.wandb = _finished_rows(loggers[0], folder)
+        self.wandb = finished(loggers[0], folder).rows
         self.csv = _csv_rows(loggers[1])
         self.tensorboard = _tensorboard_rows(loggers[2].log_dir)
 
@@ -273,14 +249,14 @@ def test_wandb_called_behind_lightnings_back(tmp_path: Path) -> None:
             wandb.log({"direct": loss.item()})
             return loss
 
-    logger = _wandb_logger(tmp_path)
+    logger = wandb_logger(tmp_path)
     assert logger.experiment is wandb.run
     trainer = L.Trainer(
         accelerator="cpu", logger=logger, callbacks=[small_callback()], max_epochs=1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(CallsWandb(), train_loader(), val_loader())
-    assert sum("direct" in row for row in _finished_rows(logger, tmp_path)) == 4
+    assert sum("direct" in row for row in finished(logger, tmp_path).rows) == 4
 
 
 # Which monitor -------------------------------------------------------------------------------

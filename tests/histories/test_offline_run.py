@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import struct
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.report_runs import recording
 
 from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run
 
@@ -28,35 +27,7 @@ FILE_HEADER = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 STEPS = 50
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No setting of the user's reaches wandb, and nothing of these runs stays behind."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            if name != "WANDB_SERVICE":
-                monkeypatch.delenv(name)
-        for name in ("CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "ARTIFACT_DIR"):
-            monkeypatch.setenv(f"WANDB_{name}", str(home))
-        monkeypatch.setenv("WANDB_SILENT", "true")
-        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-        yield
-        wandb.teardown()
-
-
-@contextlib.contextmanager
-def recording(folder: Path, **arguments: Any) -> Iterator[Any]:
-    """A run that wandb writes into ``folder``, finished and on disk whatever happens."""
-    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
-    run = wandb.init(mode="offline", dir=str(folder), settings=settings, **arguments)
-    try:
-        yield run
-    finally:
-        run.finish()
-        # The service may still have the file in its buffer, on a busy machine.
-        end = time.monotonic() + 10
-        while time.monotonic() < end and read_offline_run(only_file(folder)).exit_code is None:
-            time.sleep(0.05)
+pytestmark = pytest.mark.usefixtures("own_wandb")
 
 
 def scalars(step: int) -> dict[str, float]:

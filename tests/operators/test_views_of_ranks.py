@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from support.launching import JOBS
+from support.launching import run_torchrun
 from support.references import dense_hessian, trainable
 from support.view_job import ENGINES, VIEWS, Net, loss_fn, samples
 
-JOB = JOBS / "view_job.py"
 CASES = [(how, engine) for how, engines in ENGINES.items() for engine in engines]
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What two ranks found."""
-    file = tmp_path_factory.mktemp("views") / "found.json"
-    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[2]), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(JOB), str(file)],
-        capture_output=True, text=True, timeout=240, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(file.read_text())
+    return run_torchrun("view_job.py", tmp_path_factory.mktemp("views") / "found.json")
 
 
 def block(names):

@@ -13,6 +13,18 @@ JOBS = Path(__file__).parent
 JOB = JOBS / "job.py"
 
 
+def run_torchrun(job: str, file: Path) -> Any:
+    """Runs a job on two ranks by torch's own launcher; returns what it wrote into the file."""
+    environment = {**os.environ, "PYTHONPATH": str(JOBS.parents[1]), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(JOBS / job), str(file)],
+        capture_output=True, text=True, timeout=240, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
 def run(folder: Path, **job: Any) -> list[dict[str, Any]]:
     """Runs a job on its ranks; returns what each of them saw."""
     done = launch(folder, **job)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from support.checkpointing_job import ENGINES, Net, products
-from support.launching import JOBS
-
-JOB = JOBS / "checkpointing_job.py"
+from support.launching import run_torchrun
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What the first of two ranks found."""
-    file = tmp_path_factory.mktemp("checkpointing") / "found.json"
-    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[2]), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(JOB), str(file)],
-        capture_output=True, text=True, timeout=240, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(file.read_text())
+    return run_torchrun(
+        "checkpointing_job.py", tmp_path_factory.mktemp("checkpointing") / "found.json"
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
