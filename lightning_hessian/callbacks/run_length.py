@@ -74,7 +74,7 @@ def _batches_to_validation(trainer: Any) -> float:
 def _epoch(trainer: Any) -> float:
     """Return the batches of an epoch; infinity where nobody knows."""
     found: float = trainer.num_training_batches
-    if math.isinf(found) and math.isinf(trainer.val_check_batch):
+    if math.isinf(found) and math.isinf(trainer.val_check_batch or 0):
         return _in_epoch(trainer)  # of data without a length: this validation ends the epoch
     return found
 

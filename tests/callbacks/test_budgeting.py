@@ -173,6 +173,42 @@ def test_the_last_validation_of_data_without_a_length(each: int, make_trainer: M
     assert module.done == pytest.approx([epoch / 4 for epoch in range(each, 5, each)])
 
 
+class TwoSteps(Asks):
+    """Optimizes by hand, twice a batch: its steps are twice its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for _ in range(2):
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("arguments", [{"max_epochs": 3}, {"max_steps": 20}], ids=str)
+def test_the_last_validation_of_a_module_that_steps_twice(
+    arguments: dict[str, Any], make_trainer: MakeTrainer
+) -> None:
+    module = TwoSteps()
+    make_trainer(**{"max_epochs": -1, **arguments}).fit(module, train_loader(), val_loader())
+    assert module.foreseen == [False] * (len(module.foreseen) - 1) + [True]
+
+
+@pytest.mark.parametrize("data", [train_loader, lambda: DataLoader(Stream(), batch_size=8)])
+def test_validations_by_the_clock_are_asked_about(
+    data: Callable[[], Any], make_trainer: MakeTrainer
+) -> None:
+    """Whether another comes is not known, unless there is no batch left for it."""
+    module = Asks()
+    trainer = make_trainer(max_epochs=2, val_check_interval="00:00:00:00")
+    trainer.fit(module, data(), val_loader())
+    assert module.foreseen
+    assert not any(module.foreseen[:-1])
+
+
 def test_a_stop_before_min_epochs_is_no_end(make_trainer: MakeTrainer) -> None:
     module = Asks()
     stop = EarlyStopping("val_loss", patience=1, min_delta=1e9)
