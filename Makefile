@@ -26,7 +26,7 @@ sweep: .venv-demo/.done  ## train 24 networks on real digits, and one report ove
 		--monitor val_loss --monitor val_error --group optimizer --size num_parameters
 
 test: .venv-test/.done lint  ## lint, type check, and all tests but the slow ones
-	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv-test/.done  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m slow
@@ -35,7 +35,7 @@ test-suites: .venv-test/.done  ## other people's test suites, and the table in d
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -v tests/suites
 
 test-oldest: .venv-oldest/.done  ## the tests with the lowest versions that pyproject.toml names
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv-test/.done  ## ruff and mypy
 	$(TEST)/ruff check .

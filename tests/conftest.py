@@ -11,16 +11,6 @@ from typing import Any
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that start several ranks: one of them at the end keeps all waiting."""
-
-    def is_alone(item: pytest.Item) -> bool:
-        names = vars(getattr(item, "module", object))
-        return not names.keys() & {"JOBS", "launch", "run", "run_torchrun"}
-
-    items.sort(key=is_alone)
-
-
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Any]:
     """Returns ``make(*callbacks, package=..., **arguments)``, a silent Trainer on the CPU."""
