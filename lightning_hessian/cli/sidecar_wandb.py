@@ -42,6 +42,7 @@ class WandbLog:
         self._run, self._options = run, options
         self._wandb: Any = None
         self._logged: set[tuple[int, str]] = set()
+        self._last: dict[str, Any] = {}
         self._told = False
         if not options.wandb and options.wandb_shared:
             raise ValueError("--wandb-shared says how --wandb logs. Give --wandb, too.")
@@ -81,6 +82,10 @@ class WandbLog:
             at = int(row.get(LOGGED_STEP, step))
             self._wandb.log({STEP: at, **values, "spectra/hessian": text})
             self._logged.add((step, weights))
+            if step == max(done):
+                # The newest come first, and W&B's summary would show the oldest.
+                self._last = values
+        self._wandb.summary.update(self._last)
 
     def close(self) -> None:
         """End the run beside the run; the run itself, where rows were added to it, goes on."""

@@ -7,6 +7,7 @@ W&B run that was logged from it, is no run of its own: where the run is read too
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,10 @@ from lightning_hessian.results import UnreadableFileError
 from lightning_hessian.results.base import FloatArray
 from lightning_hessian.tracking.loggers import STEP
 from lightning_hessian.tracking.spectra import encode_spectrum
+
+_SILENT = 120.0
+"""Seconds without a sign of life after which a sidecar is taken to have been stopped. It gives one
+every ten seconds, but not while it builds or loads."""
 
 _LOSS, _GAP, _VALIDATION = "hessian/loss", "hessian/gap", "val_loss"
 
@@ -83,6 +88,16 @@ def _at(steps: FloatArray, run: RunRecord, key: str) -> FloatArray:
     values = np.full(len(steps), np.nan)
     values[np.searchsorted(steps, run.steps)] = run.series(key)
     return values
+
+
+def is_at_work(folder: Path) -> bool:
+    """Whether a sidecar still measures: its mark does not say that it has ended, and is fresh."""
+    mark = read_mark(folder)
+    try:
+        age = time.time() - (folder / MARK).stat().st_mtime
+    except OSError:
+        return False
+    return mark is not None and not mark.ended and age < _SILENT
 
 
 def with_sidecar(run: OfflineRun, folder: Path) -> OfflineRun:
