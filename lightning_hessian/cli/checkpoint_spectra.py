@@ -26,6 +26,7 @@ from lightning_hessian.cli.sharded_checkpoints import is_sharded
 from lightning_hessian.cli.spectra_folder import (
     TABLES,
     is_done,
+    measured_beside_a_run,
     say,
     settings_of,
     source_of,
@@ -58,6 +59,7 @@ def measure_checkpoints(options: argparse.Namespace) -> int:
     begun = time.monotonic()
     measured = 0
     files = _files(paths, folder)
+    followed = {} if options.again else measured_beside_a_run(options)
     for place, path in enumerate(paths):
         file, label = files[path], f"{path.name} ({place + 1} of {len(paths)})"
         if file.exists() and not options.again and is_done(file, path, options):
@@ -67,6 +69,9 @@ def measure_checkpoints(options: argparse.Namespace) -> int:
             version = version_of(path)
             with _in_one_file(path, options) as whole:
                 saved = read_checkpoint(whole, trust=options.trust)
+                if saved.weights == followed.get(saved.step):
+                    say(f"{label}: measured before, under another name")
+                    continue
                 for note in measure_checkpoint(saved, version, file, label, cls, options):
                     say(f"{label}: {note}")
             measured += 1

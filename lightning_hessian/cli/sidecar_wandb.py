@@ -43,7 +43,7 @@ class WandbLog:
         self._wandb: Any = None
         self._logged: set[tuple[int, str]] = set()
         self._last: dict[str, Any] = {}
-        self._told = False
+        self._told = self._given_up = False
         if not options.wandb and options.wandb_shared:
             raise ValueError("--wandb-shared says how --wandb logs. Give --wandb, too.")
         if options.wandb and run.remote is None and run.folder is not None and not run.run_id:
@@ -61,12 +61,20 @@ class WandbLog:
             done: Step to weights, folder of the checkpoint, and file of the spectrum.
             identity: Of the sidecar.
         """
-        if not self._options.wandb:
+        if not self._options.wandb or self._given_up:
             return
-        if self._wandb is None:
-            self._wandb = self._begun(identity)
-        if self._wandb is None:
-            return
+        try:
+            if self._wandb is None:
+                self._wandb = self._begun(identity)
+            if self._wandb is not None:
+                self._log(done)
+        except Exception as error:  # noqa: BLE001 - whatever a server says, the measuring goes on
+            say(
+                f"--wandb: no more is logged to W&B ({reason(error)}). Run the command again later."
+            )
+            self._given_up = True
+
+    def _log(self, done: Mapping[int, tuple[str, str, Path]]) -> None:
         for step in sorted(done):
             weights, _, file = done[step]
             if (step, weights) in self._logged:
@@ -90,7 +98,10 @@ class WandbLog:
     def close(self) -> None:
         """End the run beside the run; the run itself, where rows were added to it, goes on."""
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:  # noqa: BLE001 - as above
+                say(f"--wandb: {reason(error)}")
             self._wandb = None
 
     def _begun(self, identity: str) -> Any:

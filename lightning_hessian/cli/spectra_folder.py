@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hessian.cli.watching import Version, version_of
+from lightning_hessian.histories.marks import MARK
 from lightning_hessian.results import HessianSpectrum, UnreadableFileError
 from lightning_hessian.results.files import load_extra, load_spectrum
 from lightning_hessian.results.output import atomic_write
@@ -75,6 +76,20 @@ def check_settings(theirs: dict[str, Any], options: argparse.Namespace) -> None:
             f"{options.out} holds measurements with other arguments ({'; '.join(different)}). Give "
             "another --out, or --again."
         )
+
+
+def measured_beside_a_run(options: argparse.Namespace) -> dict[int, str]:
+    """Return the weights that a sidecar has measured, by step; none where no sidecar has."""
+    found: dict[int, str] = {}
+    out: Path = options.out
+    for file in (out / "spectra").glob("*.npz") if (out / MARK).exists() else ():
+        try:
+            extra = extra_of(file)
+        except (UnreadableFileError, OSError):
+            continue  # it is named when the tables are written
+        check_settings(extra["settings"], options)
+        found[extra["row"]["step"]] = extra["source"]["weights"]
+    return found
 
 
 def extra_of(file: Path) -> dict[str, Any]:

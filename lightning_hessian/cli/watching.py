@@ -157,7 +157,7 @@ class Watch:
         self.gone += [v.path.name for v in self.waiting if v.path not in left]
         self.waiting = fresh
         self._since = {v: self._since.get(v, now) for v in fresh}
-        self._times |= {v.modified for v in there if looks_whole(v)}
+        self._times |= {v.modified for v in fresh if looks_whole(v)}
         ordered = sorted(self._times)[-1000:]
         gaps = [(later - earlier) / 1e9 for earlier, later in pairwise(ordered)]
         self.longest_gap = max([self.longest_gap, *gaps])
@@ -187,4 +187,5 @@ class Watch:
     def deal_with(self, version: Version) -> None:
         """Take a checkpoint off the list; it comes back where it changes."""
         self._dealt[version.path] = version
+        self._times.add(version.modified)
         self.waiting = [other for other in self.waiting if other != version]

@@ -24,7 +24,7 @@ from lightning_hessian.results.base import FloatArray
 from lightning_hessian.tracking.loggers import STEP
 from lightning_hessian.tracking.spectra import encode_spectrum
 
-_SILENT = 120.0
+_SILENT = 300.0
 """Seconds without a sign of life after which a sidecar is taken to have been stopped. It gives one
 every ten seconds, but not while it builds or loads."""
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from support import trained
 from lightning_hessian.cli import checkpoint_spectra
 from lightning_hessian.cli.checkpoints import copy_checkpoint, read_checkpoint
 from lightning_hessian.cli.main import main
+from lightning_hessian.cli.run_end import End, Run
+from lightning_hessian.cli.watching import Watch, looks_whole, version_of
 from lightning_hessian.results import UnreadableFileError, load_spectrum
 
 NAMES = ["--module", "support.trained:Net", "--data", "support.trained:Data"]
@@ -156,6 +159,10 @@ def test_a_copy_is_measured_once_and_an_overwritten_name_again(
     assert steps(follow(folder)) == [3, 6, 9]
     assert (out / "spectra" / "last-step=9.npz").exists()
     assert "2 measured before" in capsys.readouterr().err
+    shutil.copy2(last, folder / "copy.ckpt")  # `measure` afterwards finds nothing to do
+    assert main(["measure", str(folder), *NAMES, *FEW[:4], "--out", str(out)]) == 0
+    assert "0 measured" in capsys.readouterr().err
+    assert steps(out) == [3, 6, 9]
 
 
 def test_a_resumed_run_that_comes_to_other_weights_is_measured_anew(content, tmp_path, capsys):
@@ -206,6 +213,31 @@ def test_the_end_of_a_process_is_the_end_of_its_run(content, tmp_path, capsys):
     assert main(["measure", str(folder), "--follow", *NAMES, *FEW, "--pid", str(process.pid),
                  "--out", str(tmp_path / "out")]) == 2  # fmt: skip
     assert "there is no such process" in capsys.readouterr().err
+
+
+def test_quiet_is_long_for_a_run_whose_checkpoints_are_far_apart(content, tmp_path, monkeypatch):
+    folder = tmp_path / "logs" / "checkpoints"
+    saved(content, folder / "a.ckpt", 0)
+    saved(content, folder / "b.ckpt", 1000)  # seconds later
+    metrics = tmp_path / "logs" / "metrics.csv"
+    metrics.write_text("step,val_loss\n2,1\n")
+    now = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watch = Watch(folder)
+    end = End(Run(folder, None), watch, idle=None, pid=None)
+
+    def after(seconds: float) -> str | None:
+        now[0] += seconds
+        watch.look()
+        end.look()
+        return end.has_come()
+
+    assert after(0) is None
+    assert after(2990) is None  # far more than the 600 that are usual
+    metrics.write_text("step,val_loss\n2,1\n5,1\n")  # the run lives
+    assert after(20) is None
+    assert after(2990) is None
+    assert after(20) == "nothing has changed for 3010 s"
 
 
 # Parts of several ranks ------------------------------------------------------------------------
@@ -283,8 +315,6 @@ def test_an_index_that_would_hurt_is_refused(case, words, content, tmp_path, mon
 
 
 def test_a_folder_that_is_written_again_is_waited_for(content, tmp_path):
-    from lightning_hessian.cli.watching import looks_whole, version_of
-
     folder = tmp_path / "last.ckpt"
     sharded(content, folder, 3)
     assert looks_whole(version_of(folder))
