@@ -66,6 +66,15 @@ def started(command: list[str], core: int, data_dir: Path | None) -> subprocess.
     return process
 
 
+def processor_time(process: subprocess.Popen[bytes]) -> float:
+    """Return the seconds of processor that a process has had so far; Linux only, else NaN."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
+
+
 def fitted(options: argparse.Namespace, beside: bool) -> dict[str, Any]:
     """Return the times of a fit, and how many spectra a sidecar measured meanwhile."""
     with tempfile.TemporaryDirectory() as place:
@@ -82,6 +91,7 @@ def fitted(options: argparse.Namespace, beside: bool) -> dict[str, Any]:
                 if processes[0].poll() is not None:
                     raise RuntimeError("the sidecar has ended at once")
                 time.sleep(0.1)
+        before = sum(map(processor_time, processes))
         try:
             command = [str(HERE / "sidecar.py"), "--fit", str(run), "--epochs", str(options.epochs)]
             if options.data_dir is not None:
@@ -91,7 +101,8 @@ def fitted(options: argparse.Namespace, beside: bool) -> dict[str, Any]:
                 raise RuntimeError("the fit has failed")
             found: dict[str, Any] = json.loads((run / "fit.json").read_text())
             # One more may be at work; what is left would be measured after the run.
-            return found | {"spectra": len(list(out.glob("spectra/*.npz")))}
+            busy = sum(map(processor_time, processes[:-1])) - before
+            return found | {"spectra": len(list(out.glob("spectra/*.npz"))), "busy": busy}
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -113,9 +124,11 @@ def main() -> None:
         return
     print(f"LeNet, 10,000 images, {options.epochs} epochs, one thread each, "
           f"{'synthetic data' if options.data_dir is None else 'real data'}\n")  # fmt: skip
-    print("| round | fit alone, wall | processor | beside a sidecar, wall | processor "
-          "| ratio, wall | ratio, processor | spectra meanwhile |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| round | fit alone, wall | processor | beside a sidecar, wall | processor "
+        "| ratio, wall | ratio, processor | spectra meanwhile | processor of the sidecar |"
+    )  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
     ratios: dict[str, list[float]] = {"wall": [], "cpu": []}
     for number in range(options.rounds):
         alone, beside = fitted(options, beside=False), fitted(options, beside=True)
@@ -125,7 +138,7 @@ def main() -> None:
         print(
             f"| {number + 1} | {alone['wall']:.1f} s | {alone['cpu']:.1f} s | {beside['wall']:.1f} "
             f"s | {beside['cpu']:.1f} s | {ratios['wall'][-1]:.3f} | {ratios['cpu'][-1]:.3f} "
-            f"| {beside['spectra']} |",
+            f"| {beside['spectra']} | {beside['busy']:.1f} s |",
             flush=True,
         )
     wall, cpu = (statistics.median(ratios[clock]) for clock in ("wall", "cpu"))

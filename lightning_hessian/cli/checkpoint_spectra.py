@@ -36,7 +36,7 @@ from lightning_hessian.cli.watching import Version, version_of
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.options import PooledSLQ
 from lightning_hessian.measure.spectrum import hessian_spectrum
-from lightning_hessian.results import ArgumentError, MeasurementError
+from lightning_hessian.results import ArgumentError, HessianSpectrum, MeasurementError
 from lightning_hessian.results.files import save_spectrum
 from lightning_hessian.results.output import check_folder
 from lightning_hessian.results.outside import reason
@@ -176,30 +176,15 @@ def measure_checkpoint(
     row: dict[str, Any] = counts | saved.metrics | counts
     if options.validate:
         row |= loading.validation_metrics(module, data)
-    line = _Line(label)
+    line, state = _Line(label), file.with_suffix(".lanczos")
 
     def show(num_products: int, num_converged: int | None) -> None:
         line.show(num_products, num_converged)
         meanwhile()
 
-    state = file.with_suffix(".lanczos")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        spectrum = hessian_spectrum(
-            module,
-            None if options.loss is None else loading.named(options.loss),
-            batches,
-            num_eigenvalues=options.num_eigenvalues,
-            parameters=options.parameters,
-            protocol="converged" if options.protocol == "converged" else PooledSLQ(),
-            tol=options.tol,
-            budget=Budget(products=options.max_products, seconds=options.max_seconds),
-            hvp=options.hvp,
-            trace_probes=options.trace_probes,
-            checkpoint=state if options.protocol == "converged" else None,
-            on_progress=show,
-            seed=options.seed,
-        )
+        spectrum = _spectrum_of(module, batches, state, show, options)
     scalars, absent = spectrum_scalars(spectrum)
     row |= {f"hessian/{name}": value for name, value in scalars.items()}
     row["probe_loss"] = spectrum.loss
@@ -214,6 +199,31 @@ def measure_checkpoint(
         f"converged, {spectrum.num_hvps} products, {spectrum.seconds:.1f} s"
     )
     return list(dict.fromkeys(notes))
+
+
+def _spectrum_of(
+    module: Any,
+    batches: list[Any],
+    state: Path,
+    show: Callable[[int, int | None], None],
+    options: argparse.Namespace,
+) -> HessianSpectrum:
+    converged = options.protocol == "converged"
+    return hessian_spectrum(
+        module,
+        None if options.loss is None else loading.named(options.loss),
+        batches,
+        num_eigenvalues=options.num_eigenvalues,
+        parameters=options.parameters,
+        protocol="converged" if converged else PooledSLQ(),
+        tol=options.tol,
+        budget=Budget(products=options.max_products, seconds=options.max_seconds),
+        hvp=options.hvp,
+        trace_probes=options.trace_probes,
+        checkpoint=state if converged else None,
+        on_progress=show,
+        seed=options.seed,
+    )
 
 
 class _Line:
