@@ -23,7 +23,13 @@ from lightning_hessian.cli.checkpoints import Saved, copy_checkpoint, read_check
 from lightning_hessian.cli.run_end import End, Run
 from lightning_hessian.cli.sharded_checkpoints import is_sharded
 from lightning_hessian.cli.sidecar_wandb import WandbLog
-from lightning_hessian.cli.spectra_folder import check_settings, extra_of, say, write_tables
+from lightning_hessian.cli.spectra_folder import (
+    check_settings,
+    extra_of,
+    say,
+    settings_of,
+    write_tables,
+)
 from lightning_hessian.cli.watching import Version, Watch, is_last, version_of
 from lightning_hessian.histories.marks import MARK, Mark, read_mark
 from lightning_hessian.results import ArgumentError, UnreadableFileError
@@ -87,7 +93,7 @@ class Sidecar:
 
     def __init__(self, folder: Path, run: Run, cls: Any, options: argparse.Namespace) -> None:
         self.options, self.cls, self.run = options, cls, run
-        self.watch = Watch(folder)
+        self.watch = Watch(folder.absolute())
         self.end = End(run, self.watch, options.idle, options.pid)
         self.failed: dict[str, str] = {}
         self.measured = 0
@@ -96,13 +102,23 @@ class Sidecar:
         self._told_left: set[Path] = set()
         self._told_notes: set[str] = set()
         self._last_look = self._last_beat = -_BEAT
-        before = read_mark(options.out)
-        identity = before.identity if before is not None else ""
-        self._identity = identity or uuid.uuid4().hex
+        self._identity = self._identity_before() or uuid.uuid4().hex
         self._done: dict[int, tuple[str, str, Path]] = {}
         for file in sorted(self._spectra.glob("*.npz")):
             self._know(file)
         self.log = WandbLog(run, options)
+
+    def _identity_before(self) -> str:
+        """Return the identity that the sidecar had when it was stopped, empty where it was not."""
+        before, out = read_mark(self.options.out), self.options.out
+        if before is None:
+            return ""
+        mine, theirs = (os.path.realpath(p) for p in (self.watch.folder, before.checkpoints))
+        if before.checkpoints and mine != theirs:
+            raise ArgumentError(
+                "--out", str(out), f"It has spectra of {before.checkpoints}. Give another folder."
+            )
+        return before.identity
 
     # What is there ------------------------------------------------------------------------------
 
@@ -142,10 +158,10 @@ class Sidecar:
             split=self.options.split,
             identity=self._identity,
             ended=ended,
+            checkpoints=str(self.watch.folder),
         )
-        known = {"checkpoints": str(self.watch.folder.absolute()), "time": time.time()}
         with atomic_write(self.options.out / MARK) as file:
-            file.write(json.dumps(asdict(mark) | known).encode())
+            file.write(json.dumps(asdict(mark)).encode())
         line = json.dumps({"step": 0, "identity/sidecar": self._identity})
         with atomic_write(self.options.out / "identity_sidecar.jsonl") as file:
             file.write(line.encode() + b"\n")
@@ -265,10 +281,11 @@ class Sidecar:
         elif file.exists():  # last.ckpt of another step
             file = file.with_stem(f"{file.stem}-step={saved.step}")
         state = file.with_suffix(".lanczos")
-        begun = self._copies / "begun.txt"
-        if not begun.exists() or begun.read_text() != saved.weights:
-            state.unlink(missing_ok=True)  # of other weights
-        begun.write_text(saved.weights)
+        begun = self._copies / "begun.json"
+        now = json.dumps([saved.weights, settings_of(self.options)])
+        if not begun.exists() or begun.read_text() != now:
+            state.unlink(missing_ok=True)  # of other weights, or with other arguments
+        begun.write_text(now)
         return file
 
     def _clear_copies(self) -> None:
@@ -304,6 +321,7 @@ class Sidecar:
                 f"{self.watch.folder}: no checkpoint was seen before the run was taken to have "
                 "ended. Give its folder of checkpoints, or a longer --idle."
             )
+        self.log.log(self._done, self._identity)  # where the run came late
         self.beat(ended=True)
         if self.watch.gone:
             names = ", ".join(dict.fromkeys(self.watch.gone))

@@ -19,6 +19,7 @@ LOGGED_STEP = "logged_step"
 """The column with the step under which the run's own loggers have the metrics of a checkpoint."""
 
 _BYTES = 64 * 2**10
+_TEXTS = ("run_id", "folder", "split", "identity", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Mark:
         split: The data of the probe, ``"train"`` or ``"val"``.
         identity: Of the sidecar: what several loggers of it share.
         ended: Whether the sidecar has nothing more to measure.
+        checkpoints: The folder that it follows.
     """
 
     run_id: str = ""
@@ -38,6 +40,7 @@ class Mark:
     split: str = "train"
     identity: str = ""
     ended: bool = False
+    checkpoints: str = ""
 
     def config(self) -> dict[str, dict[str, str]]:
         """Return what a logger's configuration says of it."""
@@ -56,7 +59,7 @@ def read_mark(folder: Path) -> Mark | None:
         return None
     if not isinstance(found, dict):
         return None
-    texts = {name: found.get(name) for name in ("run_id", "folder", "split", "identity")}
+    texts = {name: found.get(name) for name in _TEXTS}
     given = {name: printable(text, 4096) for name, text in texts.items() if isinstance(text, str)}
     return Mark(**given, ended=found.get("ended") is True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -25,9 +26,10 @@ SETTINGS = ["--module", "support.trained:Net", "--data", "support.trained:Data",
             "0.2", "--num-eigenvalues", str(NUM_EIGENVALUES), "--tol", str(TOL)]  # fmt: skip
 
 
-def started(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+def started(*arguments: str, log: Path, **more: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     environment |= {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    environment |= more
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", *arguments], env=environment, stdout=file, stderr=file
@@ -125,3 +127,22 @@ def test_both_are_one_run_in_a_report_whatever_the_sidecar_wrote(beside):
     assert all("one run" in text for text in table.copies)
     (alone,) = load_runs(out / "metrics.csv", cache=False).runs  # without the run it is a run
     np.testing.assert_array_equal(alone.steps, [int(row["logged_step"]) for row in rows_of(out)])
+
+
+def test_a_server_that_knows_nobody_keeps_nothing_from_being_measured(beside, tmp_path):
+    checkpoints = next(beside[0].parents[1].glob("test/*/checkpoints"))
+    told, out = tmp_path / "log", tmp_path / "out"
+    server = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    process = started(
+        "lightning_hessian.cli.main", "measure", str(checkpoints), "--follow", *SETTINGS, "--idle",
+        "0.5", "--run", "ada/digits/abc", "--wandb", "--wandb-shared", "--out", str(out), log=told,
+        HOME=str(tmp_path), **server,
+    )  # fmt: skip
+    try:
+        assert process.wait(120) == 0, told.read_text()
+    finally:
+        process.kill()
+    assert "--wandb: no more is logged to W&B (UsageError" in told.read_text()
+    assert len(rows_of(out)) == EPOCHS
+    mark = json.loads((out / "sidecar.json").read_text())
+    assert (mark["run_id"], mark["ended"]) == ("abc", True)

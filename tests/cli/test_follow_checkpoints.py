@@ -343,6 +343,7 @@ def test_a_folder_that_is_written_again_is_waited_for(content, tmp_path):
         (["run", "--idle", "3"], "--idle belongs to --follow"),
         (["nothing", "--follow", "--idle", "0.2", "--interval", "0.05"], "no checkpoint was seen"),
         (["logs/checkpoints", "--follow", "--wandb"], "is no W&B run"),
+        (["run", "--follow", "--out", "taken"], "Give another folder"),
     ],
 )
 def test_misuse_ends_in_one_line(more, words, content, tmp_path, capsys, monkeypatch):
@@ -350,6 +351,8 @@ def test_misuse_ends_in_one_line(more, words, content, tmp_path, capsys, monkeyp
     saved(content, Path("a.ckpt"), 3)
     saved(content, Path("run/a.ckpt"), 3)
     saved(content, Path("logs/checkpoints/a.ckpt"), 3)
+    Path("taken").mkdir()
+    Path("taken/sidecar.json").write_text('{"checkpoints": "/somewhere/else"}')
     Path("logs/metrics.csv").write_text("step,val_loss\n2,1\n")
     assert main(["measure", *NAMES, *more]) == 2
     told = capsys.readouterr().err.strip().splitlines()
