@@ -117,18 +117,19 @@ class WandbLog:
         begin: dict[str, Any] = {
             "entity": target.entity, "project": target.project, "dir": str(self._options.out),
         }  # fmt: skip
+        # The run has a terminal and a machine of its own: neither our text nor our load is its.
+        quiet: dict[str, Any] = {"console": "off", "x_disable_stats": True}
         if target.mode == "shared":
             settings = wandb.Settings(
                 mode="shared",
                 x_primary=False,
                 x_label="hessian-sidecar",
                 x_update_finish_state=False,
-                console="off",
+                **quiet,
             )
             found = wandb.init(id=target.run_id, settings=settings, **begin)
         else:
-            # A run that logs nothing else needs neither the terminal's text nor the machine's load.
-            settings = wandb.Settings(mode=target.mode, console="off", x_disable_stats=True)
+            settings = wandb.Settings(mode=target.mode, **quiet)
             mark = Mark(run_id=target.run_id, split=self._options.split)
             found = wandb.init(
                 id=f"{target.run_id}-hessian",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.sidecar_job import NUM_EIGENVALUES, TOL
+from support.wandb_server import LoggingServer
 
 from lightning_hessian.histories.load import load_runs
 from lightning_hessian.histories.offline_run import read_offline_run
@@ -129,20 +130,44 @@ def test_both_are_one_run_in_a_report_whatever_the_sidecar_wrote(beside):
     np.testing.assert_array_equal(alone.steps, [int(row["logged_step"]) for row in rows_of(out)])
 
 
-def test_a_server_that_knows_nobody_keeps_nothing_from_being_measured(beside, tmp_path):
-    checkpoints = next(beside[0].parents[1].glob("test/*/checkpoints"))
-    told, out = tmp_path / "log", tmp_path / "out"
-    server = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+def beside_a_server(place: Path, checkpoints: Path, **server: str) -> tuple[str, Path]:
+    """Runs a sidecar that logs into the run ada/digits/abc; returns what it said, and its folder."""
+    told, out = place / "log", place / "out"
     process = started(
         "lightning_hessian.cli.main", "measure", str(checkpoints), "--follow", *SETTINGS, "--idle",
         "0.5", "--run", "ada/digits/abc", "--wandb", "--wandb-shared", "--out", str(out), log=told,
-        HOME=str(tmp_path), **server,
+        HOME=str(place), WANDB_MODE="online", **server,
     )  # fmt: skip
     try:
         assert process.wait(120) == 0, told.read_text()
     finally:
         process.kill()
-    assert "--wandb: no more is logged to W&B (UsageError" in told.read_text()
     assert len(rows_of(out)) == EPOCHS
+    return told.read_text(), out
+
+
+def test_a_server_that_knows_nobody_keeps_nothing_from_being_measured(beside, tmp_path):
+    checkpoints = next(beside[0].parents[1].glob("test/*/checkpoints"))
+    server = {"WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    told, out = beside_a_server(tmp_path, checkpoints, **server)
+    assert "--wandb: no more is logged to W&B (UsageError" in told
     mark = json.loads((out / "sidecar.json").read_text())
     assert (mark["run_id"], mark["ended"]) == ("abc", True)
+
+
+def test_in_shared_mode_the_rows_are_rows_of_the_run_itself(beside, tmp_path):
+    checkpoints = next(beside[0].parents[1].glob("test/*/checkpoints"))
+    with LoggingServer() as server:
+        access = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": server.url}
+        _, out = beside_a_server(tmp_path, checkpoints, **access)
+    assert set(server.rows) == {"abc"}
+    sent = {
+        row["trainer/global_step"]: row for row in server.rows["abc"] if "spectra/hessian" in row
+    }
+    measured = {int(row["logged_step"]): row for row in rows_of(out)}
+    assert sent.keys() == measured.keys()
+    for step, row in sent.items():
+        assert row["hessian/trace"] == pytest.approx(float(measured[step]["hessian/trace"]))
+    # The run goes on: nobody is told that it has ended, nor what it is called.
+    assert not any(stream.get("complete") for stream in server.streams)
+    assert not any(upsert.get("groupName") or upsert.get("state") for upsert in server.upserts)
