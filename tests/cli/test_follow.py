@@ -131,7 +131,7 @@ def test_both_are_one_run_in_a_report_whatever_the_sidecar_wrote(beside):
 
 
 def beside_a_server(place: Path, checkpoints: Path, **server: str) -> tuple[str, Path]:
-    """Runs a sidecar that logs into the run ada/digits/abc; returns what it said, and its folder."""
+    """Runs a sidecar that logs into ada/digits/abc; returns what it said, and its folder."""
     told, out = place / "log", place / "out"
     process = started(
         "lightning_hessian.cli.main", "measure", str(checkpoints), "--follow", *SETTINGS, "--idle",

@@ -1,4 +1,4 @@
-"""A W&B server on this machine, as far as a client that logs asks it: it keeps the rows it is sent."""
+"""A W&B server on this machine, as far as a client that logs asks it; it keeps the rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 VIEWER = {
-    "id": "1", "entity": "ada", "username": "ada", "email": "ada@b.c", "flags": "{}", "admin": False,
-    "teams": {"edges": []}, "apiKeys": {"edges": []},
+    "id": "1", "entity": "ada", "username": "ada", "email": "ada@b.c", "flags": "{}",
+    "admin": False, "teams": {"edges": []}, "apiKeys": {"edges": []},
 }  # fmt: skip
 
 
