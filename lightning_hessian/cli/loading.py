@@ -177,11 +177,13 @@ def batches_of(module: Any, data: Any, options: argparse.Namespace) -> list[Any]
     if loader is None:
         raise ValueError(f"{options.data or options.module} has no loader for {options.split!r}.")
     drawn = draw_batches(loader, options.num_batches, seed=options.seed)
-    with preserved_rng():  # the hooks may augment
-        seed_everything(options.seed)
-        ready = [module._on_before_batch_transfer(batch, dataloader_idx=0) for batch in drawn]
-        move, device = module._apply_batch_transfer_handler, options.device
-        return [move(batch, device=device) for batch in ready]
+    ready = []
+    with preserved_rng():  # the hooks may augment, and draw what they draw for the callback
+        for index, batch in enumerate(drawn):
+            seed_everything(options.seed + index)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            ready.append(module._apply_batch_transfer_handler(batch, device=options.device))
+    return ready
 
 
 def validation_metrics(module: Any, data: Any) -> dict[str, float]:

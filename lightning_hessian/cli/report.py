@@ -27,10 +27,13 @@ with one point each. Writes report.html, report.md, correlations.csv and correla
 
 RUN is a W&B path (ENTITY/PROJECT, ENTITY/PROJECT/RUN or an address from the browser), an offline
 W&B run folder, a folder of Lightning's CSVLogger, a folder of TensorBoard event files, or a folder
-with many of these below it.
+with many of these below it. What `measure --follow` measured beside a run is joined to it by step
+where both are named.
 
 examples:
   lightning-hessian report wandb/offline-run-20260101_120000-abc
+  lightning-hessian report logs/version_0 spectra_of_version_0
+  lightning-hessian report --live wandb/offline-run-20260101_120000-abc spectra_of_abc
   lightning-hessian report logs/ --monitor val_loss --monitor val_acc --out report
   lightning-hessian report ada/digits --filter config.optimizer=adam --group width
   lightning-hessian report sweep_output --group optimizer --size num_parameters --at best
@@ -123,12 +126,23 @@ def run(options: argparse.Namespace) -> None:
 def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
     from lightning_hessian.reports.live import follow
 
-    if len(options.runs) != 1 or not Path(options.runs[0]).is_dir():
-        raise ValueError("--live takes one folder of a run on this machine.")
+    folder, *beside = map(Path, options.runs)
+    if not folder.is_dir() or len(beside) > 1:
+        raise ValueError(
+            "--live takes one folder of a run on this machine, and after it, where a sidecar "
+            "measures beside the run, that of its spectra."
+        )
     page_file = options.out if options.out.suffix == ".html" else options.out / "live.html"
     check_file(page_file, "--out")
-    how = {"interval": options.interval, "once": options.once}
-    print(f"Report: {follow(Path(options.runs[0]), options.out, monitor=monitors, **how)}")
+    page = follow(
+        folder,
+        options.out,
+        monitor=monitors,
+        interval=options.interval,
+        once=options.once,
+        sidecar=beside[0] if beside else None,
+    )
+    print(f"Report: {page}")
 
 
 def _summary(report: Any) -> str:

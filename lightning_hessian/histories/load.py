@@ -16,6 +16,7 @@ from lightning_hessian.histories.cache import RunCache
 from lightning_hessian.histories.local_runs import LocalRun, find_all, read_local_run
 from lightning_hessian.histories.parallel import Progress, map_runs
 from lightning_hessian.histories.run_table import RunRecord, RunTable, with_unique_names
+from lightning_hessian.histories.sidecars import join_sidecars
 from lightning_hessian.results import ArgumentError, UnreadableFileError, bounds
 from lightning_hessian.results.arguments import Rule, checked, flag, num_workers, optional, texts
 from lightning_hessian.results.outside import printable, unreadable
@@ -122,7 +123,7 @@ def load_runs(
         fetch = functools.partial(_fetch_cached, kept, (*LONG_RUN_KEYS, *keys))
         listed = wandb_runs.list_wandb_runs(place, filters)
         found += map_runs(fetch, listed, what="fetched", progress=shown, threads=_THREADS)
-    runs = [run for run in found if isinstance(run, RunRecord)]
+    runs, joined = join_sidecars([run for run in found if isinstance(run, RunRecord)])
     skipped = [printable(run) for run in found if isinstance(run, str)]
     kept.prune()
     named = "; ".join(skipped[:_NAMED]) + ("; ..." if len(skipped) > _NAMED else "")
@@ -131,7 +132,7 @@ def load_runs(
     if skipped:
         left_out = f"{len(skipped)} of {len(runs) + len(skipped)} runs are left out: {named}"
         warnings.warn(left_out, RunLeftOutWarning, stacklevel=2)
-    return RunTable(with_unique_names(runs), tuple(skipped))
+    return RunTable(with_unique_names(runs), tuple(skipped), joined)
 
 
 def _told_apart(sources: Iterable[Source]) -> tuple[list[wandb_runs.WandbPath], list[Path]]:

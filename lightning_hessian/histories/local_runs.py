@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_hessian.histories.csv_runs import read_csv
 from lightning_hessian.histories.hparams import read_hparams
+from lightning_hessian.histories.marks import MARK, by_logged_step, read_mark
 from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.histories.run_table import RunRecord, cleaned, columns_of, flat_config
 from lightning_hessian.histories.same_run import identities_beside, identities_in
@@ -19,7 +20,9 @@ from lightning_hessian.histories.tensorboard_events import read_events
 from lightning_hessian.results import UnreadableFileError, bounds
 from lightning_hessian.results.outside import inside, printable, reason, unreadable
 
-_RUN_FOLDER = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
+RUN_FOLDER = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
+"""The name of the folder of a W&B run on the disk."""
+
 _METRICS, _HPARAMS, _EVENTS = "metrics.csv", "hparams.yaml", "events.out.tfevents."
 
 
@@ -39,7 +42,7 @@ class LocalRun:
 
     def state(self) -> tuple[Any, ...]:
         """Return what changes whenever a file of the run does."""
-        files = (*self.files, self.folder / _HPARAMS)
+        files = (*self.files, self.folder / _HPARAMS, self.folder / MARK)
         return tuple(
             (os.path.realpath(file), file.stat().st_size, file.stat().st_mtime_ns)
             for file in files
@@ -68,7 +71,7 @@ def find_local_runs(path: Path) -> list[LocalRun]:
     for here, names in _folders(path):
         for name in names:
             if name.endswith(".wandb"):
-                run_id = _RUN_FOLDER.fullmatch(here.name)
+                run_id = RUN_FOLDER.fullmatch(here.name)
                 label = run_id["id"] if run_id else str(here)
                 parts.setdefault((here.parent, label), []).append(here / name)
         events = tuple(here / name for name in names if name.startswith(_EVENTS))
@@ -161,6 +164,10 @@ def _read(run: LocalRun) -> RunRecord:
         # Not resolved: what the user typed is what he will recognise.
         run_id, name = str(run.folder), "/".join(run.folder.absolute().parts[-2:])
         identities = identities_beside(run.folder)
+        mark = read_mark(run.folder) if run.kind == "csv" else None
+        if mark is not None:
+            config |= mark.config()
+            rows = by_logged_step(rows)
     steps, columns = columns_of(rows)
     return RunRecord(
         run_id=run_id,

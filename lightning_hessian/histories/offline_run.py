@@ -50,6 +50,7 @@ class OfflineRun:
             read between two writes is complete so far; ``exit_code`` tells it from an ended one.
         problems: What was left out, and why; empty for a run that finished undisturbed.
         exit_code: What the run ended with, ``None`` for one that has not ended.
+        group: The group of runs that it belongs to, empty where it belongs to none.
     """
 
     run_id: str
@@ -61,6 +62,7 @@ class OfflineRun:
     complete: bool
     problems: tuple[str, ...] = ()
     exit_code: int | None = None
+    group: str = ""
 
 
 @arguments.checked({"path": path_name, "summary": arguments.flag})
@@ -87,7 +89,7 @@ def read_offline_run(path: str | PathLike[str], *, summary: bool = True) -> Offl
 
 
 def _read(file: BinaryIO, file_path: Path, summary: bool) -> OfflineRun:
-    run_id, project, name = file_path.stem.removeprefix("run-"), "", ""
+    run_id, project, name, group = file_path.stem.removeprefix("run-"), "", "", ""
     rows: list[dict[str, Any]] = []
     config, last_values = _Updates(), _Updates()
     exit_code, num_values = None, 0
@@ -112,6 +114,7 @@ def _read(file: BinaryIO, file_path: Path, summary: bool) -> OfflineRun:
             run_id = record.run.run_id or run_id
             project = record.run.project or project
             name = record.run.display_name or name
+            group = record.run.run_group or group
             config.apply(record.run.config)
             last_values.apply(record.run.summary)
         elif kind == "exit":
@@ -126,6 +129,7 @@ def _read(file: BinaryIO, file_path: Path, summary: bool) -> OfflineRun:
         complete=log.complete,
         problems=log.problems.told(),
         exit_code=exit_code,
+        group=printable(group, bounds.NAME_LENGTH),
     )
 
 

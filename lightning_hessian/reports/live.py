@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning_hessian.histories.offline_run import OfflineRun, find_run_file, read_offline_run
 from lightning_hessian.histories.run_table import RunRecord, columns_of
+from lightning_hessian.histories.sidecars import is_at_work, with_sidecar
 from lightning_hessian.histories.spectra import spectra_of
 from lightning_hessian.histories.transaction_log import EmptyRunError
 from lightning_hessian.reports.media import figures_of
@@ -25,7 +26,14 @@ from lightning_hessian.reports.pages import render
 from lightning_hessian.reports.report import logged_statistics, resolved_monitors
 from lightning_hessian.reports.verdicts import GAP, answer_within, judged, ranked, which_goes_with
 from lightning_hessian.reports.within import WithinRun, within_run
-from lightning_hessian.results.arguments import checked, flag, live_interval, monitor_names
+from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import (
+    checked,
+    flag,
+    live_interval,
+    monitor_names,
+    optional,
+)
 from lightning_hessian.results.base import nearest
 from lightning_hessian.results.escaping import visible
 from lightning_hessian.results.output import atomic_write
@@ -50,10 +58,17 @@ _OURS = re.compile(r"(hessian|layers|gradient|correlation)/")
         "monitor": monitor_names,
         "interval": live_interval,
         "once": flag,
+        "sidecar": optional(path_name, "where nothing measures beside the run"),
     }
 )
 def follow(
-    folder: Path, out: Path, *, monitor: Sequence[str], interval: float = 15.0, once: bool = False
+    folder: Path,
+    out: Path,
+    *,
+    monitor: Sequence[str],
+    interval: float = 15.0,
+    once: bool = False,
+    sidecar: Path | None = None,
 ) -> Path:
     """Write the page of an offline run, again and again until the run has ended; return its path.
 
@@ -66,12 +81,19 @@ def follow(
         monitor: The monitored metrics, as they are logged.
         interval: Seconds between two readings.
         once: Write the page once, of the run as it is now.
+        sidecar: The folder of spectra that `lightning-hessian measure --follow` measures beside the
+            run; they stand in the rows of the same steps, and the page goes on until the sidecar
+            has ended, too.
 
     Raises:
         FileNotFoundError: There is no run at ``folder``.
-        ValueError: There are several, or the file is none of W&B's; ``interval`` is not positive.
+        ValueError: There are several, or the file is none of W&B's; ``interval`` is not positive;
+            ``sidecar`` is that of another run.
     """
     folder, out = Path(folder), Path(out)
+    beside = None if sidecar is None else Path(sidecar)
+    if beside is not None and not beside.is_dir():
+        raise ArgumentError("sidecar", str(beside), "Give the folder that a sidecar writes to.")
     page = out if out.suffix == ".html" else out / "live.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -83,7 +105,9 @@ def follow(
             warnings.warn(f"{error}. Waiting for its first rows.", stacklevel=2)
             time.sleep(interval)
             continue
-        ended = run.exit_code is not None
+        ended = run.exit_code is not None and (beside is None or not is_at_work(beside))
+        if beside is not None:
+            run = with_sidecar(run, beside)
         text = live_page(
             run,
             monitor,

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import wandb
 from scipy import stats
+from support.pages import data_of
 from support.runs import finished, measuring, train, wandb_logger
 
 from lightning_hessian import correlation_report, load_runs
@@ -40,11 +41,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, An
         callback, logger = measuring(figures=100), wandb_logger(folder)
         train(folder, [callback], logger)
         yield folder, callback, finished(logger, folder)
-
-
-def data_of(page: str) -> dict[str, Any]:
-    (text,) = re.findall(r"^const data = (.*);$", page, flags=re.MULTILINE)
-    return json.loads(text)
 
 
 def test_the_page_holds_the_numbers_of_the_run(trained: Any, tmp_path: Path) -> None:
