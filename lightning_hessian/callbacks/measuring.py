@@ -163,7 +163,8 @@ class Measuring:
         self._num_probed = len(batches)
         session = self.session(pl_module, batches[: self._ranks.world])
         session.known = Knowledge()  # what a part of the batches takes is not to be remembered
-        with session, session.ranks.together():
+        with warnings.catch_warnings(), session, session.ranks.together():
+            warnings.simplefilter("ignore")  # the measurement will say the same of all batches
             costs = {one.name: float(one.cost(session)) for one in self.instruments}
             total = sum(costs.values())
             seconds = self.expected_seconds(session, total)
