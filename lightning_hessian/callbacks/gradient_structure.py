@@ -186,14 +186,14 @@ class GradientStructureCallback(MeasurementCallback):
             seed=self.seed,
         )
 
-    def seconds_of_unit(self, session: Session) -> float:
-        """Return what the gradient of a probe batch takes: the shorter of two."""
+    def expected_seconds(self, session: Session, work: float) -> float:
+        """Return what so many gradients will take, by the shorter of two of a probe batch."""
         taken = []
         for _ in range(2):
             begun = time.monotonic()
             gradient_of(session.objective, 0)
             taken.append(time.monotonic() - begun)
-        return min(taken)
+        return work * min(taken)
 
     def expected_work(self) -> int:
         """Return how many gradients a measurement takes."""

@@ -76,6 +76,7 @@ class Measuring:
         self._ranks = ALONE
         self._guard = Guard(on_error)
         self._budgeting = Budgeting(time_budget, self._guard, type(self).__name__)
+        self._num_probed = num_batches  # the data may hold fewer
         self._last_work = 0  # products of the measurement before
         self._warned: set[str] = set()
 
@@ -104,14 +105,13 @@ class Measuring:
         Raises:
             MeasurementError: The time that the budget allows was up before all was measured.
         """
+        account = self._budgeting.account
+        if trainer.state.fn == "fit" and account.bounded and account.estimate is None:
+            self._estimate(trainer, pl_module, batches)
+            if not self._budgeting.affords(trainer):
+                return None
         begun = time.monotonic()
         with self.session(pl_module, batches) as session:
-            account = self._budgeting.account
-            asked = trainer.state.fn == "fit" and account.bounded
-            if asked and account.estimate is None:
-                self._estimate(trainer, session)
-                if not self._budgeting.affords(trainer):
-                    return None
             budget = replace(self.time_budget, share=None)
             allowance = budget.open(session, self._progress)
             found = measured(
@@ -132,8 +132,16 @@ class Measuring:
         self._last_work = int(scalars.get(self.work[1], 0))
         return scalars, found.absent
 
-    def seconds_of_unit(self, session: Session) -> float:
-        """Return what a product takes: the shorter of two, the first of which warms up."""
+    def expected_seconds(self, session: Session, work: float) -> float:
+        """Return what so many products over all probe batches will take, by two over some.
+
+        The first of them warms up. A product over all batches costs as many times more as there
+        are more of them, and so does its making ready.
+
+        Args:
+            session: Over the first probe batches.
+            work: How many products.
+        """
         operator = session.operator()
         vector = torch.ones(
             operator.shard.length, dtype=session.space.dtype, device=session.space.device
@@ -143,15 +151,23 @@ class Measuring:
             begun = time.monotonic()
             operator.matvec(vector).sum().item()
             taken.append(time.monotonic() - begun)
-        return min(taken)
+        seconds = work * min(taken) + (session.known.seconds_to_build or 0.0)
+        return seconds * self._num_probed / len(list(session.batches))
 
-    def _estimate(self, trainer: Any, session: Session) -> None:
-        """Time a unit of work, and say what a whole measurement will take."""
-        with session.ranks.together():
-            unit = self.seconds_of_unit(session)
+    def _estimate(self, trainer: Any, pl_module: Any, batches: Sequence[Any]) -> None:
+        """Time a unit of work, and say what a whole measurement will take.
+
+        One batch for each rank tells: a trial over all of them would cost as much as a tenth of
+        a measurement, only to say that it has to wait.
+        """
+        self._num_probed = len(batches)
+        session = self.session(pl_module, batches[: self._ranks.world])
+        session.known = Knowledge()  # what a part of the batches takes is not to be remembered
+        with warnings.catch_warnings(), session, session.ranks.together():
+            warnings.simplefilter("ignore")  # the measurement will say the same of all batches
             costs = {one.name: float(one.cost(session)) for one in self.instruments}
-        total = sum(costs.values())
-        seconds = total * unit + (session.known.seconds_to_build or 0.0)
+            total = sum(costs.values())
+            seconds = self.expected_seconds(session, total)
         most = _ADVICE.get(max(costs, key=costs.__getitem__), "the cost of your instruments")
         advice = f"num_batches ({self.num_batches}) or {most.format(**vars(self))}"
         self._budgeting.estimate(trainer, seconds, (total, self.work[0]), advice)

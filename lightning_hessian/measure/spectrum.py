@@ -35,7 +35,7 @@ from lightning_hessian.probe.sharding.objective import ranks_of
 from lightning_hessian.results import ArgumentError, HessianSpectrum
 from lightning_hessian.results.arguments import check_fields, checked
 from lightning_hessian.results.path_arguments import file_to_write
-from lightning_hessian.solvers.lanczos import default_bound, lanczos
+from lightning_hessian.solvers.lanczos import default_basis, default_bound, lanczos
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage
 from lightning_hessian.solvers.trace import TraceEstimate, trace
 
@@ -205,8 +205,9 @@ class SpectrumInstrument:
         """About how many products a measurement takes."""
         if isinstance(self.protocol, PooledSLQ):
             return self.protocol.num_runs * self.protocol.num_steps + self.trace_probes
+        # Networks took 3 to 4.5 K (K = 50): as many as a basis holds before a restart.
         density = DENSITY_PRODUCTS if self.density else 0
-        return 3 * self.count + 20 + self.trace_probes + density
+        return default_basis(self.count) + self.trace_probes + density
 
     def check(self, model: nn.Module) -> None:
         """Raise where the arguments do not fit the model, before anything is measured.

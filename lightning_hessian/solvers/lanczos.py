@@ -62,8 +62,9 @@ def lanczos(
         max_products: Bound on products; by default ``default_bound(K)``.
         max_basis: m, at most so many vectors are held before a restart; by default
             ``default_basis(K)``, or as many as fit the memory that ``storage`` allows.
-        num_checks: Steps of the search for missed copies; by default 10, or a fifth of the steps
-            before it if that is more. 0 for no search; more where eigenvalues are known to repeat.
+        num_checks: Steps of the search for missed copies; by default 10, or a twentieth of the
+            steps before it if that is more. 0 for no search; more where eigenvalues are known to
+            repeat.
         storage: How much memory the basis may take, where, and in which precision.
         checkpoint: A file that holds the state of a run that was interrupted: by the end of its
             time, a bound, an exception, or the end of the process. If it exists, the run goes on

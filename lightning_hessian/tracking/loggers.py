@@ -30,13 +30,11 @@ class Picture:
         key: ``figures/<name>``.
         png: The file's bytes.
         step: Of the measurement that it shows.
-        svg: The same as a vector file, where files are written.
     """
 
     key: str
     png: bytes
     step: int
-    svg: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,11 @@ def adapter(logger: Any) -> Adapter:
 
 
 def write_picture(folder: Path, picture: Picture) -> None:
-    """Write a picture into ``<folder>/figures``: a PNG for each step, an SVG of the latest."""
+    """Write a picture into ``<folder>/figures``: a PNG for each step."""
     name = picture.key.partition("/")[2]
     target = folder / "figures" / f"{name}_step_{picture.step:08}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(picture.png)
-    if picture.svg is not None:
-        target.with_name(f"{name}.svg").write_bytes(picture.svg)
 
 
 def write_text(folder: Path, key: str, value: str, step: int) -> None:

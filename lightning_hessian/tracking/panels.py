@@ -155,7 +155,7 @@ class Panels:
             pictures = []
             for name, drawing in drawings.items():
                 key = f"figures/{self.prefix}_{name}"
-                picture = self._try(f"drawing {name}", _picture, key, drawing, step, bool(folders))
+                picture = self._try(f"drawing {name}", _picture, key, drawing, step)
                 pictures += [] if picture is None else [picture]
             if not pictures:
                 return
@@ -239,7 +239,5 @@ def _folder_of(row: Adapter, logger: Any) -> Path | None:
     return None if place is None else Path(place)
 
 
-def _picture(key: str, drawing: Callable[[], Figure], step: int, vector: bool) -> Picture:
-    figure = drawing()
-    svg = render(figure, "svg") if vector else None
-    return Picture(key, render(figure), step, svg)
+def _picture(key: str, drawing: Callable[[], Figure], step: int) -> Picture:
+    return Picture(key, render(drawing()), step)

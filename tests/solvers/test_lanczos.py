@@ -196,7 +196,7 @@ def test_a_bounded_basis_gives_the_same_eigenvalues(name, max_basis, dtype):
 
 
 @pytest.mark.parametrize("name", ["power law", "indefinite", "every one ten times", "clustered"])
-@pytest.mark.parametrize("max_basis", [15, 40])
+@pytest.mark.parametrize("max_basis", [15, 30])
 def test_a_bounded_basis_gives_them_to_a_millionth(name, max_basis):
     matrix = matrix_of((SPECTRA | REPEATED)[name])
     bounded, unbounded = (
