@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx
 
 from lightning_hessian.isolation.recomputation import REENTRANT, is_reentrant
+from lightning_hessian.operators.linearize.decompose import WrittenOut
 from lightning_hessian.operators.linearize.fold import batchable, fold, fold_restricted
 from lightning_hessian.operators.linearize.trace import trace
 from lightning_hessian.probe.objective import Objective
@@ -39,7 +40,7 @@ def linearize(objective: Objective, index: int) -> Product:
     gradient = torch.func.grad(lambda values: objective.batch_loss(values, index))
 
     def derivative(*tangents: Tensor) -> tuple[Tensor, ...]:
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), WrittenOut():
             pairs = zip(point, tangents, strict=True)
             outputs = gradient(tuple(forward_ad.make_dual(value, t) for value, t in pairs))
             unpacked = [forward_ad.unpack_dual(output) for output in outputs]
