@@ -45,6 +45,8 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
 }
+if _by_onednn := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
+    _FLOPS[_by_onednn] = lambda first, *others, out_val: 2 * out_val.numel() * first.shape[-1]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from lightning_hessian.operators.engines import (
     live_entries,
     retained_bytes,
 )
+from lightning_hessian.operators.linearize import onednn
 from lightning_hessian.operators.loss_graph import read_graphs
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -52,9 +53,11 @@ class HessianOperator:
     Args:
         objective: The loss over the probe batches.
         engine: ``"linearize"`` keeps the gradient of each batch linearised (the cheapest
-            products, the most memory, and 10 to 30 gradients to build), ``"autograd"`` keeps its
-            graph, ``"recompute"`` keeps nothing. ``"compile"`` compiles the linearisation (minutes
-            to build). ``"finite_difference"`` needs first derivatives only, and is inexact.
+            products, the most memory, and 10 to 30 gradients to build), ``"linearize_onednn"`` does
+            so with oneDNN's products of float32 matrices (for AMD processors from Zen 5 on, where
+            ``"auto"`` takes it instead), ``"autograd"`` keeps its graph, ``"recompute"`` keeps
+            nothing. ``"compile"`` compiles the linearisation (minutes to build).
+            ``"finite_difference"`` needs first derivatives only, and is inexact.
             ``"auto"`` takes the one that will be done first among those that work and fit
             ``memory_budget``, by the operations that each runs for one batch, which are counted,
             not timed: the same loss gets the same engine on every call. Where not all graphs fit,
@@ -195,16 +198,22 @@ class HessianOperator:
             making = retained.seconds_to_linearize
             if expected_products * retained.seconds * _MOST_SAVED <= making:
                 return False
-            trial = self._made("linearize", index)
+            engine = self._linearisation()
+            trial = self._made(engine, index)
             saved = retained.seconds - self._cost(trial).seconds
             if saved <= 0 or (others + 1) * expected_products * saved <= others * making:
                 return False
-            self._build(["linearize"] * (others + 1), {index: trial})
+            self._build([engine] * (others + 1), {index: trial})
         except (RuntimeError, NotImplementedError, TypeError):
             # An operation without forward-mode derivative, random draws, or too little memory:
             # the retained graphs serve.
             return False
         return True
+
+    def _linearisation(self) -> str:
+        """Return the engine of linearised products that suits the processor."""
+        here = self.device.type == "cpu" and self.dtype == torch.float32
+        return "linearize_onednn" if here and onednn.is_faster_here() else "linearize"
 
     def _cost(self, product: Product) -> Cost:
         tangents = self.objective.space.split(self._checks.vectors[1])

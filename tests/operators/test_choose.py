@@ -163,7 +163,7 @@ def test_auto_takes_what_costs_less_in_all(name):
         repaid = retained.seconds_to_linearize / (retained.seconds - linear.seconds)
         for expected, engine in ((repaid / 10, "autograd"), (repaid * 10, "linearize")):
             operator = HessianOperator(objective, expected_products=int(expected))
-            assert operator.engine == engine
+            assert operator.engine.startswith(engine)  # with oneDNN where that is faster
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "lstm"])
