@@ -1,4 +1,4 @@
-"""Makes a traced product cheap: constants are evaluated once, and the rest follows simpler rules.
+"""Makes a traced product cheap: what is left of it follows simpler rules.
 
 The rules change no result beyond rounding. Sums with a zero fall away; products that are added up
 are accumulated where they lie; results are written over operands that nobody else reads. Which rule
@@ -19,6 +19,7 @@ from lightning_hessian.operators.linearize.onednn import (
     multiply_by_onednn,
     sum_with_product,
 )
+from lightning_hessian.operators.linearize.trace import trace
 
 aten = torch.ops.aten
 
@@ -83,19 +84,15 @@ _APART = {target: plain for plain, target in _POINTWISE.items()} | {matrix_produ
 """What `_overwrite` or oneDNN makes of an operation, and that operation."""
 
 
-def fold(
-    traced: fx.GraphModule, inputs: Sequence[Tensor], *, onednn: bool = False
-) -> fx.GraphModule:
-    """Return the traced function with its constants evaluated and the rest simplified.
+def fold(graph: LinearGraph, *, onednn: bool = False) -> fx.GraphModule:
+    """Return a traced function with its graph simplified, ready to be called.
 
     Args:
-        traced: A graph of ATen operations, linear in its inputs.
-        inputs: What to evaluate it at, to learn the shapes.
+        graph: Linear in its inputs; it is changed.
         onednn: Whether products of matrices in float32 are oneDNN's.
     """
     rules = (_drop_zero, _accumulate, _overwrite, *((multiply_by_onednn,) if onednn else ()))
     with torch.no_grad():
-        graph = LinearGraph(traced, inputs)
         for rule in rules:
             for node in graph.operations:
                 rule(graph, node)
@@ -123,26 +120,21 @@ def fold_restricted(
         onednn: As in `fold`.
     """
     graph = fx.Graph()
-    root: dict[str, Any] = {
-        node.target: getattr(product, node.target)
-        for node in product.graph.nodes
-        if node.op == "get_attr"
-    }
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs = [node for node in product.graph.nodes if node.op == "placeholder"]
-    for i in which:
-        copies[inputs[i]] = graph.placeholder(inputs[i].name)
-    for i, node in enumerate(inputs):
-        if i not in which:
-            name = f"zero_input_{i}"
-            root[name] = torch.zeros_like(point[i])
-            copies[node] = graph.create_node("get_attr", name)
-    outputs = graph.graph_copy(product.graph, copies)
-    graph.output([outputs[i] for i in which])  # type: ignore[index]
+    graph.output(graph.graph_copy(product.graph, {}))
     _take_apart(graph)
-    graph.eliminate_dead_code()
-    zeros = [torch.zeros_like(point[i]) for i in which]
-    return fold(graph_module(root, graph), zeros, onednn=onednn)
+    zeros = [torch.zeros_like(value) for value in point]
+    run = fx.Interpreter(product, graph=graph).run
+
+    def restricted(*given: Tensor) -> list[Tensor]:
+        inputs = list(zeros)
+        for i, value in zip(which, given, strict=True):
+            inputs[i] = value
+        outputs = run(*inputs)
+        return [outputs[i] for i in which]
+
+    with torch.no_grad():
+        traced = trace(restricted, [zeros[i] for i in which])
+    return fold(traced, onednn=onednn)
 
 
 def _take_apart(graph: fx.Graph) -> None:

@@ -117,7 +117,7 @@ X, WEIGHT = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 2, 2)
 )
 def test_which_convolutions_have_their_channels_last(dtype, then, moved):
     x, weight = X.to(dtype), WEIGHT.to(dtype)
-    traced = trace(lambda w: gradient(x, w, then), [weight])
+    traced = trace(lambda w: gradient(x, w, then), [weight]).module()
     layouts = convolved(traced, weight)
     assert len(layouts) > 3
     assert set(layouts) == {moved}
