@@ -18,7 +18,6 @@ from lightning_hessian.linear.memory import (
 )
 from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.checks import Checks
-from lightning_hessian.operators.costs import Cost, counted
 from lightning_hessian.operators.engines import (
     ENGINES,
     LINEARIZE_TO_GRAPH_MEMORY,
@@ -194,16 +193,16 @@ class HessianOperator:
         """Build linearisations where they cost less than graphs like that of batch ``index``."""
         others = len(self.objective.batches) - 1
         try:
-            retained = self._cost(graph)
+            retained = self._checks.cost(graph)
             making = retained.seconds_to_linearize
             if expected_products * retained.seconds * _MOST_SAVED <= making:
                 return False
             engine = self._linearisation()
             trial = self._made(engine, index)
-            saved = retained.seconds - self._cost(trial).seconds
+            saved = retained.seconds - self._checks.cost(trial).seconds
             if saved <= 0 or (others + 1) * expected_products * saved <= others * making:
                 return False
-            self._build([engine] * (others + 1), {index: trial})
+            self._build([engine] * (others + 1), {index: trial}, {index: graph})
         except (RuntimeError, NotImplementedError, TypeError):
             # An operation without forward-mode derivative, random draws, or too little memory:
             # the retained graphs serve.
@@ -215,19 +214,23 @@ class HessianOperator:
         here = self.device.type == "cpu" and self.dtype == torch.float32
         return "linearize_onednn" if here and onednn.is_faster_here() else "linearize"
 
-    def _cost(self, product: Product) -> Cost:
-        tangents = self.objective.space.split(self._checks.vectors[1])
-        return counted(lambda: product(tangents))[1]
+    def _build(
+        self,
+        engines: list[str],
+        made: Mapping[int, Product] | None = None,
+        graphs: Mapping[int, Product] | None = None,
+    ) -> None:
+        """Make the product of each batch by its engine, unless it is made, and check each kind.
 
-    def _build(self, engines: list[str], made: Mapping[int, Product] | None = None) -> None:
-        """Make the product of each batch by its engine, unless it is made, and check each kind."""
+        ``graphs`` are products by retained graphs, for comparison.
+        """
         self.engine, self._engines = "+".join(dict.fromkeys(engines)), engines
         made = made or {}
         with self._explained(self.engine):
             self.products = [
                 made[i] if i in made else self._made(engine, i) for i, engine in enumerate(engines)
             ]
-            self.self_check_error = self._checks.check(self.products, engines)
+            self.self_check_error = self._checks.check(self.products, engines, graphs)
 
     def _made(self, engine: str, index: int) -> Product:
         """Return the product of a batch by an engine."""
