@@ -107,6 +107,10 @@ class Checks:
                 return dtype
         return own
 
+    def structure(self, index: int) -> str:
+        """Return the digest of what the loss of a batch does."""
+        return self._graphs[index].structure
+
     def skips_rows(self, index: int) -> bool:
         """Return whether some row of a parameter moves the loss of a batch and gets no gradient."""
         return self._objective.anywhere(self._graphs[index].skips_rows)

@@ -66,6 +66,8 @@ class HessianOperator:
             memory is all that can change the choice from one call to the next.
         expected_products: How many products will be taken, about; ``"auto"`` weighs with it
             whether a linearisation repays its making.
+        untraceable: The structures of losses of which ``"auto"`` knows that they cannot be traced;
+            what it learns is added.
 
     Attributes:
         size: Order n.
@@ -90,6 +92,7 @@ class HessianOperator:
         *,
         memory_budget: float | None = None,
         expected_products: int = 200,
+        untraceable: set[str] | None = None,
     ) -> None:
         if engine not in ("auto", *ENGINES):
             raise ValueError(f"hvp={engine!r} is unknown; choose from {['auto', *ENGINES]}.")
@@ -105,6 +108,7 @@ class HessianOperator:
         self.products: list[Product] = []
         self._engines: list[str] = []  # of each batch
         self._graph_bytes: int | None = None
+        self._untraceable = set() if untraceable is None else untraceable
         self._batched = BatchedProducts(objective.space, self._product_bytes)
         self._checks = Checks(objective, self.shard, read_graphs(objective))
         if engine != "auto":
@@ -192,13 +196,15 @@ class HessianOperator:
     def _linearize_if_it_pays(self, graph: Product, index: int, expected_products: int) -> bool:
         """Build linearisations where they cost less than graphs like that of batch ``index``."""
         others = len(self.objective.batches) - 1
+        if self._checks.structure(index) in self._untraceable:
+            return False
         try:
             retained = self._checks.cost(graph)
             making = retained.seconds_to_linearize
             if expected_products * retained.seconds * _MOST_SAVED <= making:
                 return False
             engine = self._linearisation()
-            trial = self._made(engine, index)
+            trial = self._traced(engine, index)
             saved = retained.seconds - self._checks.cost(trial).seconds
             if saved <= 0 or (others + 1) * expected_products * saved <= others * making:
                 return False
@@ -208,6 +214,15 @@ class HessianOperator:
             # the retained graphs serve.
             return False
         return True
+
+    def _traced(self, engine: str, index: int) -> Product:
+        """Return a linearised product; that there is none is remembered."""
+        try:
+            return self._made(engine, index)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            if not is_out_of_memory(error):
+                self._untraceable.add(self._checks.structure(index))
+            raise
 
     def _linearisation(self) -> str:
         """Return the engine of linearised products that suits the processor."""
