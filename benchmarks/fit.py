@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from problems import GPT, Batch, MissingDataError, lenet, mnist, shakespeare
+from problems import GPT, Batch, lenet, mnist, photographs, shakespeare
 from timing import CLOCKS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -91,25 +90,6 @@ def digits(folder: Path | None) -> tuple[Batch, Batch]:
     """Return 10,000 images of MNIST to train on, and 1,000 others."""
     images, labels = mnist(folder, 11_000)
     return (images[:10_000], labels[:10_000]), (images[10_000:], labels[10_000:])
-
-
-def photographs(folder: Path | None) -> tuple[Batch, Batch]:
-    """Return the subset of CIFAR-10: 10,000 images to train on, and 1,000 others."""
-    if folder is None:
-        generator = torch.Generator().manual_seed(0)
-        labels = torch.randint(10, (11_000,), generator=generator)
-        prototypes = torch.randn(10, 3, 8, 8, generator=generator)
-        images = nn.functional.interpolate(prototypes, scale_factor=4, mode="bilinear")[labels]
-        images += torch.randn(images.shape, generator=generator)
-        return (images[:10_000], labels[:10_000]), (images[10_000:], labels[10_000:])
-    path = folder / "cifar10" / "cifar10-subset.npz"
-    if not path.exists():
-        raise MissingDataError(f"{path} is missing")
-    with np.load(path) as file:
-        parts = [torch.from_numpy(file[name]) for name in
-                 ("train_images", "train_labels", "test_images", "test_labels")]  # fmt: skip
-    train, test = (images.float() / 255 - 0.48 for images in (parts[0], parts[2][:1000]))
-    return (train * 4, parts[1]), (test * 4, parts[3][:1000])
 
 
 def characters(folder: Path | None) -> tuple[Batch, Batch]:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hessian import hessian_spectrum
 from lightning_hessian.operators.hessian import HessianOperator
+from lightning_hessian.operators.linearize.onednn import is_faster_here
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.solvers.lanczos import lanczos
@@ -37,15 +38,15 @@ class Ours:
 
     Args:
         problem: What to measure.
-        engine: Of the products; ``"linearize"`` is the cached one.
+        engine: Of the products; by default the linearised one that suits the processor.
     """
 
     name = "lightning_hessian"
     top_settings = "K = 10, tol = 1e-3, search for missed copies included"
 
-    def __init__(self, problem: Problem, engine: str = "linearize") -> None:
+    def __init__(self, problem: Problem, engine: str | None = None) -> None:
         self.problem = problem
-        self.engine = engine
+        self.engine = engine or ("linearize_onednn" if is_faster_here() else "linearize")
         self._block: Any = None
 
     def start(self) -> Callable[[Tensor], Tensor]:

@@ -78,8 +78,8 @@ class HessianSpectrumCallback(MeasurementCallback):
             begun: the last validation is always measured, the first where the run pays for both.
             Or a `Budget` that bounds each in products or seconds, the spectrum first; None
             measures whenever the schedule says so.
-        hvp: ``"auto"``, ``"linearize"``, ``"autograd"``, ``"recompute"``, ``"compile"`` or
-            ``"finite_difference"``; see `HessianOperator`.
+        hvp: ``"auto"``, ``"linearize"``, ``"linearize_onednn"``, ``"autograd"``, ``"recompute"``,
+            ``"compile"`` or ``"finite_difference"``; see `HessianOperator`.
         protocol: ``"converged"``, or a `PooledSLQ`, the papers' procedure; see it for what its
             numbers are worth.
         basis: How much memory the Krylov basis may take, where, and in which precision.

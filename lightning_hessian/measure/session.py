@@ -38,6 +38,7 @@ class Knowledge:
     seconds_a_product: float | None = None  # on average over the last session
     seconds_to_build: float | None = None  # objective and operator
     engine: str | None = None  # that the operator came to
+    untraceable: set[str] = field(default_factory=set)  # losses that cannot be linearised
 
 
 @dataclass(eq=False, repr=False)
@@ -208,7 +209,10 @@ class Session:
             begun = time.monotonic()
             _ = self.loss  # a loss that is NaN is told as that, before anything is differentiated
             self._operator = hessian_operator(
-                self.objective, self.hvp, expected_products=self.expected_products
+                self.objective,
+                self.hvp,
+                expected_products=self.expected_products,
+                untraceable=self.known.untraceable,
             )
             self._operator.on_product = lambda products: self._allowance.spend(products)
             self.known.engine = self._operator.engine

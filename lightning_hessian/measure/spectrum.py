@@ -85,8 +85,8 @@ def hessian_spectrum(
         budget: Bounds on Hessian-vector products (those of the trace included) and seconds. By
             default 40 K + 400 products for the eigenvalues, and no bound on the time. A density
             takes what the others have left. What has converged when time is up is returned.
-        hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"``, ``"recompute"``, ``"compile"`` or
-            ``"finite_difference"``; see `HessianOperator`.
+        hvp: Engine: ``"auto"``, ``"linearize"``, ``"linearize_onednn"``, ``"autograd"``,
+            ``"recompute"``, ``"compile"`` or ``"finite_difference"``; see `HessianOperator`.
         loss_options: How the loss is evaluated: train or evaluation mode, what a batch weighs.
         trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
         density: Whether to estimate the density of the whole spectrum too, by up to 320 more

@@ -8,7 +8,7 @@ every batch whose structure differs, products are held against one another: by s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 
 from lightning_hessian.linear.operator import check_finite
 from lightning_hessian.linear.shards import Shard
+from lightning_hessian.operators.costs import Cost, counted
 from lightning_hessian.operators.engines import (
     Product,
     Restricted,
@@ -85,6 +86,7 @@ class Checks:
 
     def __init__(self, objective: Objective, shard: Shard, graphs: list[LossGraph]) -> None:
         self._objective, self._shard, self._graphs = objective, shard, graphs
+        self._known: dict[Product, Tensor] = {}  # what was counted: products with the second vector
         space = objective.space
         drawn = torch.randn(2, space.size, generator=torch.Generator().manual_seed(0))
         first, second = shard.take(drawn).to(space.device, space.dtype)
@@ -105,12 +107,34 @@ class Checks:
                 return dtype
         return own
 
+    def structure(self, index: int) -> str:
+        """Return the digest of what the loss of a batch does."""
+        return self._graphs[index].structure
+
     def skips_rows(self, index: int) -> bool:
         """Return whether some row of a parameter moves the loss of a batch and gets no gradient."""
         return self._objective.anywhere(self._graphs[index].skips_rows)
 
-    def check(self, products: Sequence[Product], engines: Sequence[str]) -> float:
+    def cost(self, product: Product) -> Cost:
+        """Return what a product with the second vector costs; the product is kept for the check."""
+        tangents = self._objective.space.split(self.vectors[1])
+        found, cost = counted(lambda: product(tangents))
+        self._known[product] = self._objective.space.flatten(found)
+        return cost
+
+    def check(
+        self,
+        products: Sequence[Product],
+        engines: Sequence[str],
+        graphs: Mapping[int, Product] | None = None,
+    ) -> float:
         """Return the largest relative difference of the products from a second way to them.
+
+        Args:
+            products: By batch.
+            engines: Those that have made them.
+            graphs: Products of some batches by a retained graph, as far as there are any: the
+                second way of these.
 
         Raises:
             NoSecondDerivativeError: The second derivative itself is wrong, whatever the engine.
@@ -118,18 +142,20 @@ class Checks:
         """
         if "finite_difference" in engines:
             return self._check_differences(products)
-        return max((self._check(i, engines[i], products[i]) for i in self.to_check), default=0.0)
+        others = {i: recompute(self._objective, i) for i in self.to_check} | dict(graphs or {})
+        errors = [self._check(i, engines[i], products[i], others[i]) for i in self.to_check]
+        self._known.clear()
+        return max(errors, default=0.0)
 
-    def _check(self, index: int, engine: str, product: Product) -> float:
+    def _check(self, index: int, engine: str, product: Product, other: Product) -> float:
         """Check one batch by an engine with second derivatives."""
-        first, second = self.vectors
-        with_first = self._apply(product, first)
-        with_second = self._apply(product, second)
+        with_first = self._apply(product, self.vectors[0])
+        with_second = self._with_second(product)
         check_finite(with_second, self._norm(with_second), "A product with the Hessian")
         asymmetry = self._asymmetry(with_first, with_second)
         error = 0.0
         if engine != "recompute":
-            again = self._apply(recompute(self._objective, index), second)
+            again = self._with_second(other)
             error = self._apart(with_second, again)
             if not error <= torch.finfo(self.precision(index)).eps ** 0.5:
                 raise MeasurementError(
@@ -301,6 +327,11 @@ class Checks:
     def _apply(self, product: Product, vector: Tensor) -> Tensor:
         space = self._objective.space
         return space.flatten(product(space.split(vector)))
+
+    def _with_second(self, product: Product) -> Tensor:
+        """Return the product with the second vector, which may have been made to count it."""
+        known = self._known.get(product)
+        return self._apply(product, self.vectors[1]) if known is None else known
 
     def _apart(self, found: Tensor, reference: Tensor) -> float:
         """Return the norm of the difference, relative to the reference where that is not zero."""

@@ -29,6 +29,7 @@ class DataParallelHessian:
         objective: The loss; its ``ranks`` make the products together.
         engine: As in `HessianOperator`. Ranks may come to different ones by ``"auto"``.
         expected_products: As in `HessianOperator`.
+        untraceable: As in `HessianOperator`.
 
     Attributes:
         shard: Which entries of a vector this rank holds.
@@ -43,7 +44,12 @@ class DataParallelHessian:
     """
 
     def __init__(
-        self, objective: Objective, engine: str = "auto", *, expected_products: int = 200
+        self,
+        objective: Objective,
+        engine: str = "auto",
+        *,
+        expected_products: int = 200,
+        untraceable: set[str] | None = None,
     ) -> None:
         ranks = objective.ranks
         self._lie_over(objective.space, ranks)
@@ -55,7 +61,11 @@ class DataParallelHessian:
         with ranks.together():
             if objective.batches:
                 self._local = HessianOperator(
-                    objective, engine, memory_budget=budget, expected_products=expected_products
+                    objective,
+                    engine,
+                    memory_budget=budget,
+                    expected_products=expected_products,
+                    untraceable=untraceable,
                 )
         mine = (self._local.engine, self._local.self_check_error) if self._local else None
         found = [made for made in ranks.all_gather_object(mine) if made is not None]

@@ -11,7 +11,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx
 
 from lightning_hessian.isolation.recomputation import REENTRANT, is_reentrant
+from lightning_hessian.operators.linearize.decompose import WrittenOut
 from lightning_hessian.operators.linearize.fold import batchable, fold, fold_restricted
+from lightning_hessian.operators.linearize.onednn import is_available
 from lightning_hessian.operators.linearize.trace import trace
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
@@ -26,7 +28,7 @@ LINEARIZING_TO_GRAPH_MEMORY = 7
 """While it is being made (measured: 5.9)."""
 
 
-def linearize(objective: Objective, index: int) -> Product:
+def linearize(objective: Objective, index: int, *, onednn: bool = False) -> Product:
     """Return a product that keeps the gradient linearised: forward over reverse, traced once.
 
     What `torch.func.linearize` does, without two of its faults (torch 2.13). Its lazy zero
@@ -34,12 +36,17 @@ def linearize(objective: Objective, index: int) -> Product:
     (``mse_loss``, ``addcmul`` and others; compare pytorch issue 123996): here zeros are zeros. And
     it folds constants that the traced code then changes in place, so that every call gives
     another result (``binary_cross_entropy_with_logits``): here these are made anew in each call.
+
+    Args:
+        objective: The loss.
+        index: Of the batch.
+        onednn: Whether products of matrices in float32 are oneDNN's instead of torch's own.
     """
     point = objective.point()
     gradient = torch.func.grad(lambda values: objective.batch_loss(values, index))
 
     def derivative(*tangents: Tensor) -> tuple[Tensor, ...]:
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), WrittenOut():
             pairs = zip(point, tangents, strict=True)
             outputs = gradient(tuple(forward_ad.make_dual(value, t) for value, t in pairs))
             unpacked = [forward_ad.unpack_dual(output) for output in outputs]
@@ -50,14 +57,14 @@ def linearize(objective: Objective, index: int) -> Product:
     zeros = tuple(torch.zeros_like(value) for value in point)
     traced = trace(derivative, zeros)
     objective.is_written()  # puts back what the pass has written to: the trace refers to it
-    return _Linearised(fold(traced, zeros))
+    return _Linearised(fold(traced, onednn=onednn), onednn)
 
 
 class _Linearised:
     """A folded product; ``batchable`` is the same for ``torch.vmap``."""
 
-    def __init__(self, folded: fx.GraphModule) -> None:
-        self._folded = folded
+    def __init__(self, folded: fx.GraphModule, onednn: bool) -> None:
+        self._folded, self._onednn = folded, onednn
 
     def __call__(self, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         found: Sequence[Tensor] = self._folded(*tangents)
@@ -70,7 +77,22 @@ class _Linearised:
 
     def restricted(self, which: Sequence[int], point: Sequence[Tensor]) -> Product:
         """Return the product of the block of some parameters: nothing else is computed."""
-        return _Linearised(fold_restricted(self._folded, which, point))
+        folded = fold_restricted(self._folded, which, point, onednn=self._onednn)
+        return _Linearised(folded, self._onednn)
+
+
+def linearize_onednn(objective: Objective, index: int) -> Product:
+    """Return the linearised product, with oneDNN's products of matrices.
+
+    Raises:
+        MeasurementError: This build of torch has none.
+    """
+    if not is_available():
+        raise MeasurementError(
+            "hvp='linearize_onednn' needs oneDNN's products of matrices, which this build of torch "
+            f"({torch.__version__}) has not. Use hvp='linearize'."
+        )
+    return linearize(objective, index, onednn=True)
 
 
 def compiled(objective: Objective, index: int) -> Product:
@@ -243,11 +265,13 @@ class Restricted:
 
 ENGINES: dict[str, Callable[[Objective, int], Product]] = {
     "linearize": linearize,
+    "linearize_onednn": linearize_onednn,
     "autograd": autograd,
     "recompute": recompute,
     "compile": compiled,
     "finite_difference": finite_difference,
 }
+_TRACED = ("linearize", "linearize_onednn", "compile")
 
 
 def retained_bytes(objective: Objective) -> int:
@@ -271,7 +295,7 @@ def retained_bytes(objective: Objective) -> int:
 
 def explained(engine: str, error: Exception) -> MeasurementError:
     """Return what to tell the user of an error in building or applying an engine."""
-    exact = engine not in ("linearize", "compile", "finite_difference")
+    exact = engine not in (*_TRACED, "finite_difference")
     return (NoSecondDerivativeError if exact else MeasurementError)(_explanation(engine, error))
 
 
@@ -289,7 +313,7 @@ def _explanation(engine: str, error: Exception) -> str:
             f"An operation of the loss has no double backward ({text}). Replace it for measuring, "
             "through loss_fn(module, batch) or `hessian_loss`, or use hvp='finite_difference'."
         )
-    remedy = "hvp='autograd'" if engine in ("linearize", "compile") else "hvp='finite_difference'"
+    remedy = "hvp='autograd'" if engine in _TRACED else "hvp='finite_difference'"
     return f"hvp={engine!r} could not differentiate the loss twice ({text}). Use {remedy}."
 
 

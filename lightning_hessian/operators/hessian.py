@@ -18,7 +18,6 @@ from lightning_hessian.linear.memory import (
 )
 from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.checks import Checks
-from lightning_hessian.operators.costs import Cost, counted
 from lightning_hessian.operators.engines import (
     ENGINES,
     LINEARIZE_TO_GRAPH_MEMORY,
@@ -31,6 +30,7 @@ from lightning_hessian.operators.engines import (
     live_entries,
     retained_bytes,
 )
+from lightning_hessian.operators.linearize import onednn
 from lightning_hessian.operators.loss_graph import read_graphs
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -52,9 +52,11 @@ class HessianOperator:
     Args:
         objective: The loss over the probe batches.
         engine: ``"linearize"`` keeps the gradient of each batch linearised (the cheapest
-            products, the most memory, and 10 to 30 gradients to build), ``"autograd"`` keeps its
-            graph, ``"recompute"`` keeps nothing. ``"compile"`` compiles the linearisation (minutes
-            to build). ``"finite_difference"`` needs first derivatives only, and is inexact.
+            products, the most memory, and 10 to 30 gradients to build), ``"linearize_onednn"`` does
+            so with oneDNN's products of float32 matrices (for AMD processors from Zen 5 on, where
+            ``"auto"`` takes it instead), ``"autograd"`` keeps its graph, ``"recompute"`` keeps
+            nothing. ``"compile"`` compiles the linearisation (minutes to build).
+            ``"finite_difference"`` needs first derivatives only, and is inexact.
             ``"auto"`` takes the one that will be done first among those that work and fit
             ``memory_budget``, by the operations that each runs for one batch, which are counted,
             not timed: the same loss gets the same engine on every call. Where not all graphs fit,
@@ -64,6 +66,8 @@ class HessianOperator:
             memory is all that can change the choice from one call to the next.
         expected_products: How many products will be taken, about; ``"auto"`` weighs with it
             whether a linearisation repays its making.
+        untraceable: The structures of losses of which ``"auto"`` knows that they cannot be traced;
+            what it learns is added.
 
     Attributes:
         size: Order n.
@@ -88,6 +92,7 @@ class HessianOperator:
         *,
         memory_budget: float | None = None,
         expected_products: int = 200,
+        untraceable: set[str] | None = None,
     ) -> None:
         if engine not in ("auto", *ENGINES):
             raise ValueError(f"hvp={engine!r} is unknown; choose from {['auto', *ENGINES]}.")
@@ -103,6 +108,7 @@ class HessianOperator:
         self.products: list[Product] = []
         self._engines: list[str] = []  # of each batch
         self._graph_bytes: int | None = None
+        self._untraceable = set() if untraceable is None else untraceable
         self._batched = BatchedProducts(objective.space, self._product_bytes)
         self._checks = Checks(objective, self.shard, read_graphs(objective))
         if engine != "auto":
@@ -190,35 +196,56 @@ class HessianOperator:
     def _linearize_if_it_pays(self, graph: Product, index: int, expected_products: int) -> bool:
         """Build linearisations where they cost less than graphs like that of batch ``index``."""
         others = len(self.objective.batches) - 1
+        if self._checks.structure(index) in self._untraceable:
+            return False
         try:
-            retained = self._cost(graph)
+            retained = self._checks.cost(graph)
             making = retained.seconds_to_linearize
             if expected_products * retained.seconds * _MOST_SAVED <= making:
                 return False
-            trial = self._made("linearize", index)
-            saved = retained.seconds - self._cost(trial).seconds
+            engine = self._linearisation()
+            trial = self._traced(engine, index)
+            saved = retained.seconds - self._checks.cost(trial).seconds
             if saved <= 0 or (others + 1) * expected_products * saved <= others * making:
                 return False
-            self._build(["linearize"] * (others + 1), {index: trial})
+            self._build([engine] * (others + 1), {index: trial}, {index: graph})
         except (RuntimeError, NotImplementedError, TypeError):
             # An operation without forward-mode derivative, random draws, or too little memory:
             # the retained graphs serve.
             return False
         return True
 
-    def _cost(self, product: Product) -> Cost:
-        tangents = self.objective.space.split(self._checks.vectors[1])
-        return counted(lambda: product(tangents))[1]
+    def _traced(self, engine: str, index: int) -> Product:
+        """Return a linearised product; that there is none is remembered."""
+        try:
+            return self._made(engine, index)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            if not is_out_of_memory(error):
+                self._untraceable.add(self._checks.structure(index))
+            raise
 
-    def _build(self, engines: list[str], made: Mapping[int, Product] | None = None) -> None:
-        """Make the product of each batch by its engine, unless it is made, and check each kind."""
+    def _linearisation(self) -> str:
+        """Return the engine of linearised products that suits the processor."""
+        here = self.device.type == "cpu" and self.dtype == torch.float32
+        return "linearize_onednn" if here and onednn.is_faster_here() else "linearize"
+
+    def _build(
+        self,
+        engines: list[str],
+        made: Mapping[int, Product] | None = None,
+        graphs: Mapping[int, Product] | None = None,
+    ) -> None:
+        """Make the product of each batch by its engine, unless it is made, and check each kind.
+
+        ``graphs`` are products by retained graphs, for comparison.
+        """
         self.engine, self._engines = "+".join(dict.fromkeys(engines)), engines
         made = made or {}
         with self._explained(self.engine):
             self.products = [
                 made[i] if i in made else self._made(engine, i) for i, engine in enumerate(engines)
             ]
-            self.self_check_error = self._checks.check(self.products, engines)
+            self.self_check_error = self._checks.check(self.products, engines, graphs)
 
     def _made(self, engine: str, index: int) -> Product:
         """Return the product of a batch by an engine."""

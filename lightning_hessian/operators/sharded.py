@@ -100,10 +100,14 @@ class ShardedHessian(HessianOperator):
 
 
 def hessian_operator(
-    objective: Objective, engine: str = "auto", *, expected_products: int = 200
+    objective: Objective,
+    engine: str = "auto",
+    *,
+    expected_products: int = 200,
+    untraceable: set[str] | None = None,
 ) -> HessianOperator | DataParallelHessian:
     """Return the Hessian of an objective, for however many ranks evaluate or hold it."""
     if isinstance(objective, ShardedObjective):
         return ShardedHessian(objective, engine, expected_products=expected_products)
     kind = HessianOperator if objective.ranks.world == 1 else DataParallelHessian
-    return kind(objective, engine, expected_products=expected_products)
+    return kind(objective, engine, expected_products=expected_products, untraceable=untraceable)

@@ -328,3 +328,31 @@ def test_a_selection_is_the_space_of_the_session():
         found = torch.stack([operator.matvec(e) for e in torch.eye(operator.size)])
     assert session.space.names == ("4.weight", "4.bias")
     torch.testing.assert_close(found.double(), hessian, rtol=0, atol=1e-5 * float(hessian.norm()))
+
+
+def test_a_loss_that_cannot_be_linearised_is_tried_once(monkeypatch):
+    """The gradient of `grid_sample` has no forward derivative; the retained graph serves."""
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(2, 3, 1)
+    batches = [(torch.randn(4, 2, 6, 6), torch.randint(3, (4,)))]
+    clock, known = Ticking(monkeypatch), Knowledge()
+
+    def loss_fn(module, batch):
+        clock.now += 1
+        shown = module(batch[0])
+        moved = torch.nn.functional.grid_sample(
+            shown, torch.tanh(shown[:, :2]).permute(0, 2, 3, 1), align_corners=False
+        )
+        return torch.nn.functional.cross_entropy(moved.mean((2, 3)), batch[1])
+
+    taken, products = [], []
+    for _ in range(2):
+        begun = clock.now
+        with Session(module, loss_fn, batches, known=known, expected_products=10**6) as session:
+            operator = session.operator()
+            assert operator.engine == "autograd"
+            taken.append(clock.now - begun)
+            products.append(operator.matvec(torch.ones(operator.size)))
+    assert taken[1] == taken[0] - 1  # one evaluation of the loss less, which was traced in vain
+    assert torch.equal(*products)
+    assert len(known.untraceable) == 1

@@ -101,7 +101,7 @@ def test_engines_agree_with_the_dense_hessian(name, engine, dtype):
         assert operator.dtype == dtype
         assert departure(operator, expected) < TOLERANCE[dtype]
         assert operator.num_products == 6
-        assert operator.engine in ENGINES
+        assert operator.engine.removesuffix("_onednn") in ENGINES
 
 
 LINEARIZED = [(name, torch.float64) for name in PROBLEMS if name != "lstm"] + [

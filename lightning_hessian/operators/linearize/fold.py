@@ -1,4 +1,4 @@
-"""Makes a traced product cheap: constants are evaluated once, and the rest follows simpler rules.
+"""Makes a traced product cheap: what is left of it follows simpler rules.
 
 The rules change no result beyond rounding. Sums with a zero fall away; products that are added up
 are accumulated where they lie; results are written over operands that nobody else reads. Which rule
@@ -14,6 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from lightning_hessian.operators.linearize.graph import BY_RULE, LinearGraph, graph_module
+from lightning_hessian.operators.linearize.onednn import (
+    matrix_product,
+    multiply_by_onednn,
+    sum_with_product,
+)
+from lightning_hessian.operators.linearize.trace import trace
 
 aten = torch.ops.aten
 
@@ -61,30 +67,33 @@ _ELSEWHERE: dict[Any, Any] = {
     aten.addmm_.default: aten.addmm.default,
     aten.baddbmm_.default: aten.baddbmm.default,
     aten.addcmul_.default: aten.addcmul.default,
+    matrix_product: aten.mm.default,
+    sum_with_product: aten.addmm.default,
 }
-"""What writes to memory, and what does the same in memory of its own."""
+"""What ``torch.vmap`` has no rule for, and what does the same in memory of its own."""
 
 _SUMS: dict[Any, Any] = {
     **{target: product for product, target in _PRODUCTS.items()},
     aten.addcmul_.default: aten.mul.Tensor,
     aten.addcmul.default: aten.mul.Tensor,
+    sum_with_product: aten.mm.default,
 }
 """What `_accumulate` makes of a sum with a product, and that product."""
 
-_APART = {target: plain for plain, target in _POINTWISE.items()}
-"""What `_overwrite` makes of an operation, and that operation."""
+_APART = {target: plain for plain, target in _POINTWISE.items()} | {matrix_product: aten.mm.default}
+"""What `_overwrite` or oneDNN makes of an operation, and that operation."""
 
 
-def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """Return the traced function with its constants evaluated and the rest simplified.
+def fold(graph: LinearGraph, *, onednn: bool = False) -> fx.GraphModule:
+    """Return a traced function with its graph simplified, ready to be called.
 
     Args:
-        traced: A graph of ATen operations, linear in its inputs.
-        inputs: What to evaluate it at, to learn the shapes.
+        graph: Linear in its inputs; it is changed.
+        onednn: Whether products of matrices in float32 are oneDNN's.
     """
+    rules = (_drop_zero, _accumulate, _overwrite, *((multiply_by_onednn,) if onednn else ()))
     with torch.no_grad():
-        graph = LinearGraph(traced, inputs)
-        for rule in (_drop_zero, _accumulate, _overwrite):
+        for rule in rules:
             for node in graph.operations:
                 rule(graph, node)
             graph.sweep()
@@ -92,7 +101,11 @@ def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
 
 
 def fold_restricted(
-    product: fx.GraphModule, which: Sequence[int], point: Sequence[Tensor]
+    product: fx.GraphModule,
+    which: Sequence[int],
+    point: Sequence[Tensor],
+    *,
+    onednn: bool = False,
 ) -> fx.GraphModule:
     """Return a folded product restricted to some of its inputs and the outputs of the same places.
 
@@ -104,27 +117,24 @@ def fold_restricted(
         product: What `fold` returned; linear, with an output for each input.
         which: Places of the inputs that are kept.
         point: A tensor in the shape of each input.
+        onednn: As in `fold`.
     """
     graph = fx.Graph()
-    root: dict[str, Any] = {
-        node.target: getattr(product, node.target)
-        for node in product.graph.nodes
-        if node.op == "get_attr"
-    }
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs = [node for node in product.graph.nodes if node.op == "placeholder"]
-    for i in which:
-        copies[inputs[i]] = graph.placeholder(inputs[i].name)
-    for i, node in enumerate(inputs):
-        if i not in which:
-            name = f"zero_input_{i}"
-            root[name] = torch.zeros_like(point[i])
-            copies[node] = graph.create_node("get_attr", name)
-    outputs = graph.graph_copy(product.graph, copies)
-    graph.output([outputs[i] for i in which])  # type: ignore[index]
+    graph.output(graph.graph_copy(product.graph, {}))
     _take_apart(graph)
-    graph.eliminate_dead_code()
-    return fold(graph_module(root, graph), [torch.zeros_like(point[i]) for i in which])
+    zeros = [torch.zeros_like(value) for value in point]
+    run = fx.Interpreter(product, graph=graph).run
+
+    def restricted(*given: Tensor) -> list[Tensor]:
+        inputs = list(zeros)
+        for i, value in zip(which, given, strict=True):
+            inputs[i] = value
+        outputs = run(*inputs)
+        return [outputs[i] for i in which]
+
+    with torch.no_grad():
+        traced = trace(restricted, [zeros[i] for i in which])
+    return fold(traced, onednn=onednn)
 
 
 def _take_apart(graph: fx.Graph) -> None:
@@ -146,7 +156,8 @@ def _take_apart(graph: fx.Graph) -> None:
 def batchable(product: fx.GraphModule) -> fx.GraphModule:
     """Return the same with products added up in new memory, as ``torch.vmap`` can do at once.
 
-    It has no rule for doing so in place, and would go through the vectors one by one.
+    It has no rule for doing so in place, or for oneDNN's products, and would go through the vectors
+    one by one.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(product.graph, {}))

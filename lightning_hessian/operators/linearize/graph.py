@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +31,6 @@ does not say so would let the split be folded, and each product would then chang
 
 BY_RULE = "by rule"
 """Among the ``meta`` of a node: it was put there by `LinearGraph.replace`, and can be undone."""
-
-_SHAPE_ONLY = {aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
-"""Operations that ask for no more than the shape of their operand."""
 
 
 class _Kind(NamedTuple):
@@ -62,11 +59,9 @@ def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphM
 
 
 class LinearGraph:
-    """A traced linear function, with all that does not depend on its inputs evaluated.
+    """A linear function as a graph of ATen operations, in which only what varies is computed.
 
-    Args:
-        traced: A graph of ATen operations; what it holds (parameters, data) is constant.
-        inputs: What to evaluate it at, to learn the shapes.
+    `trace` puts into it, one by one, the operations that depend on the inputs.
 
     Attributes:
         graph: The graph; constants are its ``get_attr`` nodes.
@@ -74,7 +69,7 @@ class LinearGraph:
         kinds: Shape, strides and precision of every tensor, by node.
     """
 
-    def __init__(self, traced: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
         self.graph = fx.Graph()
         self.constants: dict[fx.Node, Tensor] = {}
         self.kinds: dict[fx.Node, _Kind] = {}
@@ -82,52 +77,22 @@ class LinearGraph:
         self._nodes: dict[tuple[Any, ...], fx.Node] = {}
         self._owners: dict[fx.Node, fx.Node] = {}
         self._written: set[fx.Node] = set()
-        self._evaluate(traced, iter(inputs))
 
-    def _evaluate(self, traced: fx.GraphModule, inputs: Iterator[Tensor]) -> None:
-        """Run the graph once, and copy what is not constant.
+    def input(self, value: Tensor) -> fx.Node:
+        """Return the node of a further input of this kind; all come before the operations."""
+        node = self.graph.placeholder(f"input_{next(self._numbers)}")
+        self.kinds[node] = _kind(value)
+        return node
 
-        A constant that the traced code writes to is evaluated with all its writes, in their order.
-        What is not constant and reads it in between is given a copy of it as it is then.
-        """
-        memory = _Memory(traced.graph)
-        values: dict[fx.Node, Any] = {}
-        copies: dict[fx.Node, Any] = {}
-        last_reader = {read: node for node in traced.graph.nodes for read in node.all_input_nodes}
-        done: dict[fx.Node, list[fx.Node]] = {}
-        for read, node in last_reader.items():
-            done.setdefault(node, []).append(read)
+    def call(self, target: Any, *arguments: Any, **keywords: Any) -> fx.Node:
+        """Return the node of a further operation."""
+        node = self.graph.call_function(target, arguments, keywords)
+        self._note_owner(node)
+        return node
 
-        def copy_of(node: fx.Node) -> Any:
-            if node not in copies:  # a constant; a number that was one is written into the graph
-                value = values[node]
-                if isinstance(value, Tensor):
-                    copies[node] = self.constant(value.clone() if memory.changes(node) else value)
-                else:
-                    copies[node] = value
-            return copies[node]
-
-        for node in traced.graph.nodes:
-            if node.op == "output":
-                self.graph.output(fx.node.map_arg(node.args[0], copy_of))
-                break
-            if node.op == "placeholder":
-                values[node] = next(inputs)
-            elif node.op == "get_attr":
-                values[node] = operator.attrgetter(node.target)(traced)
-            else:
-                arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*arguments, **keywords)
-            if node in memory.varying:
-                copies[node] = self.graph.node_copy(node, copy_of)
-                self._note_owner(copies[node])
-                if isinstance(values[node], Tensor):
-                    self.kinds[copies[node]] = _kind(values[node])
-            else:
-                for changed in memory.written_by(node):
-                    copies.pop(changed, None)
-            for read in done.get(node, () if node.users else (node,)):
-                del values[read]
+    def is_of_kind(self, node: fx.Node, value: Tensor) -> None:
+        """Note what the result of a node is like."""
+        self.kinds[node] = _kind(value)
 
     def _note_owner(self, node: fx.Node) -> None:
         """Note whose memory a node of the trace shares, and whose it writes to."""
@@ -152,6 +117,14 @@ class LinearGraph:
             self.constants[node] = value
             self.kinds[node] = kind
         return self._nodes[key]
+
+    def keep_apart(self, node: fx.Node) -> None:
+        """Let a constant have memory of its own, because the memory that it has is written to."""
+        value = self.constants[node]
+        del self._nodes[value.data_ptr(), self.kinds[node]]
+        apart = copied(value)
+        self.constants[node] = apart
+        self._nodes[apart.data_ptr(), self.kinds[node]] = node
 
     def replace(self, node: fx.Node, target: Any, *arguments: Any, **keywords: Any) -> None:
         """Put another operation, with the same kind of result, in the place of a node."""
@@ -195,76 +168,6 @@ class LinearGraph:
         return graph_module(root, self.graph)
 
 
-class _Memory:
-    """Which nodes of a traced graph share memory, and which of them depend on the inputs.
-
-    A constant or an input that the graph writes to is replaced by a copy.
-
-    Attributes:
-        varying: The nodes that another input, or another draw, would change. Where such a value is
-            written to memory, all that lies in this memory varies.
-    """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self._roots = _roots(graph)
-        written = {self._roots[target] for node in graph.nodes for target in _targets(node)}
-        for root in written:
-            if root.op != "call_function":
-                _copy_first(graph, root)
-        self._roots = _roots(graph)
-        self.varying = _varying(graph, self._roots)
-        self._views: dict[fx.Node, list[fx.Node]] = {}
-        self._writes_left: dict[fx.Node, int] = {}
-        for node, root in self._roots.items():
-            self._views.setdefault(root, []).append(node)
-            for target in _targets(node):
-                owner = self._roots[target]
-                self._writes_left[owner] = self._writes_left.get(owner, 0) + 1
-
-    def changes(self, node: fx.Node) -> bool:
-        """Return whether the memory of a node is still to be written to."""
-        return self._writes_left.get(self._roots[node], 0) > 0
-
-    def written_by(self, node: fx.Node) -> list[fx.Node]:
-        """Note that a node has run, and return the nodes in the memory that it wrote to."""
-        owners = [self._roots[target] for target in _targets(node)]
-        for owner in owners:
-            self._writes_left[owner] -= 1
-        return [view for owner in owners for view in self._views[owner]]
-
-
-def _roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Return for each node the one that made the memory in which its result lies."""
-    roots: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        source = _aliased(node)
-        roots[node] = node if source is None else roots[source]
-    return roots
-
-
-def _copy_first(graph: fx.Graph, node: fx.Node) -> None:
-    """Let all readers of a node, and what writes to it, have a copy of it."""
-    with graph.inserting_after(node):
-        copied = graph.call_function(aten.clone.default, (node,))
-    node.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
-
-
-def _varying(graph: fx.Graph, roots: dict[fx.Node, fx.Node]) -> set[fx.Node]:
-    """Return the nodes that depend on the inputs or on random draws."""
-    varying: set[fx.Node] = set()
-    while True:
-        before = len(varying)
-        for node in graph.nodes:
-            depends = not varying.isdisjoint(node.all_input_nodes)
-            depends &= node.target not in _SHAPE_ONLY
-            drawn = node.op == "placeholder" or _is_impure(node)
-            if depends or drawn or roots[node] in varying:
-                varying.add(node)
-                varying.update(roots[target] for target in _targets(node))
-        if len(varying) == before:
-            return varying
-
-
 def _aliased(node: fx.Node) -> fx.Node | None:
     """Return the argument whose memory the result of a node shares."""
     if node.target in _PASSING:
@@ -294,12 +197,13 @@ def _arguments(node: fx.Node, wanted: Callable[[Any], bool]) -> list[fx.Node]:
     return found
 
 
-def _is_impure(node: fx.Node) -> bool:
-    """Return whether an operation draws random numbers, or does more than return a result."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.is_impure()
-    random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return random or (node.is_impure() and not _writes(node))
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy with the same strides."""
+    copy = tensor.clone()
+    if copy.stride() == tensor.stride():
+        return copy
+    everything = tensor.as_strided([tensor.untyped_storage().nbytes() // tensor.itemsize], [1], 0)
+    return everything.clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _kind(tensor: Tensor) -> _Kind:

@@ -16,7 +16,7 @@ from lightning_hessian.operators.linearize.trace import trace
 def folded(function: Callable[..., Sequence[Tensor]], *shapes: tuple[int, ...]):
     """Returns the folded function, with the names of its operations."""
     inputs = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    product = fold(trace(function, inputs), inputs)
+    product = fold(trace(function, inputs))
     operations = [
         getattr(node.target, "__name__", str(node.target))
         for node in product.graph.nodes
