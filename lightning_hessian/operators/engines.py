@@ -55,7 +55,7 @@ def linearize(objective: Objective, index: int, *, onednn: bool = False) -> Prod
         )
 
     zeros = tuple(torch.zeros_like(value) for value in point)
-    traced = trace(derivative, zeros)
+    traced = trace(derivative, zeros, before_again=objective.is_written)
     objective.is_written()  # puts back what the pass has written to: the trace refers to it
     return _Linearised(fold(traced, onednn=onednn), onednn)
 

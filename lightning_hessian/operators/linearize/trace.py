@@ -28,7 +28,12 @@ _SHAPE_ONLY = {aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.d
 """Operations that ask for no more than the shape of their operand."""
 
 
-def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> LinearGraph:
+def trace(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    *,
+    before_again: Callable[[], object] = lambda: None,
+) -> LinearGraph:
     """Return the graph of what a function does with some inputs, on tensors without derivative.
 
     What does not depend on the inputs is computed once, here, and its results are the constants of
@@ -42,6 +47,8 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     Args:
         function: Takes the inputs one by one; may differentiate inside.
         inputs: What it is called with.
+        before_again: Called before the function is run a second time: it may have written to what
+            it reads.
 
     Raises:
         RuntimeError: It turns a tensor into a number, on which the graph would then depend, or it
@@ -57,6 +64,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
             moves_channels = False
         except _WrittenInputError:
             copies_inputs = True
+        before_again()
 
 
 def _recorded(

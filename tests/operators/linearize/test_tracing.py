@@ -96,6 +96,25 @@ def test_a_function_may_write_to_its_inputs_and_to_what_lies_beside_them():
     assert torch.equal(A, kept)
 
 
+def test_what_was_written_to_can_be_put_back_before_the_second_time():
+    counter, resets = torch.zeros(4, 4, dtype=A.dtype), []
+
+    def function(x: Tensor) -> list[Tensor]:
+        counter.add_(1)
+        y = counter @ x
+        x.mul_(2)
+        return [y + x]
+
+    def put_back() -> None:
+        resets.append(float(counter[0, 0]))
+        counter.zero_()
+
+    module = trace(function, [torch.zeros_like(A)], before_again=put_back).module()
+    assert resets == [1.0]
+    expected = torch.ones_like(A) @ A + 2 * A
+    torch.testing.assert_close(module(A)[0], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_memory_that_comes_to_vary_is_seen_through_all_its_views():
     def function(x: Tensor) -> list[Tensor]:
         kept = torch.ones(5, 4, dtype=x.dtype)
