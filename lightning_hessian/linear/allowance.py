@@ -67,6 +67,11 @@ class Allowance:
         """How long this allowance has been open."""
         return self._clock() - self._begun
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is up by this rank's own clock; the others may see it differently."""
+        return self.seconds is not None and self.seconds_passed >= self.seconds
+
     def affords(self, products: int) -> bool:
         """Return whether a piece of work that takes so many products may begin."""
         left = self.products_left

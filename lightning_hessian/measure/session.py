@@ -207,13 +207,7 @@ class Session:
         """
         if self._operator is None:
             begun = time.monotonic()
-            _ = self.loss  # a loss that is NaN is told as that, before anything is differentiated
-            self._operator = hessian_operator(
-                self.objective,
-                self.hvp,
-                expected_products=self.expected_products,
-                untraceable=self.known.untraceable,
-            )
+            self._operator = self._build()
             self._operator.on_product = lambda products: self._allowance.spend(products)
             self.known.engine = self._operator.engine
             self._built = time.monotonic()
@@ -224,6 +218,21 @@ class Session:
         if names not in self._views:
             self._views[names] = self._operator.restricted(names)
         return self._views[names]
+
+    def _build(self) -> Any:
+        """Return the operator, made while the allowance has time; its products have all of it."""
+        allowance, usual = self._allowance, self.objective.is_late
+        self.objective.is_late = lambda: allowance.is_late
+        try:
+            _ = self.loss  # a loss that is NaN is told as that, before anything is differentiated
+            return hessian_operator(
+                self.objective,
+                self.hvp,
+                expected_products=self.expected_products,
+                untraceable=self.known.untraceable,
+            )
+        finally:
+            self.objective.is_late = usual
 
     def spend_from(self, allowance: Allowance) -> None:
         """Let products of this session's operator count against an allowance."""

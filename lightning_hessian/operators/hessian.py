@@ -34,7 +34,7 @@ from lightning_hessian.operators.linearize import onednn
 from lightning_hessian.operators.loss_graph import read_graphs
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
-from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
+from lightning_hessian.results import MeasurementError, NoSecondDerivativeError, TimeUpError
 
 _MOST_SAVED = 0.5
 """The share of a product by a retained graph that a linearisation saves at most."""
@@ -209,6 +209,8 @@ class HessianOperator:
             if saved <= 0 or (others + 1) * expected_products * saved <= others * making:
                 return False
             self._build([engine] * (others + 1), {index: trial}, {index: graph})
+        except TimeUpError:
+            raise
         except (RuntimeError, NotImplementedError, TypeError):
             # An operation without forward-mode derivative, random draws, or too little memory:
             # the retained graphs serve.
@@ -220,7 +222,7 @@ class HessianOperator:
         try:
             return self._made(engine, index)
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and not isinstance(error, TimeUpError):
                 self._untraceable.add(self._checks.structure(index))
             raise
 

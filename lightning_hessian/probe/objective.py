@@ -22,7 +22,7 @@ from lightning_hessian.linear.ranks import ALONE, Ranks
 from lightning_hessian.linear.rng import seed_everything
 from lightning_hessian.probe.batch_weight import batch_weights
 from lightning_hessian.probe.parameters import ParameterSpace, is_half, upcast
-from lightning_hessian.results import MeasurementError
+from lightning_hessian.results import MeasurementError, TimeUpError
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(module, batch) -> mean loss`` of the batch, a scalar tensor."""
@@ -55,6 +55,7 @@ class Objective:
         batches: Those held here.
         weights: Their shares in the mean.
         num_samples: Sum of the weights of all batches.
+        is_late: Whether the time is up, so that no batch is evaluated any more; never, as a rule.
 
     Raises:
         ValueError: No batches, or weights that cannot be told from the batches.
@@ -75,6 +76,7 @@ class Objective:
         if mode not in ("eval", "train"):
             raise ValueError(f"mode={mode!r} is neither 'eval' nor 'train'.")
         self.space, self.ranks = space, ranks
+        self.is_late: Callable[[], bool] = lambda: False
         with ranks.together():
             held = _dealt(batches, ranks)
             self.batches = tuple(_cloned(batch, space.device) for batch in held)
@@ -137,7 +139,14 @@ class Objective:
 
         Raises:
             MeasurementError: The loss is not a scalar tensor.
+            TimeUpError: The time is up.
         """
+        # Where parameters lie in shards, ranks evaluate together, and none may leave alone.
+        if self.space.held is None and self.is_late():
+            raise TimeUpError(
+                "the time was up while products were made ready, batch by batch. Allow more "
+                "seconds, or give fewer or smaller batches."
+            )
         number = index * self.ranks.world + self.ranks.rank  # among the batches of all ranks
         return self.loss(parameters, self.batches[index], number)
 

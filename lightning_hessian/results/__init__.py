@@ -5,6 +5,7 @@ from lightning_hessian.results.base import (
     FloatArray,
     MeasurementError,
     NoSecondDerivativeError,
+    TimeUpError,
 )
 from lightning_hessian.results.blocks import BlockStructure
 from lightning_hessian.results.files import load_spectrum, save_spectrum
@@ -31,6 +32,7 @@ __all__ = [
     "PowerLawFit",
     "RowTests",
     "SpectralDensity",
+    "TimeUpError",
     "UnreadableFileError",
     "load_spectrum",
     "save_spectrum",

@@ -23,6 +23,10 @@ class NoSecondDerivativeError(MeasurementError):
     """
 
 
+class TimeUpError(MeasurementError):
+    """The seconds of a budget were over before the first product could be made."""
+
+
 class ArgumentError(ValueError, TypeError):
     """An argument that cannot be used; raised where it is given, before any work.
 

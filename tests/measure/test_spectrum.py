@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -277,16 +278,42 @@ def test_the_bound_on_products_is_kept_and_reported(digits):
     assert abs(found.trace - exact) < 4 * found.trace_std_error
 
 
-def test_no_time_leaves_what_there_is(digits):
+def test_no_time_leaves_what_there_is(digits, monkeypatch):
+    """The clock jumps at the first product."""
+    products, clock = [], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 1e6 * bool(products))
     with pytest.warns(UserWarning, match="the time was up"):
         found = hessian_spectrum(
-            digits.module, cross_entropy, digits.batches, budget=Budget(seconds=0.0)
-        )
+            digits.module, cross_entropy, digits.batches, budget=Budget(seconds=1e5),
+            on_progress=lambda *now: products.append(now),
+        )  # fmt: skip
     assert found.trace is None
     assert found.trace_std_error is None
     assert found.lambda_min is None  # one Ritz value, far from converged
     assert found.num_converged == 0
     assert found.num_hvps <= 2
+
+
+@pytest.mark.parametrize("hvp", ["auto", "linearize", "autograd", "recompute"])
+def test_making_ready_ends_when_the_time_is_up(hvp):
+    """Each evaluation takes 20 ms, so that hardly more than 30 of at least 60 fit into 0.6 s."""
+    evaluated = []
+
+    def slow(module, batch):
+        evaluated.append(batch)
+        time.sleep(0.02)
+        return torch.nn.functional.mse_loss(module(batch), batch.new_zeros(len(batch), 1))
+
+    batches = [torch.randn(4, 3) for _ in range(20)]
+    options = {"num_eigenvalues": 2, "trace_probes": 0, "hvp": hvp}
+    with pytest.raises(MeasurementError, match="time was up while products were made ready"):
+        hessian_spectrum(
+            torch.nn.Linear(3, 1), slow, batches, budget=Budget(seconds=0.6), **options
+        )
+    assert len(evaluated) <= 31
+    evaluated.clear()
+    hessian_spectrum(torch.nn.Linear(3, 1), slow, batches, **options)
+    assert len(evaluated) >= 60
 
 
 def test_no_trace_unless_asked_for(digits):
