@@ -26,6 +26,8 @@ class Account:
         estimate: Seconds of a whole measurement; None while no product has been timed.
         made: How many measurements were made.
         skipped: How many validations were due, and not measured for want of budget.
+        estimate_of_few: Seconds of the instruments that take a few products; None for none.
+        spent_on_few: Seconds that these have taken, a part of ``spent``.
     """
 
     budget: Budget
@@ -34,6 +36,8 @@ class Account:
     estimate: float | None = None
     made: int = 0
     skipped: int = 0
+    estimate_of_few: float | None = None
+    spent_on_few: float = 0.0
 
     @property
     def bounded(self) -> bool:
@@ -69,6 +73,17 @@ class Account:
             return False
         return self.affordable(done) >= 2
 
+    def allows_few(self) -> bool:
+        """Return whether to measure now what takes a few products, between whole measurements.
+
+        These may take half of what training has earned, so that whole measurements are saved up
+        for beside them.
+        """
+        if self.budget.share is None or self.estimate_of_few is None:
+            return False
+        half = self.budget.share * self.trained / 2
+        return self.estimate_of_few <= min(self.saved, half - self.spent_on_few)
+
     def affordable(self, done: float) -> float:
         """Return how many whole measurements the run pays for.
 
@@ -87,6 +102,12 @@ class Account:
     def pay(self, seconds: float) -> None:
         """Add time that was no training."""
         self.spent += max(0.0, seconds)
+
+    def pay_few(self, seconds: float) -> None:
+        """Add what instruments of a few products have taken, and expect as much of the next."""
+        self.pay(seconds)
+        self.estimate_of_few = max(0.0, seconds)
+        self.spent_on_few += self.estimate_of_few
 
     def measured(self, seconds: float) -> None:
         """Remember what a whole measurement took."""

@@ -63,6 +63,13 @@ class Budgeting:
         found: bool = trainer.strategy.broadcast(self.account.allows(done=done, last=last))
         return found
 
+    def affords_few(self, trainer: Any) -> bool:
+        """Return whether to measure now what takes a few products, alike on all ranks."""
+        if trainer.state.fn != "fit":
+            return False
+        found: bool = trainer.strategy.broadcast(self.account.allows_few())
+        return found
+
     def not_begun(self) -> None:
         """Count a validation that was due, and was not measured after all."""
         self.unmeasured = True

@@ -210,10 +210,13 @@ class MeasurementCallback(Measuring, Callback):
         fitting = trainer.state.fn == "fit"
         if not fitting or self._budgeting.may_measure(trainer, self._is_due(trainer)):
             self._pending = self._measure_or_report(trainer, pl_module)
+        logged = self._pending
+        if logged is None and self._few and self._budgeting.affords_few(trainer):
+            logged = self._few_or_report(trainer, pl_module)  # these make no row of the history
         self._clock = time.monotonic()
-        if self._pending is not None:
+        if logged is not None:
             self._guard.attempt(
-                "logging the statistics", self._handover.log, trainer, pl_module, self._pending
+                "logging the statistics", self._handover.log, trainer, pl_module, logged
             )
             self._guard.settle(self._ranks)
 

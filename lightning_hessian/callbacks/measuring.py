@@ -12,7 +12,7 @@ import torch
 
 from lightning_hessian.callbacks.budgeting import Budgeting
 from lightning_hessian.callbacks.guard import Guard, named, sentence
-from lightning_hessian.callbacks.instruments import measured
+from lightning_hessian.callbacks.instruments import Findings, measured
 from lightning_hessian.callbacks.probe_data import ProbeData, probe_batches
 from lightning_hessian.callbacks.surroundings import trainer_ranks
 from lightning_hessian.linear.ranks import ALONE, RankError
@@ -22,6 +22,9 @@ from lightning_hessian.measure.session import Knowledge, Session
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results import MeasurementError
 from lightning_hessian.tracking.progress import Progress, summary_line
+
+FEW_PRODUCTS = 10
+"""An instrument of no more products is measured between whole measurements too."""
 
 _COSTLY_SHARE = 0.2  # of the training time since the last measurement
 _COSTLY_SECONDS = 1.0  # below which no cost is worth a word
@@ -77,6 +80,8 @@ class Measuring:
         self._guard = Guard(on_error)
         self._budgeting = Budgeting(time_budget, self._guard, type(self).__name__)
         self._num_probed = num_batches  # the data may hold fewer
+        self._few: tuple[Instrument, ...] = ()  # those of a few products, once that is known
+        self._known_of_few = Knowledge()
         self._last_work = 0  # products of the measurement before
         self._warned: set[str] = set()
 
@@ -92,6 +97,21 @@ class Measuring:
     def expected_work(self) -> int:
         """Return about how many products (or gradients) the first measurement takes; 0 unknown."""
         return 0
+
+    def measure_few(self, pl_module: Any, batches: Sequence[Any]) -> Findings:
+        """Return what the instruments of a few products find; all ranks call it together.
+
+        So few products do not repay a linearisation, and retained graphs are ready at once.
+        """
+        session = self.session(pl_module, batches)
+        session.known, session.expected_products = self._known_of_few, FEW_PRODUCTS
+        with session:
+            found = measured(
+                self._few, session, replace(self.time_budget, share=None).open(session),
+                prefix=self.prefix, strict=self.on_error == "raise",
+            )  # fmt: skip
+        self.records.update(found.records)
+        return found
 
     def measure(
         self, trainer: Any, pl_module: Any, batches: Sequence[Any]
@@ -168,6 +188,10 @@ class Measuring:
             costs = {one.name: float(one.cost(session)) for one in self.instruments}
             total = sum(costs.values())
             seconds = self.expected_seconds(session, total)
+            self._few = tuple(one for one in self.instruments if costs[one.name] <= FEW_PRODUCTS)
+            if self._few:  # a product for each batch, or two, where all is ready at once
+                few = sum(costs[one.name] for one in self._few)
+                self._budgeting.account.estimate_of_few = seconds * (few + 1) / total
         most = _ADVICE.get(max(costs, key=costs.__getitem__), "the cost of your instruments")
         advice = f"num_batches ({self.num_batches}) or {most.format(**vars(self))}"
         self._budgeting.estimate(trainer, seconds, (total, self.work[0]), advice)
@@ -213,6 +237,29 @@ class Measuring:
                 f"{sentence(failure)}",
                 stacklevel=2,
             )
+        return None
+
+    def _few_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
+        """Return what the instruments of a few products have found, None where they failed."""
+        begun = time.monotonic()
+        failure: Exception | None = None
+        found: Findings | None = None
+        try:
+            assert self._batches is not None  # a whole measurement was begun, or timed, before
+            with whole(trainer.strategy.model):
+                found = self.measure_few(pl_module, self._batches)
+        except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
+            failure = error
+        self._budgeting.account.pay_few(time.monotonic() - begun)
+        if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+            assert found is not None
+            scalars: dict[str, float] = trainer.strategy.broadcast(found.scalars)
+            return scalars
+        failure = failure or MeasurementError("another rank failed; its own message says how.")
+        if self.on_error == "raise":
+            raise failure
+        names = ", ".join(one.name for one in self._few)
+        self._warn_once(f"few: {failure}", f"No statistics of {names}: {sentence(failure)}")
         return None
 
     def _new_progress(self, trainer: Any) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import logging
 import math
@@ -19,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_hessian import AtSteps, EveryNValidations, HessianSpectrumCallback
+from lightning_hessian import AtSteps, EveryNValidations, HessianSpectrumCallback, Scalars
 from lightning_hessian.callbacks.account import Account
 from lightning_hessian.callbacks.run_length import is_last_validation, share_done
 from lightning_hessian.measure.budget import Budget
@@ -255,6 +256,15 @@ class Slow(Regression):
         return super().training_step(batch, batch_idx)
 
 
+class Slower(Slow):
+    """An epoch takes two seconds, so that a busy machine hardly counts."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.training:
+            time.sleep(0.5)
+        return super().training_step(batch, batch_idx)
+
+
 def slow_loss(module: Any, batch: Any) -> Tensor:
     time.sleep(0.02)
     return module.loss(batch)
@@ -305,12 +315,6 @@ def test_measurements_keep_within_their_share(epochs: int, make_trainer: MakeTra
 
 
 def test_measurements_that_cost_next_to_nothing_are_all_made(make_trainer: MakeTrainer) -> None:
-    class Slower(Slow):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            if self.trainer.training:
-                time.sleep(0.3)
-            return super().training_step(batch, batch_idx)
-
     callback = small_callback(time_budget=0.9, blocks=None)
     assert fit(make_trainer, callback, module=Slower(), max_epochs=3) == [4, 8, 12]
 
@@ -404,9 +408,91 @@ def test_a_measurement_that_was_cut_short_is_no_row(
     from lightning_hessian.linear import allowance
 
     callback = small_callback(time_budget=Budget(seconds=60), blocks=None, on_error="warn")
-    jumps = itertools.count(time.monotonic(), 50.0)
+    jumps = itertools.count(time.monotonic(), 4.0)
     monkeypatch.setattr(allowance, "time", SimpleNamespace(monotonic=lambda: next(jumps)))
     trainer = make_trainer(callback, max_epochs=1)
     with pytest.warns(UserWarning, match=r"time was up after .* nothing.*Budget\(seconds=60\)"):
         trainer.fit(Regression(), train_loader(), val_loader())
     assert callback.history == []
+
+
+# What takes a few products --------------------------------------------------------------------
+
+
+class Cheap:
+    """An instrument of one gradient, which notes the epochs in which it was asked."""
+
+    name, prefix = "cheap", "cheap"
+
+    def __init__(self) -> None:
+        self.sizes: list[float] = []
+        self.fails = False
+
+    def check(self, model: Any) -> None:
+        """Fits every model."""
+
+    def cost(self, session: Any) -> int:
+        """A gradient is about one product."""
+        return 1
+
+    def measure(self, session: Any, allowance: Any) -> Scalars:
+        """Return the length of the gradient."""
+        if self.fails:
+            raise ArithmeticError("no length today")
+        self.sizes.append(float(session.shard.norm(session.gradient())))
+        return Scalars({"gradient": self.sizes[-1]})
+
+
+def test_few_products_take_half_of_what_is_earned_at_most() -> None:
+    found = account(0.2, estimate=50.0, estimate_of_few=0.07)
+    made = 0
+    for _ in range(100):
+        found.earn(1.0)
+        if found.allows_few():
+            found.pay_few(0.07)
+            made += 1
+            assert found.spent_on_few <= 0.1 * found.trained
+    assert made == 100
+    assert found.saved == pytest.approx(20 - 100 * 0.07)
+    found.estimate_of_few = 3.1  # more than half of 20 has left
+    assert not found.allows_few()
+    assert not account(0.2, estimate=5.0, trained=100.0).allows_few()  # there are none
+    assert not account(None, estimate_of_few=0.1, trained=100.0).allows_few()
+
+
+def test_a_few_products_are_measured_between_whole_measurements(
+    make_trainer: MakeTrainer, tmp_path: Any
+) -> None:
+    ends = []
+    for instruments in (None, [Cheap()]):
+        torch.manual_seed(0)
+        module = Slower()
+        given = {"num_batches": 10, "time_budget": 0.3}
+        callbacks = [] if instruments is None else [costly(instruments=instruments, **given)]
+        logger = CSVLogger(tmp_path / str(len(ends)), flush_logs_every_n_steps=1)
+        trainer = make_trainer(*callbacks, max_epochs=4, logger=logger)
+        trainer.fit(module, train_loader(), val_loader())
+        ends.append([parameter.detach().clone() for parameter in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    (callback,), (cheap,) = callbacks, instruments or []
+    assert [int(row["step"]) for row in callback.history] == [16]  # the whole one, at the end
+    with open(next((tmp_path / "1").rglob("metrics.csv"))) as file:
+        rows = list(csv.DictReader(file))
+    logged = [float(row["cheap/gradient"]) for row in rows if row["cheap/gradient"]]
+    assert logged == pytest.approx(cheap.sizes, rel=1e-6)
+    assert len(logged) >= 3  # beside the whole one
+    whole = [row for row in rows if row["hessian/lambda_1"]]
+    assert len(whole) == 1
+    for row in rows:  # in the rows of the validation metrics
+        assert bool(row["val_loss"]) >= bool(row["cheap/gradient"])
+
+
+def test_a_failure_among_them_is_told_and_training_goes_on(make_trainer: MakeTrainer) -> None:
+    cheap = Cheap()
+    cheap.fails = True
+    callback = costly(instruments=[cheap], on_error="warn")
+    trainer = make_trainer(callback, max_epochs=6)
+    with pytest.warns(UserWarning, match="No statistics of cheap: .*no length today"):
+        trainer.fit(Slow(), train_loader(), val_loader())
+    assert trainer.global_step == 24
+    assert [int(row["step"]) for row in callback.history] == [24]

@@ -57,7 +57,7 @@ def multiply_by_onednn(graph: LinearGraph, node: fx.Node) -> None:
     """Let oneDNN make a product of two matrices in float32: a rule of `fold`.
 
     Batched products stay with MKL: oneDNN would make them one by one, and those of attention heads
-    are too small for that (on Zen 4 it took 1.1 to 8 times as long).
+    are too small for that (on Zen 4 it took up to 9 times as long).
     """
     if node.target is aten.mm.default and _is_worth_it(graph, *node.args):
         graph.replace(node, matrix_product, *node.args)
