@@ -7,12 +7,14 @@ applies follows from the graph alone, so that the same loss always gives the sam
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from lightning_hessian.losses.chunked_cross_entropy import CURVATURE
 from lightning_hessian.operators.linearize.graph import BY_RULE, LinearGraph, graph_module
 
 aten = torch.ops.aten
@@ -52,6 +54,7 @@ _FRESH = {
 _WRITING = {*_PRODUCTS.values(), *_POINTWISE.values(), aten.addcmul_.default}
 _VIEWS = {
     aten._unsafe_view.default,
+    aten.select.int,
     aten.t.default,
     aten.transpose.int,
     aten.unsqueeze.default,
@@ -71,6 +74,12 @@ _SUMS: dict[Any, Any] = {
 }
 """What `_accumulate` makes of a sum with a product, and that product."""
 
+_NARROWING: set[Any] = {CURVATURE}
+"""Operators of our own, which are told what to leave out.
+
+They take directions, named ``d_...``, of which None stands for zeros, and last of all which of
+their results are wanted. Each result lies in memory of its own."""
+
 _APART = {target: plain for plain, target in _POINTWISE.items()}
 """What `_overwrite` makes of an operation, and that operation."""
 
@@ -84,7 +93,7 @@ def fold(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """
     with torch.no_grad():
         graph = LinearGraph(traced, inputs)
-        for rule in (_drop_zero, _accumulate, _overwrite):
+        for rule in (_drop_zero, _narrow, _accumulate, _overwrite):
             for node in graph.operations:
                 rule(graph, node)
             graph.sweep()
@@ -161,6 +170,8 @@ def _is_spare(node: Any) -> bool:
         return False
     if node.target in _VIEWS or node.target in _WRITING:
         return _is_spare(node.args[0])
+    if node.target is operator.getitem:
+        return node.args[0].target in _NARROWING  # type: ignore[union-attr]
     return node.target in _FRESH
 
 
@@ -179,6 +190,23 @@ def _drop_zero(graph: LinearGraph, node: fx.Node) -> None:
         left = second
     if left is not None and graph.alike(node, left):
         node.replace_all_uses_with(left)
+
+
+def _narrow(graph: LinearGraph, node: fx.Node) -> None:
+    """Tell an operator which of its directions are zero, and which of its results nobody reads."""
+    if node.target not in _NARROWING:
+        return
+    given: Any = node.args[:-1]
+    wanted: Any = node.args[-1]
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    read = {user.args[1] for user in node.users}
+    node.args = (
+        *(
+            None if name.startswith("d_") and graph.is_zero(value) else value
+            for name, value in zip(names, given, strict=False)
+        ),
+        [want and place in read for place, want in enumerate(wanted)],
+    )
 
 
 def _accumulate(graph: LinearGraph, node: fx.Node) -> None:
