@@ -59,8 +59,32 @@ def vocabulary(form: str, width: int) -> tuple[nn.Module, Any, Any]:
     return Predictor(width), chunked_loss if form == "chunked" else plain_loss, batch
 
 
-CASES = {"vocabulary": vocabulary}
-SIZES = {"vocabulary": (64, 256, 768)}
+class Attending(nn.Module):
+    """Layers of causal attention, eight heads of width 16, without anything between."""
+
+    def __init__(self, depth: int = 2, heads: int = 8, width: int = 128) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layers = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return one number a token."""
+        for layer in self.layers:
+            q, k, v = layer(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            value = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + value.transpose(1, 2).flatten(2)
+        return self.head(x)
+
+
+def attention(form: str, length: int) -> tuple[nn.Module, Any, Any]:
+    """Return a model, its loss and a batch of one sequence."""
+    batch = torch.randn(1, length, 128), torch.randn(1, length, 1)
+    return Attending(), lambda module, b: F.mse_loss(module(b[0]), b[1]), batch
+
+
+CASES = {"vocabulary": vocabulary, "attention": attention}
+SIZES = {"vocabulary": (64, 256, 768), "attention": (512, 1024, 2048)}
 
 
 def resident() -> float:
@@ -74,7 +98,8 @@ def measured(case: str, form: str, engine: str, size: int, products: int) -> dic
     torch.manual_seed(0)
     module, loss_fn, batch = CASES[case](form, size)
     space = ParameterSpace.select(module, None)
-    objective = Objective(module, loss_fn, [batch], space)
+    attention = "chunks" if form == "chunked" and case == "attention" else "plain"
+    objective = Objective(module, loss_fn, [batch], space, attention=attention)
     vector = torch.randn(space.size)
     with objective.isolated():
         before = resident()

@@ -315,7 +315,8 @@ def _(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
             d = d.reshape(-1, *d.shape[2:])
         rows.append(d)
     found = curvature(*point, *rows, *rest)
-    return tuple(part.reshape(size, -1, *part.shape[1:]) for part in found), (0, 0, 0)
+    parts = (part.reshape(size, len(part) // size, *part.shape[1:]) for part in found)
+    return tuple(parts), (0, 0, 0)
 
 
 def flops_of_loss(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:

@@ -14,6 +14,7 @@ from lightning_hessian.losses import chunked_cross_entropy as kernels
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     checked,
+    instance_of,
     one_of,
     optional,
     real_number,
@@ -21,7 +22,12 @@ from lightning_hessian.results.arguments import (
 )
 
 _MOST = 2**62
+_TENSOR = instance_of(Tensor, "Give a tensor.")
 _RULES = {
+    "hidden": _TENSOR,
+    "weight": _TENSOR,
+    "targets": _TENSOR,
+    "bias": optional(_TENSOR),
     "ignore_index": whole_number(least=-_MOST, most=_MOST),
     "label_smoothing": real_number("Give a share from 0 to 1.", least=0.0, most=1.0),
     "reduction": one_of("mean", "sum"),

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from lightning_hessian.isolation import attention_kernels
 from lightning_hessian.losses import chunked_cross_entropy
 
 aten = torch.ops.aten
@@ -46,6 +47,7 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
+    **attention_kernels.FLOPS,
     **chunked_cross_entropy.FLOPS,
 }
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_hessian.losses.chunked_cross_entropy import CURVATURE
+from lightning_hessian.isolation import attention_kernels
+from lightning_hessian.losses import chunked_cross_entropy
 from lightning_hessian.operators.linearize.graph import BY_RULE, LinearGraph, graph_module
 
 aten = torch.ops.aten
@@ -74,7 +75,7 @@ _SUMS: dict[Any, Any] = {
 }
 """What `_accumulate` makes of a sum with a product, and that product."""
 
-_NARROWING: set[Any] = {CURVATURE}
+_NARROWING: set[Any] = {chunked_cross_entropy.CURVATURE, attention_kernels.CURVATURE}
 """Operators of our own, which are told what to leave out.
 
 They take directions, named ``d_...``, of which None stands for zeros, and last of all which of
