@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -67,6 +67,14 @@ def causal_lm_loss(
     return _loss(model, head, batch, chunk_size)
 
 
+class _Given(NamedTuple):
+    """What the last layer was called with, and the parameters that it had then."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 def _model_and_head(module: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """Return the outermost module that knows its last layer, and that layer."""
     for part in module.modules():
@@ -88,31 +96,33 @@ def _model_and_head(module: nn.Module) -> tuple[nn.Module, nn.Linear]:
 def _loss(model: nn.Module, head: nn.Linear, batch: Mapping[str, Any], size: int | None) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels: Tensor = batch["labels"]
-    given: list[Tensor] = []
+    given: list[_Given] = []
     with _last_layer_passed_over(head, given):
         model(**inputs)
-    if len(given) != 1 or given[0].shape[:-1] != labels.shape:
-        shapes = [tuple(hidden.shape) for hidden in given]
+    if len(given) != 1 or given[0].hidden.shape[:-1] != labels.shape:
+        shapes = [tuple(hidden.shape) for hidden, _, _ in given]
         raise MeasurementError(
             f"causal_lm_loss: the last layer was called on {shapes} for labels of shape "
             f"{tuple(labels.shape)}; once, with a state for each label, was expected. {_OTHERWISE}"
         )
     # Each state predicts the token after it; the last one predicts none.
     following = F.pad(labels[..., 1:], (0, 1), value=_IGNORED)
+    hidden, weight, bias = given[0]
     return linear_cross_entropy(
-        given[0], head.weight, following, head.bias, ignore_index=_IGNORED, chunk_size=size
+        hidden, weight, following, bias, ignore_index=_IGNORED, chunk_size=size
     )
 
 
 @contextmanager
-def _last_layer_passed_over(head: nn.Linear, given: list[Tensor]) -> Iterator[None]:
+def _last_layer_passed_over(head: nn.Linear, given: list[_Given]) -> Iterator[None]:
     """Open a block in which the last layer notes what it is given, and computes nothing.
 
     It returns one number a token in the place of its logits.
     """
 
     def forward(hidden: Tensor) -> Tensor:
-        given.append(hidden)
+        # Here, and not later: where parameters are in shards, they are whole in this call alone.
+        given.append(_Given(hidden, head.weight, head.bias))
         return torch.full_like(hidden[..., :1], _LOGIT)
 
     before = vars(head).get("forward")
