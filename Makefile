@@ -12,7 +12,7 @@ TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 
-.PHONY: demo gallery sweep test test-slow test-suites test-oldest lint bench clean
+.PHONY: demo gallery sweep test test-slow test-llm test-suites test-oldest lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
@@ -30,6 +30,9 @@ test: .venv-test/.done lint  ## lint, type check, and all tests but the slow one
 
 test-slow: .venv-test/.done  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m slow
+
+test-llm: .venv-test-llm/.done  ## the tests with models of Hugging Face (4 minutes)
+	OMP_NUM_THREADS=1 .venv-test-llm/bin/python -m pytest tests/huggingface
 
 test-suites: .venv-test/.done  ## other people's test suites, and the table in docs/trust.md
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -v tests/suites

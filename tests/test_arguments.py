@@ -45,6 +45,7 @@ from lightning_hessian import (
 from lightning_hessian.cli.main import COMMANDS, main
 from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.histories.spectra import read_spectra
+from lightning_hessian.losses import linear_cross_entropy
 from lightning_hessian.measure.blocks import BlocksInstrument
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.gradients import GradientsInstrument
@@ -172,6 +173,10 @@ DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "theory.marchenko_pastur_edges": (theory.marchenko_pastur_edges, {"ratio": 0.5}),
     "theory.semicircle": (theory.semicircle, {"x": [1.0]}),
     "PowerLawMetric": (PowerLawMetric, {}),
+    "losses.linear_cross_entropy": (
+        linear_cross_entropy,
+        {"hidden": torch.zeros(2, 3), "weight": torch.zeros(4, 3), "targets": torch.tensor([0, 1])},
+    ),
     "follow": (follow, {"folder": RUN, "out": "page", "monitor": "val_loss", "once": True}),
     "read_spectra": (read_spectra, {"path": RUN}),
     "read_offline_run": (read_offline_run, {"path": RUN}),
@@ -280,6 +285,7 @@ GROUPS = {
         "Budget", "BasisStorage", "LossOptions", "PooledSLQ", "SpectrumInstrument",
         "BlocksInstrument", "LayersInstrument", "GradientsInstrument",
     },
+    "losses": {"losses.linear_cross_entropy"},
     "runs and reports": {
         "load_runs", "correlation_report", "write_report", "follow", "read_spectra",
         "read_offline_run",

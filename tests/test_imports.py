@@ -25,8 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The left tower makes a measurement.
     "solvers": GROUND,
     "isolation": GROUND,
+    "losses": GROUND,
     "probe": GROUND | {"isolation"},
-    "operators": GROUND | {"isolation", "probe"},
+    "operators": GROUND | {"isolation", "losses", "probe"},
     # The right tower reads it back.
     "tracking": GROUND | {"statistics"},
     "histories": {"results", "tracking"},
@@ -48,7 +49,8 @@ NUMPY_ONLY = LIGHTNING | {"torch", "torchmetrics", "wandb"}
 FORBIDDEN = {
     "statistics": NUMPY_ONLY,
     **dict.fromkeys(
-        ("results", "linear", "solvers", "operators", "measure", "reports"), LIGHTNING | {"wandb"}
+        ("results", "linear", "solvers", "losses", "operators", "measure", "reports"),
+        LIGHTNING | {"wandb"},
     ),
     # These know what a LightningModule is.
     "isolation": {"wandb"},

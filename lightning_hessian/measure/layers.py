@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -71,7 +71,7 @@ def layer_spectra(
         layers: A mapping from names (letters, digits, underscores) to globs, lists of globs,
             regexes or predicates, as `parameters` of `hessian_spectrum`; or ``"layer"`` for every
             module that has trainable parameters of its own, named as it is with underscores for
-            dots.
+            dots, numbers of one width, and, where names are deep, without what wrappers add.
         num_eigenvalues: K for each; as many as there are parameters, if they are fewer.
         protocol: As in `hessian_spectrum`.
         tol: As in `hessian_spectrum`.
@@ -230,6 +230,13 @@ def layer_groups(model: nn.Module, layers: Layers) -> dict[str, ParameterSelecti
     return groups
 
 
+_WRAPPERS = {"base_model", "model", "module", "transformer", "default", "_orig_mod"}
+"""Parts of the names of modules that say who wraps what, and nothing of the layer."""
+
+_DEEP = 4
+"""From so many parts on a name is too long for a panel."""
+
+
 def _by_module(model: nn.Module) -> dict[str, ParameterSelection]:
     """Return a group for each module with trainable parameters of its own."""
     members: dict[str, set[str]] = {}
@@ -237,15 +244,30 @@ def _by_module(model: nn.Module) -> dict[str, ParameterSelection]:
         name = full_name.replace("_orig_mod.", "")
         members.setdefault(name.rpartition(".")[0], set()).add(name)
     groups: dict[str, ParameterSelection] = {}
-    for module, names in members.items():
-        key = re.sub(r"[^A-Za-z0-9]+", "_", module) or "root"
+    for (module, names), short in zip(members.items(), _short(list(members)), strict=True):
+        key = re.sub(r"[^A-Za-z0-9]+", "_", short) or "root"
         if key in groups:
             raise ValueError(
-                f"layers='layer': two modules would both be called {key!r}. Name the layers "
-                "yourself: layers={'name': 'glob.*'}."
+                f"layers='layer': two modules would both be called {key!r} ({module!r} is one). "
+                "Name the layers yourself: layers={'name': 'glob.*'}."
             )
         groups[key] = _named(frozenset(names))
     return groups
+
+
+def _short(modules: Sequence[str]) -> list[str]:
+    """Return names without what all wrappers add, and with numbers that sort as they count.
+
+    ``base_model.model.model.layers.7.self_attn.q_proj`` becomes ``layers.07.self_attn.q_proj``
+    beside a ``layers.29``. Models that are not deep keep their names.
+    """
+    paths = [module.split(".") for module in modules]
+    if max(map(len, paths), default=0) >= _DEEP:
+        shorter = [[part for part in path if part not in _WRAPPERS] for path in paths]
+        if all(shorter) and len({tuple(path) for path in shorter}) == len(paths):
+            paths = shorter
+    width = max((len(part) for path in paths for part in path if part.isdigit()), default=1)
+    return [".".join(p.zfill(width) if p.isdigit() else p for p in path) for path in paths]
 
 
 def _named(names: frozenset[str]) -> Callable[[str, nn.Parameter], bool]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from lightning_hessian.isolation.attention import AttentionForm
 from lightning_hessian.probe.objective import Mode
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
@@ -27,6 +28,11 @@ class LossOptions:
             on, with the same random draws at every evaluation of a batch).
         batch_weight: ``batch_weight(batch) -> float``, what the mean loss of that batch is a mean
             over, for example its number of unmasked tokens; None to tell it from the batch.
+        attention: How `torch.nn.functional.scaled_dot_product_attention` is computed:
+            ``"plain"`` by torch's MATH kernel, which holds [length, length] numbers for each head
+            and derivative; ``"chunks"`` of queries, exact too, in memory that grows with the length
+            and a little more time; ``"auto"`` in chunks where the graph of the plain one would not
+            fit half of the memory that is free.
 
     Raises:
         ArgumentError: Another mode, or a weight that cannot be called.
@@ -34,10 +40,13 @@ class LossOptions:
 
     mode: Mode = "eval"
     batch_weight: Callable[[Any], float] | None = None
+    attention: AttentionForm = "auto"
 
     def __post_init__(self) -> None:
         weight = optional(function_of("batch", returns="float"))
-        check_fields(self, {"mode": one_of("eval", "train"), "batch_weight": weight})
+        forms = one_of("auto", "plain", "chunks")
+        modes = one_of("eval", "train")
+        check_fields(self, {"mode": modes, "batch_weight": weight, "attention": forms})
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,8 @@ def spectrum_protocol(name: str, value: Any) -> SpectrumProtocol:
 
 
 loss_options = instance_of(
-    LossOptions, "Give LossOptions(mode=..., batch_weight=...), or None.", LossOptions()
+    LossOptions,
+    "Give LossOptions(mode=..., batch_weight=..., attention=...), or None.",
+    LossOptions(),
 )
 """The rule of ``loss_options``."""

@@ -123,6 +123,7 @@ class Session:
             self.space,
             batch_weight=options.batch_weight,
             mode=options.mode,
+            attention=options.attention,
             seed=self.seed,
         )
         self._stack.enter_context(objective.isolated())

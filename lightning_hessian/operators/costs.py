@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from lightning_hessian.isolation import attention_kernels
+from lightning_hessian.losses import chunked_cross_entropy
 from lightning_hessian.operators.linearize.layout import CONVOLUTIONS, wants_channels_last
 
 aten = torch.ops.aten
@@ -49,6 +51,8 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
+    **attention_kernels.FLOPS,
+    **chunked_cross_entropy.FLOPS,
 }
 if _by_onednn := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
     _FLOPS[_by_onednn] = lambda first, *others, out_val: 2 * out_val.numel() * first.shape[-1]

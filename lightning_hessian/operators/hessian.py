@@ -36,6 +36,9 @@ from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError, TimeUpError
 
+CHUNKED_ATTENTION = "chunked_attention"
+"""What the name of an engine ends in where attention is computed in chunks: digits differ."""
+
 _MOST_SAVED = 0.5
 """The share of a product by a retained graph that a linearisation saves at most."""
 
@@ -72,7 +75,8 @@ class HessianOperator:
     Attributes:
         size: Order n.
         shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
-        engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept.
+        engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept;
+            it ends in ``"+chunked_attention"`` where attention is computed in chunks of queries.
         self_check_error: Largest relative difference between a product of this engine and of a
             recomputed graph on a batch that was checked (for finite differences, the difference
             between one product and two that add up to it).
@@ -248,6 +252,8 @@ class HessianOperator:
                 made[i] if i in made else self._made(engine, i) for i, engine in enumerate(engines)
             ]
             self.self_check_error = self._checks.check(self.products, engines, graphs)
+        if self.objective.attention.serves:
+            self.engine += f"+{CHUNKED_ATTENTION}"
 
     def _made(self, engine: str, index: int) -> Product:
         """Return the product of a batch by an engine."""

@@ -4,6 +4,7 @@ The rule, where no ``batch_weight`` is given:
 
 1. Batches that hold integer ``labels`` of which some are -100 (in any of the batches) weigh by
    the labels that are not, because Hugging Face's losses, like ``cross_entropy``, leave out -100.
+   So do batches whose sequences of labels differ in length, where the module says what it is.
    A causal language model predicts each token from those before it, so that the first label of
    each sequence does not count; a token classifier, a masked language model and an
    encoder-decoder use every label. Which of them it is, the module says: its class (or that of
@@ -51,6 +52,7 @@ class Sizes:
 
     Attributes:
         tokens: Labels that count; None where the batch holds no integer labels.
+        length: Labels of a sample that may count; None where they are no sequences.
         has_ignored: Whether some label is -100.
         firsts: First dimensions of all tensors that have one.
         seconds: Second dimensions of those that have one.
@@ -59,6 +61,7 @@ class Sizes:
     """
 
     tokens: int | None
+    length: int | None
     has_ignored: bool
     firsts: frozenset[int]
     seconds: frozenset[int]
@@ -89,15 +92,17 @@ def batch_weights(
         if not all(math.isfinite(w) and w >= 0 for w in given):
             raise ValueError(f"batch_weight gave {given}; weights must be >= 0, with a sum > 0.")
         return given
-    shifted = predicts_next(module)
-    own = [sizes_of(batch, shifted) for batch in batches]
+    said = _said(module)
+    own = [sizes_of(batch, bool(said)) for batch in batches]
     if ranks.world > 1:
         ranks.stay_together()
     parts = ranks.all_gather_object(own)
     # Batches are dealt out in turn; so they come back in the order in which they were given.
     longest = max(len(part) for part in parts)
     every = [part[i] for i in range(longest) for part in parts if i < len(part)]
-    weights, warning = _decided(every, _is_sequence_first(module))
+    lengths = {sizes.length for sizes in every}
+    by_tokens = said is not None and None not in lengths and len(lengths) > 1
+    weights, warning = _decided(every, _is_sequence_first(module), by_tokens)
     if warning is not None and ranks.rank == 0:
         warnings.warn(warning, stacklevel=2)
     return tuple(weights[i * ranks.world + ranks.rank] for i in range(len(own)))
@@ -109,13 +114,15 @@ def sizes_of(batch: Any, shifted: bool) -> Sizes:
     apply_to_collection(batch, Tensor, lambda t: shapes.append(tuple(t.shape)))
     shapes = [shape for shape in shapes if shape]
     labels = _labels(batch)
-    tokens, has_ignored = None, False
+    tokens, length, has_ignored = None, None, False
     if labels is not None:
         has_ignored = bool((labels == _IGNORED).any())
         counted = labels[..., 1:] if shifted and labels.ndim > 1 else labels
         tokens = int((counted != _IGNORED).sum())
+        length = counted.shape[1] if labels.ndim == 2 else None
     return Sizes(
         tokens,
+        length,
         has_ignored,
         frozenset(shape[0] for shape in shapes),
         frozenset(shape[1] for shape in shapes if len(shape) > 1),
@@ -136,11 +143,12 @@ def _labels(batch: Any) -> Tensor | None:
 
 def predicts_next(module: nn.Module) -> bool:
     """Return whether the loss leaves out the first label of each sequence (a causal model)."""
-    for part in module.modules():
-        said = _is_causal(part)
-        if said is not None:
-            return said
-    return False
+    return bool(_said(module))
+
+
+def _said(module: nn.Module) -> bool | None:
+    """Return what the outermost part that says something says, None where none does."""
+    return next((said for part in module.modules() if (said := _is_causal(part)) is not None), None)
 
 
 def _is_causal(part: nn.Module) -> bool | None:
@@ -173,9 +181,11 @@ def _is_sequence_first(module: nn.Module) -> bool:
     return any(isinstance(m, kinds) and m.batch_first is False for m in module.modules())
 
 
-def _decided(every: Sequence[Sizes], sequence_first: bool) -> tuple[list[float], str | None]:
+def _decided(
+    every: Sequence[Sizes], sequence_first: bool, by_tokens: bool
+) -> tuple[list[float], str | None]:
     """Return the weights of all batches, and what to warn of."""
-    if any(sizes.has_ignored for sizes in every):
+    if by_tokens or any(sizes.has_ignored for sizes in every):
         missing = [i for i, sizes in enumerate(every) if sizes.tokens is None]
         if missing and len(every) > 1:
             raise ValueError(

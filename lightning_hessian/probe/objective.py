@@ -14,10 +14,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_hessian.isolation.attention import AttentionForm, AttentionMode
 from lightning_hessian.isolation.context import isolated, muted
 from lightning_hessian.isolation.held import ModuleState, kept, untouched
 from lightning_hessian.isolation.recomputation import recomputing
 from lightning_hessian.isolation.snapshot import Snapshot
+from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.ranks import ALONE, Ranks
 from lightning_hessian.linear.rng import seed_everything
 from lightning_hessian.probe.batch_weight import batch_weights
@@ -47,6 +49,8 @@ class Objective:
         batch_weight: ``batch_weight(batch) -> float``, what the mean loss of that batch is a mean
             over, for example its number of unmasked tokens.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
+        attention: Whether attention is computed in chunks of queries; ``"auto"`` for where the
+            graph of the plain one would not fit half of the memory that is free.
         seed: Of the draws of random layers.
         ranks: Who evaluates: all batches are given on every rank, and each holds every
             ``ranks.world``-th of them; the mean is over the samples of all.
@@ -56,6 +60,7 @@ class Objective:
         weights: Their shares in the mean.
         num_samples: Sum of the weights of all batches.
         is_late: Whether the time is up, so that no batch is evaluated any more; never, as a rule.
+        attention: Which form of attention is in use.
 
     Raises:
         ValueError: No batches, or weights that cannot be told from the batches.
@@ -70,6 +75,7 @@ class Objective:
         *,
         batch_weight: Callable[[Any], float] | None = None,
         mode: Mode = "eval",
+        attention: AttentionForm = "auto",
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -89,6 +95,8 @@ class Objective:
         self._call = _LossModule(module, resolve_loss(module, loss_fn))
         self._training = mode == "train"
         self._seed = seed
+        budget = free_bytes(space.device) / 2 if attention == "auto" else math.inf
+        self.attention = AttentionMode(attention, budget, len(self.batches))
         self._upcast = any(is_half(t) for t in (*module.parameters(), *module.buffers()))
         self._broadcast_buffers: dict[str, Tensor] = {}
         if ranks.world > 1:  # running statistics may differ: all evaluate with the first rank's
@@ -103,7 +111,7 @@ class Objective:
 
         Afterwards all that the module holds is as before, whoever wrote to it.
         """
-        with isolated(self._module, training=self._training):
+        with isolated(self._module, training=self._training), self.attention:
             before, self._snapshot = self._snapshot, Snapshot(self._module)
             try:
                 yield
@@ -168,7 +176,9 @@ class Objective:
         if self._writes or self._snapshot is None:
             state = {name: tensor.clone() for name, tensor in state.items()}
         wanted = [tensor for tensor in parameters if tensor.requires_grad]
+        self.attention.begin(index)
         loss = self._called(state, parameters, call)
+        self.attention.end()
         for tensor in wanted:  # a module may have frozen it for a while, as GANs do
             if not tensor.requires_grad:
                 tensor.requires_grad_()
@@ -272,6 +282,7 @@ class Objective:
 
 def checked_loss(loss: Any, index: int) -> Tensor:
     """Return a loss as a scalar, or raise a MeasurementError where it is none."""
+    loss = loss_of(loss)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise MeasurementError(
@@ -279,6 +290,15 @@ def checked_loss(loss: Any, index: int) -> Tensor:
             "Return the mean loss of the batch."
         )
     return loss.reshape(())
+
+
+def loss_of(output: Any) -> Any:
+    """Return the loss in what a model or a step returned: a mapping, a `ModelOutput`, or itself."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return output.get("loss", output)
+    return getattr(output, "loss", output)
 
 
 class _LossModule(nn.Module):
@@ -302,7 +322,8 @@ def resolve_loss(
     Args:
         module: For ``loss_fn=None``, a module with ``hessian_loss(batch)``, or a LightningModule
             whose ``training_step`` returns the mean loss of the batch (a tensor, or a mapping with
-            the key ``"loss"``).
+            the key ``"loss"``), or a model of Hugging Face, whose ``forward`` takes ``labels`` and
+            whose output holds the loss.
         loss_fn: ``loss_fn(module, batch) -> mean loss``.
 
     Raises:
@@ -315,6 +336,8 @@ def resolve_loss(
     if callable(getattr(module, "hessian_loss", None)):
         return lambda module, batch, index: module.hessian_loss(batch)
     if not callable(getattr(module, "training_step", None)):
+        if "labels" in inspect.signature(module.forward).parameters:
+            return lambda module, batch, index: _own_loss(module, batch)
         raise ValueError(
             f"{type(module).__name__} has neither `hessian_loss` nor `training_step`; "
             "give loss_fn(module, batch) -> mean loss."
@@ -335,10 +358,24 @@ def resolve_loss(
     return lambda module, batch, index: _training_loss(module, batch, (index, 0)[:num_extra])
 
 
+def _own_loss(module: nn.Module, batch: Any) -> Tensor:
+    """Return the loss that a model of Hugging Face computes where it is given labels."""
+    if not isinstance(batch, Mapping):
+        raise MeasurementError(
+            f"A probe batch is {type(batch).__name__}; {type(module).__name__} takes its arguments "
+            "by name. Give batches that are mappings, or loss_fn(module, batch)."
+        )
+    loss = loss_of(module(**batch))
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise MeasurementError(
+            f"{type(module).__name__} returned no loss for a batch with {sorted(batch)}. Give it "
+            "'labels' (-100 for tokens that do not count), or give loss_fn(module, batch)."
+        )
+    return loss
+
+
 def _training_loss(module: Any, batch: Any, extra: tuple[int, ...]) -> Tensor:
-    output = module.training_step(batch, *extra)
-    if isinstance(output, Mapping):
-        output = output.get("loss")
+    output = loss_of(module.training_step(batch, *extra))
     if not isinstance(output, Tensor):
         raise MeasurementError(
             f"`training_step` returned no loss for a probe batch (got {type(output).__name__}). "

@@ -76,6 +76,9 @@ ALLOWED: dict[str, dict[str, str]] = {
     "out": {"'x'": NAME},
     "k": {"10**12": BOUND},
     "num_values": {"[]": "an empty grid"},
+    "chunk_size": {"10**12": "no more than there are tokens"},
+    "label_smoothing": {"0": "the default"},
+    "ignore_index": {"-1": REAL, "0": REAL, "10**12": REAL},
 }
 """By argument: nonsense that is none, and why. None is fine where it is the default, True and
 False where the default is one of them."""

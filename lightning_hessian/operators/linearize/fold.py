@@ -7,12 +7,15 @@ applies follows from the graph alone, so that the same loss always gives the sam
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from lightning_hessian.isolation import attention_kernels
+from lightning_hessian.losses import chunked_cross_entropy
 from lightning_hessian.operators.linearize.graph import BY_RULE, LinearGraph, graph_module
 from lightning_hessian.operators.linearize.onednn import (
     matrix_product,
@@ -58,6 +61,7 @@ _FRESH = {
 _WRITING = {*_PRODUCTS.values(), *_POINTWISE.values(), aten.addcmul_.default}
 _VIEWS = {
     aten._unsafe_view.default,
+    aten.select.int,
     aten.t.default,
     aten.transpose.int,
     aten.unsqueeze.default,
@@ -80,6 +84,12 @@ _SUMS: dict[Any, Any] = {
 }
 """What `_accumulate` makes of a sum with a product, and that product."""
 
+_NARROWING: set[Any] = {chunked_cross_entropy.CURVATURE, attention_kernels.CURVATURE}
+"""Operators of our own, which are told what to leave out.
+
+They take directions, named ``d_...``, of which None stands for zeros, and last of all which of
+their results are wanted. Each result lies in memory of its own."""
+
 _APART = {target: plain for plain, target in _POINTWISE.items()} | {matrix_product: aten.mm.default}
 """What `_overwrite` or oneDNN makes of an operation, and that operation."""
 
@@ -91,7 +101,13 @@ def fold(graph: LinearGraph, *, onednn: bool = False) -> fx.GraphModule:
         graph: Linear in its inputs; it is changed.
         onednn: Whether products of matrices in float32 are oneDNN's.
     """
-    rules = (_drop_zero, _accumulate, _overwrite, *((multiply_by_onednn,) if onednn else ()))
+    rules = (
+        _drop_zero,
+        _narrow,
+        _accumulate,
+        _overwrite,
+        *((multiply_by_onednn,) if onednn else ()),
+    )
     with torch.no_grad():
         for rule in rules:
             for node in graph.operations:
@@ -172,6 +188,8 @@ def _is_spare(node: Any) -> bool:
         return False
     if node.target in _VIEWS or node.target in _WRITING:
         return _is_spare(node.args[0])
+    if node.target is operator.getitem:
+        return node.args[0].target in _NARROWING  # type: ignore[union-attr]
     return node.target in _FRESH
 
 
@@ -190,6 +208,23 @@ def _drop_zero(graph: LinearGraph, node: fx.Node) -> None:
         left = second
     if left is not None and graph.alike(node, left):
         node.replace_all_uses_with(left)
+
+
+def _narrow(graph: LinearGraph, node: fx.Node) -> None:
+    """Tell an operator which of its directions are zero, and which of its results nobody reads."""
+    if node.target not in _NARROWING:
+        return
+    given: Any = node.args[:-1]
+    wanted: Any = node.args[-1]
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    read = {user.args[1] for user in node.users}
+    node.args = (
+        *(
+            None if name.startswith("d_") and graph.is_zero(value) else value
+            for name, value in zip(names, given, strict=False)
+        ),
+        [want and place in read for place, want in enumerate(wanted)],
+    )
 
 
 def _accumulate(graph: LinearGraph, node: fx.Node) -> None:

@@ -51,8 +51,8 @@ def trace(
             it reads.
 
     Raises:
-        RuntimeError: It turns a tensor into a number, on which the graph would then depend, or it
-            draws from a random generator of its own.
+        RuntimeError: It turns a tensor that depends on the inputs, or on a draw, into a number, on
+            which the graph would then depend, or it draws from a random generator of its own.
     """
     moves_channels = True
     copies_inputs = False
@@ -188,6 +188,8 @@ class _Recorder(TorchDispatchMode):
         if composed is not NotImplemented:
             return composed
         if torch.Tag.data_dependent_output in func.tags:
+            if not self._vary(args, kwargs):
+                return func(*args, **kwargs)  # of constants: the same in every call
             raise RuntimeError(f"{func} turns a tensor into a number; it cannot be traced.")
         if self._moves_channels:
             args = self._laid_out(func, args)

@@ -6,6 +6,7 @@ import linecache
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -149,6 +150,35 @@ def test_a_number_that_depends_on_a_tensor_is_refused():
         trace(lambda x: [x * float(x.sum())], [A])
     with pytest.raises(RuntimeError, match="turns a tensor into a number"):
         trace(lambda x: [x if torch.equal(x, A) else A], [A])
+
+
+def test_a_draw_is_no_constant():
+    with pytest.raises(RuntimeError, match="turns a tensor into a number"):
+        trace(lambda x: [x * float(torch.rand(3).sum())], [A])
+
+
+def test_a_constant_that_was_written_to_is_none_any_more():
+    def writes(x: Tensor) -> list[Tensor]:
+        kept = torch.zeros(4, 4, dtype=x.dtype)
+        kept[0].copy_(x[1])
+        return [x * float(kept[2].sum())]  # another view of the same memory
+
+    with pytest.raises(RuntimeError, match="turns a tensor into a number"):
+        trace(writes, [A])
+
+
+def test_a_number_that_follows_from_constants_is_one():
+    """As where a model asks whether a mask is full, or notes its loss."""
+    mask = torch.ones(4, dtype=torch.bool)
+
+    def function(x: Tensor) -> list[Tensor]:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(A, x)
+            scale = float(dual.exp().sum().detach()) if bool(mask.all()) else 0.0
+            return [forward_ad.unpack_dual(dual * scale).tangent]
+
+    traced = trace(function, [torch.zeros_like(A)]).module()
+    torch.testing.assert_close(traced(A)[0], A * A.exp().sum())
 
 
 def test_tensors_from_outside_are_held_not_copied():
