@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +25,14 @@ from lightning_hessian.linear.memory import (
     short_of_memory,
 )
 from lightning_hessian.linear.operator import check_finite
+from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.data_parallel import DataParallelHessian
 from lightning_hessian.operators.engines import Product, derivatives, retained_bytes
 from lightning_hessian.operators.hessian import HessianView, summed
 from lightning_hessian.operators.loss_graph import read_graphs
 from lightning_hessian.operators.loss_split import Split, split_loss
+from lightning_hessian.operators.sharded import OverShards
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.sharding.objective import ShardedObjective
 from lightning_hessian.results import MeasurementError
@@ -59,7 +63,7 @@ class GaussNewtonOperator:
 
     Attributes:
         size: Order n.
-        shard: Which entries of a vector this rank holds: all.
+        shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
         matrix: ``"gauss_newton"``.
         engine: The engine in use, ``"autograd+recompute"`` where some graphs are kept.
         self_check_error: Asymmetry that was found, relative.
@@ -98,10 +102,13 @@ class GaussNewtonOperator:
         self._marked = marked
         self._bytes: int | None = None
         self._batched = BatchedProducts(objective.space, self._product_bytes)
-        coarsest = [torch.finfo(graph.coarsest).eps for graph in read_graphs(objective)]
+        coarsest = {graph.coarsest for graph in read_graphs(objective)}
+        halves_first = (torch.bfloat16, torch.float16, torch.float32)
+        found = [dtype for dtype in halves_first if objective.anywhere(dtype in coarsest)]
         with self._explained():
             self.products = self._made(engine, memory_budget)
-            self.self_check_error = self._check_symmetry(max(coarsest))
+            precision = found[0] if found else torch.float64
+            self.self_check_error = self._check_symmetry(torch.finfo(precision).eps)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return G v for a vector [n_local], a new tensor [n_local]."""
@@ -121,7 +128,7 @@ class GaussNewtonOperator:
         self.count(len(vectors))
         return total
 
-    def restricted(self, names: Sequence[str]) -> HessianView:
+    def restricted(self, names: Sequence[str]) -> Any:
         """Return the diagonal block of the named tensors, as a view that shares all graphs."""
         return HessianView(self, names)
 
@@ -135,21 +142,29 @@ class GaussNewtonOperator:
         return summed(self.products, self.objective.weights, self.objective.space, vector)
 
     def _made(self, engine: str, memory_budget: float | None) -> list[Product]:
-        """Return the products of the batches: by graphs that are kept, as many as fit."""
+        """Return the products of the batches; where memory is short after all, none is kept."""
+        try:
+            return self._keeping(engine, memory_budget)
+        except OutOfMemoryError:
+            if engine != "auto":
+                raise
+        return self._keeping("recompute", None)
+
+    def _keeping(self, engine: str, memory_budget: float | None) -> list[Product]:
+        """Return the products of the batches, with as many graphs kept as the engine says."""
         batches = range(len(self.objective.batches))
-        fitting = len(batches) if engine == "autograd" else 0
-        if engine == "auto":
+        fitting = {"autograd": len(batches), "recompute": 0}.get(engine)
+        if fitting is None:
             budget = free_bytes(self.device) / 2 if memory_budget is None else memory_budget
-            try:
-                fitting = min(len(batches), int(budget // max(1, self._product_bytes())))
-                kept: list[Product] = [self._graph(index) for index in batches[:fitting]]
-            except OutOfMemoryError:
-                fitting, kept = 0, []
-        else:
-            kept = [self._graph(index) for index in batches[:fitting]]
+            fitting = min(len(batches), self._fitting(budget))
         names = ["autograd"] * fitting + ["recompute"] * (len(batches) - fitting)
         self.engine = "+".join(dict.fromkeys(names))
+        kept: list[Product] = [self._graph(index) for index in batches[:fitting]]
         return kept + [self._recomputed(index) for index in batches[fitting:]]
+
+    def _fitting(self, budget: float) -> int:
+        """Return how many graphs fit so many bytes."""
+        return int(budget // max(1, self._product_bytes()))
 
     def _graph(self, index: int) -> _Retained:
         return _retained(self.objective, index, marked=self._marked)
@@ -170,13 +185,13 @@ class GaussNewtonOperator:
         (`weight_norm`'s double backward, a custom function that autograd does not see into) makes
         them those of different matrices.
         """
-        space = self.objective.space
+        space, shard = self.objective.space, self.shard
         drawn = torch.randn(2, self.size, generator=torch.Generator().manual_seed(0))
-        first, second = drawn.to(space.device, space.dtype)
+        first, second = shard.take(drawn).to(space.device, space.dtype)
         with_first, with_second = self._applied(first), self._applied(second)
         check_finite(with_second, what="A product with the Gauss-Newton matrix")
-        scale = max(float(with_first.norm()), float(with_second.norm()))
-        difference = _dot(first, with_second) - _dot(second, with_first)
+        scale = max(_norm(shard, with_first), _norm(shard, with_second))
+        difference = _dot(shard, first, with_second) - _dot(shard, second, with_first)
         asymmetry = abs(difference) / scale if scale > 0 else 0.0
         if asymmetry <= eps**0.5:
             return asymmetry
@@ -190,7 +205,7 @@ class GaussNewtonOperator:
         for index, weight in enumerate(self.objective.weights):
             product = _retained(self.objective, index, marked=self._marked, at=tuple(moved))
             again.add_(space.flatten(product(tangents)), alpha=weight)
-        if asymmetry <= _ROUNDING * float((again - with_second).norm()) / scale:
+        if asymmetry <= _ROUNDING * _norm(shard, again - with_second) / scale:
             return asymmetry
         raise MeasurementError(
             f"Products with the Gauss-Newton matrix are not symmetric (by {asymmetry:.1e}, "
@@ -217,27 +232,49 @@ class GaussNewtonOperator:
             ) from error
 
 
+class ShardedGaussNewton(OverShards, GaussNewtonOperator):
+    """The Gauss-Newton matrix of a `ShardedObjective`, on vectors sharded as the parameters are.
+
+    J^T w and what differentiates it go through the all-gather of each unit's shards, so J v sees
+    the parts of v of all ranks, and J^T sums over their batches. Arguments as of
+    `GaussNewtonOperator`.
+    """
+
+    objective: ShardedObjective
+
+    def __init__(
+        self, objective: ShardedObjective, engine: str = "auto", *, marked: bool = False
+    ) -> None:
+        budget = free_bytes(objective.space.device) / 2 / objective.ranks.neighbours
+        with objective.ranks.together():
+            super().__init__(objective, engine, marked=marked, memory_budget=budget)
+
+    def _made(self, engine: str, memory_budget: float | None) -> list[Product]:
+        """Return the products of the batches: the same kind on all ranks."""
+        return self._keeping(engine, memory_budget)
+
+    def _fitting(self, budget: float) -> int:
+        """Return how many graphs fit on the rank with the least memory."""
+        with self.objective.counting() as kept:
+            self._graph(0)
+        self.objective.ranks.stay_together()
+        return int(self.objective.ranks.all_reduce_min(budget // max(1, sum(kept.values()))))
+
+
 def gauss_newton_operator(
     objective: Objective, engine: str = "auto", *, marked: bool = False
 ) -> GaussNewtonOperator | DataParallelHessian:
-    """Return the Gauss-Newton matrix of an objective, for however many ranks evaluate it.
+    """Return the Gauss-Newton matrix of an objective, for however many ranks evaluate or hold it.
 
     Raises:
-        MeasurementError: The parameters are sharded, or the loss cannot be split.
+        ValueError: Another engine than ``"auto"`` or one of `ENGINES`.
+        MeasurementError: The loss cannot be split or differentiated; says why.
     """
     if isinstance(objective, ShardedObjective):
-        raise MeasurementError(
-            "matrix='gauss_newton' does not work on sharded parameters (FSDP, tensor parallelism). "
-            "Measure a checkpoint in one process (`lightning-hessian measure --matrix "
-            "gauss_newton`), train by DDP, or give matrix='hessian'."
-        )
+        return ShardedGaussNewton(objective, engine, marked=marked)
     if objective.ranks.world == 1:
         return GaussNewtonOperator(objective, engine, marked=marked)
-
-    def of_a_rank(objective: Objective, engine: str, **options: object) -> GaussNewtonOperator:
-        return GaussNewtonOperator(objective, engine, marked=marked, **options)  # type: ignore[arg-type]
-
-    return DataParallelHessian(objective, engine, local=of_a_rank)
+    return DataParallelHessian(objective, engine, local=partial(GaussNewtonOperator, marked=marked))
 
 
 class _Retained:
@@ -307,7 +344,13 @@ class _Recomputed:
         return lambda tangents: self.anew().restricted(which, point)(tangents)
 
 
-def _dot(first: Tensor, second: Tensor) -> float:
+def _dot(shard: Shard, first: Tensor, second: Tensor) -> float:
     """Return the scalar product, summed in float64: its rounding would pass for asymmetry."""
     precise = torch.float32 if first.device.type == "mps" else torch.float64
-    return float(first.to(precise) @ second.to(precise))
+    shard.ranks.stay_together()
+    return float(shard.ranks.all_reduce(first.to(precise) @ second.to(precise)))
+
+
+def _norm(shard: Shard, vector: Tensor) -> float:
+    shard.ranks.stay_together()
+    return float(shard.norm(vector))
