@@ -26,7 +26,7 @@ ENGINES = {
     "shared batches": ("linearize", "autograd", "recompute", "finite_difference"),
     "sharded parameters": ("autograd", "recompute", "finite_difference"),
 }
-GAUSS_NEWTON_ENGINES = ("auto", "autograd", "recompute")
+GAUSS_NEWTON_ENGINES = ("auto", "recompute")
 VIEWS = {
     "late": ["head.weight", "head.bias"],
     "spread": ["first.weight", "head.bias"],
