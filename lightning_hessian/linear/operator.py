@@ -100,7 +100,7 @@ class RestrictedOperator:
         self.size = len(coordinates)
         self.dtype, self.device = operator.dtype, operator.device
         self.engine = getattr(operator, "engine", "")
-        self.matrix = getattr(operator, "matrix", "hessian")
+        self.matrix_kind = getattr(operator, "matrix_kind", "hessian")
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return the product with a vector [m_local], a new tensor [m_local]."""
@@ -119,7 +119,7 @@ class DifferenceOperator:
     Args:
         first: An operator.
         second: What is taken from it, on the same vectors.
-        matrix: What it is called in records.
+        matrix_kind: What it is called in records.
 
     Example:
         >>> two, one = (MatrixOperator(k * torch.eye(2)) for k in (2.0, 1.0))
@@ -128,11 +128,11 @@ class DifferenceOperator:
     """
 
     def __init__(
-        self, first: SymmetricOperator, second: SymmetricOperator, matrix: str = "residual"
+        self, first: SymmetricOperator, second: SymmetricOperator, matrix_kind: str = "residual"
     ) -> None:
         if first.size != second.size:
             raise ValueError(f"The orders of the operators differ: {first.size}, {second.size}.")
-        self.first, self.second, self.matrix = first, second, matrix
+        self.first, self.second, self.matrix_kind = first, second, matrix_kind
         self.size, self.shard = first.size, first.shard
         self.dtype, self.device = first.dtype, first.device
         engines = (str(getattr(one, "engine", "")) for one in (first, second))

@@ -36,7 +36,7 @@ class DataParallelHessian:
 
     Attributes:
         shard: Which entries of a vector this rank holds.
-        matrix: ``"hessian"``, or what ``local`` makes.
+        matrix_kind: ``"hessian"``, or what ``local`` makes.
         engine: The engines in use, joined by ``+`` where ranks differ.
         self_check_error: The largest of the ranks'.
         num_products: Products taken so far.
@@ -73,11 +73,11 @@ class DataParallelHessian:
                     untraceable=untraceable,
                 )
         own = self._local
-        mine = (own.engine, own.self_check_error, own.matrix) if own else None
+        mine = (own.engine, own.self_check_error, own.matrix_kind) if own else None
         found = [made for made in ranks.all_gather_object(mine) if made is not None]
         self.engine = "+".join(dict.fromkeys(name for name, *_ in found))
         self.self_check_error = max(error for _, error, _ in found)
-        self.matrix = found[0][2]
+        self.matrix_kind = found[0][2]
 
     def _lie_over(self, space: ParameterSpace, ranks: Ranks) -> None:
         """Lay vectors out over the parameters of a space, in even shards."""

@@ -64,7 +64,7 @@ class GaussNewtonOperator:
     Attributes:
         size: Order n.
         shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
-        matrix: ``"gauss_newton"``.
+        matrix_kind: ``"gauss_newton"``.
         engine: The engine in use, ``"autograd+recompute"`` where some graphs are kept.
         self_check_error: Asymmetry that was found, relative.
         products: By batch.
@@ -76,7 +76,7 @@ class GaussNewtonOperator:
         MeasurementError: The loss cannot be split or differentiated; says why.
     """
 
-    matrix = "gauss_newton"
+    matrix_kind = "gauss_newton"
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class HessianOperator:
     Attributes:
         size: Order n.
         shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
-        matrix: ``"hessian"``.
+        matrix_kind: ``"hessian"``.
         engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept.
         self_check_error: Largest relative difference between a product of this engine and of a
             recomputed graph on a batch that was checked (for finite differences, the difference
@@ -86,7 +86,7 @@ class HessianOperator:
         MeasurementError: The loss cannot be differentiated twice by this engine; says why.
     """
 
-    matrix = "hessian"
+    matrix_kind = "hessian"
 
     def __init__(
         self,
@@ -280,7 +280,7 @@ class HessianOperator:
 class Whole(Protocol):
     """What a view needs of the operator that it is a block of."""
 
-    matrix: str
+    matrix_kind: str
     objective: Objective
     engine: str
     products: list[Product]
@@ -306,7 +306,7 @@ class HessianView:
         size: Order of the block.
         shard: Which entries of a vector this rank holds: all.
         engine: That of the whole.
-        matrix: That of the whole.
+        matrix_kind: That of the whole.
     """
 
     def __init__(self, whole: Whole, names: Sequence[str]) -> None:
@@ -315,7 +315,7 @@ class HessianView:
         self.space = objective.space.subspace(names)
         self.size, self.dtype, self.device = self.space.size, self.space.dtype, self.space.device
         self.shard = self.space.shard(objective.ranks)
-        self.engine, self.matrix = whole.engine, whole.matrix
+        self.engine, self.matrix_kind = whole.engine, whole.matrix_kind
         which, point = objective.space.places(names), objective.point()
         self._products = [_restricted(product, which, point) for product in whole.products]
 

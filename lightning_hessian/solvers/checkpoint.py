@@ -52,7 +52,7 @@ def identity(run: ThickRestart) -> dict[str, Any]:
         "seed": run.seed,
         "basis_dtype": run.storage.dtype,
         "engine": _digits_of(getattr(run.operator, "engine", "exact")),
-        "matrix": getattr(run.operator, "matrix", "hessian"),
+        "matrix": getattr(run.operator, "matrix_kind", "hessian"),
     }
 
 

@@ -113,12 +113,12 @@ def test_the_residual_is_the_hessian_minus_the_gauss_newton_matrix(given, engine
     tolerance = 1e-5 if engine == "finite_difference" else 1e-10
     with Session(given.module, given.loss_fn, given.batches, hvp=engine) as session:
         residual = session.operator(matrix="residual")
-        assert residual.matrix == "residual"
+        assert residual.matrix_kind == "residual"
         assert apart(as_matrix(residual), expected) < tolerance
         last = session.operator(["2.bias"], matrix="residual")
         # The network is linear in its last layer: nothing of the Hessian is missing there.
         assert as_matrix(last).norm() < tolerance * hessian.norm()
-        assert session.operator().matrix == "hessian"
+        assert session.operator().matrix_kind == "hessian"
         assert session.operator() is session.operator(matrix="hessian")
         with pytest.raises(ValueError, match="matrix='fisher'"):
             session.operator(matrix="fisher")

@@ -111,7 +111,7 @@ def test_views_are_blocks_of_the_dense_matrix(engine):
     chosen = torch.tensor([owner in names for owner in owners])
     with gauss_newton(module, given.loss_fn, batches, engine) as operator:
         view = operator.restricted(names)
-        assert view.matrix == "gauss_newton"
+        assert view.matrix_kind == "gauss_newton"
         assert apart(as_matrix(view), expected[chosen][:, chosen]) < 1e-10
         assert operator.num_products == int(chosen.sum())
 
