@@ -48,8 +48,8 @@ class GaussNewtonOperator:
     """The Gauss-Newton matrix of an `Objective`, as a symmetric operator.
 
     It is positive semi-definite where the loss is a convex function of the outputs. Products must
-    be taken inside ``objective.isolated()``. A product costs two to three gradients
-    (``autograd``), or about five (``recompute``). Symmetry, u.Gv = v.Gu, is checked when it is
+    be taken inside ``objective.isolated()``. A product costs one to two gradients
+    (``autograd``), or two to four (``recompute``). Symmetry, u.Gv = v.Gu, is checked when it is
     made, by two products.
 
     Args:
