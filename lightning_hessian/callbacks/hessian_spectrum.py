@@ -42,7 +42,8 @@ class HessianSpectrumCallback(MeasurementCallback):
     ``power_law``, ``p_value``, ``beta_hat``, ``beta_sigma``, ``s_hat``, ``lambda_1``,
     ``lambda_min`` (if found), ``trace``, ``trace_std_error``, ``eigengap_d_ks``,
     ``eigengap_s_hat``, ``num_eigenvalues``, ``num_converged``, ``num_fitted``, ``num_hvps``,
-    ``seconds``, ``gauss_newton`` (1, where that is the matrix), ``loss`` (the mean loss on the probe), ``gap`` (with the correlations, since the
+    ``seconds``, ``gauss_newton`` (1, where that is the matrix),
+    ``loss`` (the mean loss on the probe), ``gap`` (with the correlations, since the
     validation loss is known only then), and of the blocks ``block_off_diagonal_ratio``,
     ``block_off_diagonal_ratio_std_error``, ``block_off_diagonal_share``,
     ``block_heterogeneity``, where two layers are cut ``block_share_ww``, ``block_share_wv``,

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from lightning_hessian.operators.gauss_newton import ENGINES
-from lightning_hessian.operators.loss_split import marked_loss
+from lightning_hessian.probe.loss_split import marked_loss
 from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (

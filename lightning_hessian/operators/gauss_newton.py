@@ -28,11 +28,11 @@ from lightning_hessian.linear.operator import check_finite
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.data_parallel import DataParallelHessian
-from lightning_hessian.operators.engines import Product, derivatives, retained_bytes
+from lightning_hessian.operators.engines import Product, derivatives, gradients_by, retained_bytes
 from lightning_hessian.operators.hessian import HessianView, summed
 from lightning_hessian.operators.loss_graph import read_graphs
-from lightning_hessian.operators.loss_split import Split, split_loss
 from lightning_hessian.operators.sharded import OverShards
+from lightning_hessian.probe.loss_split import Split, split_loss
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.sharding.objective import ShardedObjective
 from lightning_hessian.results import MeasurementError
@@ -285,11 +285,25 @@ class _Retained:
     """
 
     def __init__(self, split: Split, leaves: tuple[Tensor, ...]) -> None:
-        self._split, self._leaves = split, leaves
-        self._probes = [torch.zeros_like(z, requires_grad=True) for z in split.outputs]
-        self._pulled: list[Tensor] = []
-        if split.outputs:
-            self._pulled = derivatives(split.outputs, leaves, self._probes, create_graph=True)
+        self._leaves = leaves
+        self._outputs: list[Tensor] = []
+        self._cut: list[Tensor] = []
+        self._slopes: list[Tensor] = []  # the gradient of the loss by its inputs
+        self._pulled: list[Tensor] = []  # J^T of the probes
+        if split.loss.requires_grad:
+            self._sort(split)
+        self._probes = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
+        if self._outputs:
+            self._pulled = derivatives(self._outputs, leaves, self._probes, create_graph=True)
+
+    def _sort(self, split: Split) -> None:
+        """Keep what the loss depends on: a term that is computed to be logged has no slope."""
+        slopes = gradients_by([split.loss], split.cut, create_graph=True)
+        for output, leaf, slope in zip(split.outputs, split.cut, slopes, strict=True):
+            if slope is not None:
+                self._outputs.append(output)
+                self._cut.append(leaf)
+                self._slopes.append(slope)
 
     def __call__(self, tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
         return self._product(tangents, range(len(self._leaves)))
@@ -304,8 +318,8 @@ class _Retained:
         if not self._pulled:
             return zeros
         moved = _along([self._pulled[i] for i in which], self._probes, tangents)
-        curved = _along(self._split.slopes, self._split.cut, moved)
-        return derivatives(self._split.outputs, leaves, curved, retain_graph=True)
+        curved = _along(self._slopes, self._cut, moved)
+        return derivatives(self._outputs, leaves, curved, retain_graph=True)
 
 
 def _along(

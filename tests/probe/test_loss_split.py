@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hessian.operators.gauss_newton import GaussNewtonOperator
-from lightning_hessian.operators.loss_split import marked_loss
+from lightning_hessian.probe.loss_split import marked_loss
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError

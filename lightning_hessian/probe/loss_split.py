@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 from torch.utils._pytree import tree_map
 
-from lightning_hessian.operators.engines import gradients_by
 from lightning_hessian.probe.objective import LossFunction, Objective
 from lightning_hessian.results import MeasurementError
 
@@ -48,12 +47,12 @@ class Split:
     Attributes:
         outputs: What the network gives to the loss, with their graph to the parameters.
         cut: Leaves of the same values, which the loss is a function of.
-        slopes: The gradient of the loss by these, with its graph.
+        loss: A function of these alone.
     """
 
     outputs: tuple[Tensor, ...]
     cut: tuple[Tensor, ...]
-    slopes: tuple[Tensor, ...]
+    loss: Tensor
 
 
 def split_loss(
@@ -72,19 +71,9 @@ def split_loss(
     """
     with _Cuts(marked) as cuts:
         loss = objective.batch_loss(leaves, index)
-    if not loss.requires_grad:  # this batch uses none of the parameters
-        return Split((), (), ())
     if depends_on(loss, leaves):
         raise MeasurementError(_unsplit(marked, bool(cuts.leaves)))
-    slopes = gradients_by([loss], cuts.leaves, create_graph=True)
-    # A term that the loss does not contain (computed to be logged) has no slope.
-    found = [
-        (output, leaf, slope)
-        for output, leaf, slope in zip(cuts.outputs, cuts.leaves, slopes, strict=True)
-        if slope is not None
-    ]
-    outputs, cut, kept = zip(*found, strict=True) if found else ((), (), ())
-    return Split(outputs, cut, kept)
+    return Split(tuple(cuts.outputs), tuple(cuts.leaves), loss)
 
 
 def _unsplit(marked: bool, some: bool) -> str:
