@@ -14,7 +14,13 @@ from lightning_hessian.measure.blocks import BlocksInstrument
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.instrument import Instrument
 from lightning_hessian.measure.layers import Layers, LayersInstrument
-from lightning_hessian.measure.options import LossOptions, SpectrumProtocol
+from lightning_hessian.measure.options import (
+    LossOptions,
+    Matrix,
+    SpectrumProtocol,
+    check_matrix,
+    chosen_loss,
+)
 from lightning_hessian.measure.session import Session
 from lightning_hessian.measure.spectrum import SpectrumInstrument
 from lightning_hessian.probe.objective import LossFunction, resolve_loss
@@ -36,7 +42,8 @@ class HessianSpectrumCallback(MeasurementCallback):
     ``power_law``, ``p_value``, ``beta_hat``, ``beta_sigma``, ``s_hat``, ``lambda_1``,
     ``lambda_min`` (if found), ``trace``, ``trace_std_error``, ``eigengap_d_ks``,
     ``eigengap_s_hat``, ``num_eigenvalues``, ``num_converged``, ``num_fitted``, ``num_hvps``,
-    ``seconds``, ``loss`` (the mean loss on the probe), ``gap`` (with the correlations, since the
+    ``seconds``, ``gauss_newton`` (1, where that is the matrix),
+    ``loss`` (the mean loss on the probe), ``gap`` (with the correlations, since the
     validation loss is known only then), and of the blocks ``block_off_diagonal_ratio``,
     ``block_off_diagonal_ratio_std_error``, ``block_off_diagonal_share``,
     ``block_heterogeneity``, where two layers are cut ``block_share_ww``, ``block_share_wv``,
@@ -80,10 +87,15 @@ class HessianSpectrumCallback(MeasurementCallback):
             measures whenever the schedule says so.
         hvp: ``"auto"``, ``"linearize"``, ``"linearize_onednn"``, ``"autograd"``, ``"recompute"``,
             ``"compile"`` or ``"finite_difference"``; see `HessianOperator`.
+        matrix: ``"hessian"``, or ``"gauss_newton"`` for the curvature of the loss seen through the
+            network; see `hessian_spectrum`. The logged names stay, and ``hessian/gauss_newton`` is
+            1 in each row. Losses that are not torch's own need
+            ``LossOptions(outputs_and_loss=...)``.
         protocol: ``"converged"``, or a `PooledSLQ`, the papers' procedure; see it for what its
             numbers are worth.
         basis: How much memory the Krylov basis may take, where, and in which precision.
-        loss_options: How the loss is evaluated: train or evaluation mode, what a batch weighs.
+        loss_options: How the loss is evaluated: train or evaluation mode, what a batch weighs,
+            where the network ends.
         significance: Level of the Kolmogorov-Smirnov test.
         figures: Figures are drawn at the first measurement, at every so many after it, and of the
             last when training ends, and the spectrum of each is logged; None for neither.
@@ -130,6 +142,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         tol: float = 1e-3,
         time_budget: float | Budget | None = 0.2,
         hvp: str = "auto",
+        matrix: Matrix = "hessian",
         protocol: SpectrumProtocol = "converged",
         basis: BasisStorage = ANYWHERE,
         loss_options: LossOptions | None = None,
@@ -140,6 +153,8 @@ class HessianSpectrumCallback(MeasurementCallback):
         seed: int = 0,
         instruments: Sequence[Instrument] = (),
     ) -> None:
+        check_matrix(matrix, hvp)
+        chosen_loss(loss_fn, loss_options)
         spectrum = SpectrumInstrument(
             num_eigenvalues=num_eigenvalues,
             parameters=parameters,
@@ -175,6 +190,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         self.loss_fn = loss_fn
         self.parameters = parameters
         self.hvp = hvp
+        self.matrix = matrix
         self.loss_options = loss_options
         self.significance = significance
 
@@ -196,7 +212,7 @@ class HessianSpectrumCallback(MeasurementCallback):
     def check(self, pl_module: Any) -> None:
         """Raise ValueError where the arguments do not fit the module; called before training."""
         super().check(pl_module)
-        resolve_loss(pl_module, self.loss_fn)
+        resolve_loss(pl_module, chosen_loss(self.loss_fn, self.loss_options))
 
     def session(self, pl_module: Any, batches: Sequence[Any]) -> Session:
         """Return the session that all instruments of a measurement share."""
@@ -206,6 +222,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             batches,
             parameters=self._selected(pl_module),
             hvp=self.hvp,
+            matrix=self.matrix,
             loss_options=self.loss_options,
             process_group=self._ranks.group,
             expected_products=self.expected_work(),

@@ -219,6 +219,7 @@ def _spectrum_of(
         tol=options.tol,
         budget=Budget(products=options.max_products, seconds=options.max_seconds),
         hvp=options.hvp,
+        matrix=options.matrix,
         trace_probes=options.trace_probes,
         checkpoint=state if converged else None,
         on_progress=show,

@@ -87,6 +87,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     text = "bound on the seconds of each checkpoint; what has converged by then is kept"
     add("--max-seconds", type=limit, metavar="SECONDS", help=text)
     add("--hvp", type=read_as(str, RULES["hvp"]), default="auto", help="engine (%(default)s)")
+    text = "hessian or gauss_newton, for losses made of torch's own (%(default)s)"
+    add("--matrix", type=read_as(str, RULES["matrix"]), default="hessian", help=text)
     probes = read_as(int, RULES["trace_probes"])
     add("--trace-probes", type=probes, default=16, help="0 for no trace (%(default)s)")
     add("--device", type=a_device, default="cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")

@@ -23,8 +23,8 @@ TABLES = ("metrics.csv", "spectra_hessian.jsonl", "hparams.yaml")
 
 _SETTINGS = (
     "module", "data", "module_arg", "data_arg", "split", "num_batches", "num_eigenvalues",
-    "parameters", "loss", "protocol", "tol", "max_products", "max_seconds", "hvp", "trace_probes",
-    "seed",
+    "parameters", "loss", "protocol", "tol", "max_products", "max_seconds", "hvp", "matrix",
+    "trace_probes", "seed",
 )  # fmt: skip
 """The options that make another measurement of it."""
 
@@ -66,6 +66,7 @@ def is_done(file: Path, path: Path, options: argparse.Namespace) -> bool:
 def check_settings(theirs: dict[str, Any], options: argparse.Namespace) -> None:
     """Check that what was measured before was measured with the same arguments."""
     ours = json.loads(json.dumps(settings_of(options)))
+    theirs = {"matrix": "hessian"} | theirs  # which older folders do not name
     different = [
         f"{name} {theirs.get(name)!r} there, {value!r} here"
         for name, value in ours.items()

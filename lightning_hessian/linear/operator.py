@@ -100,6 +100,7 @@ class RestrictedOperator:
         self.size = len(coordinates)
         self.dtype, self.device = operator.dtype, operator.device
         self.engine = getattr(operator, "engine", "")
+        self.matrix_kind = getattr(operator, "matrix_kind", "hessian")
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return the product with a vector [m_local], a new tensor [m_local]."""
@@ -110,3 +111,37 @@ class RestrictedOperator:
         whole = vectors.new_zeros(len(vectors), self.operator.shard.length)
         whole[:, self.coordinates] = vectors
         return self.operator.matmat(whole)[:, self.coordinates]
+
+
+class DifferenceOperator:
+    """The difference of two symmetric operators of one order.
+
+    Args:
+        first: An operator.
+        second: What is taken from it, on the same vectors.
+        matrix_kind: What it is called in records.
+
+    Example:
+        >>> two, one = (MatrixOperator(k * torch.eye(2)) for k in (2.0, 1.0))
+        >>> DifferenceOperator(two, one).matvec(torch.ones(2))
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self, first: SymmetricOperator, second: SymmetricOperator, matrix_kind: str = "residual"
+    ) -> None:
+        if first.size != second.size:
+            raise ValueError(f"The orders of the operators differ: {first.size}, {second.size}.")
+        self.first, self.second, self.matrix_kind = first, second, matrix_kind
+        self.size, self.shard = first.size, first.shard
+        self.dtype, self.device = first.dtype, first.device
+        engines = (str(getattr(one, "engine", "")) for one in (first, second))
+        self.engine = "+".join(dict.fromkeys(engines))
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return the product with a vector [n_local], a new tensor [n_local]."""
+        return self.first.matvec(vector) - self.second.matvec(vector)
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Return the products with the rows of [b, n_local], a new tensor [b, n_local]."""
+        return self.first.matmat(vectors) - self.second.matmat(vectors)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.measure.budget import a_budget
-from lightning_hessian.measure.options import loss_options, spectrum_protocol
+from lightning_hessian.measure.options import MATRICES, loss_options, spectrum_protocol
 from lightning_hessian.operators.engines import ENGINES
 from lightning_hessian.probe.arguments import a_module, batches, gradient_data, group, selection
 from lightning_hessian.probe.partition import partition_choice
@@ -81,6 +81,7 @@ RULES: dict[str, Rule] = {
     "tol": tolerance,
     "budget": a_budget,
     "hvp": one_of("auto", *ENGINES),
+    "matrix": one_of(*MATRICES),
     "mode": one_of("eval", "train"),
     "loss_options": loss_options,
     "trace_probes": whole_number(

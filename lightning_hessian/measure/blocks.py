@@ -17,7 +17,7 @@ from lightning_hessian.linear.operator import MatrixOperator, RestrictedOperator
 from lightning_hessian.measure.arguments import RULES, made_from, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.instrument import Absent
-from lightning_hessian.measure.options import LossOptions
+from lightning_hessian.measure.options import LossOptions, Matrix
 from lightning_hessian.measure.session import Session
 from lightning_hessian.probe.objective import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection
@@ -61,6 +61,7 @@ def block_structure(
     density_probes: int = 2,
     budget: Budget | None = None,
     hvp: str = "auto",
+    matrix: Matrix = "hessian",
     loss_options: LossOptions | None = None,
     return_matrix: bool = False,
     process_group: ProcessGroup | None = None,
@@ -92,6 +93,7 @@ def block_structure(
             steps for each density, then more probes, then more steps. Densities that do not fit
             are left out, all of them. When time is up, what is complete is returned.
         hvp: Engine: ``"auto"``, ``"linearize"``, ``"autograd"`` or ``"recompute"``.
+        matrix: ``"hessian"`` or ``"gauss_newton"``, as in `hessian_spectrum`.
         loss_options: As in `hessian_spectrum`.
         return_matrix: Whether to return the Hessian itself, [n, n]; takes n products.
         process_group: Processes that make the measurement together, as in `hessian_spectrum`.
@@ -224,7 +226,7 @@ class BlocksInstrument:
         return BlocksRecord(found, missing, self.blocks)
 
     def structure(self, session: Session, allowance: Allowance) -> BlockStructure:
-        """Return the block structure of the session's Hessian.
+        """Return the block structure of the session's matrix.
 
         Raises:
             MeasurementError: Time was up before the norms were known.
@@ -273,6 +275,7 @@ class BlocksInstrument:
             engine=operator.engine,
             dtype=str(cut.space.dtype).removeprefix("torch."),
             matrix=None if matrix is None else matrix.double().numpy(),
+            matrix_kind=session.matrix,
         )
 
     def _cut(self, session: Session) -> Partition:

@@ -19,7 +19,7 @@ from lightning_hessian.measure.arguments import (
     together,
 )
 from lightning_hessian.measure.budget import UNLIMITED, Budget
-from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
+from lightning_hessian.measure.options import LossOptions, Matrix, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.session import Session
 from lightning_hessian.measure.spectrum import SpectrumInstrument, SpectrumRecord, warn_caller
 from lightning_hessian.probe.objective import LossFunction
@@ -49,6 +49,7 @@ def layer_spectra(
     tol: float = 1e-3,
     budget: Budget | None = None,
     hvp: str = "auto",
+    matrix: Matrix = "hessian",
     loss_options: LossOptions | None = None,
     trace_probes: int = 16,
     basis: BasisStorage = ANYWHERE,
@@ -77,6 +78,7 @@ def layer_spectra(
         tol: As in `hessian_spectrum`.
         budget: Bounds on the products and the time of all layers together.
         hvp: As in `hessian_spectrum`.
+        matrix: As in `hessian_spectrum`.
         loss_options: As in `hessian_spectrum`.
         trace_probes: Hutchinson probes for the trace of each; 0 for none.
         basis: As in `hessian_spectrum`.

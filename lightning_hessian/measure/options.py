@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
 
 from lightning_hessian.isolation.attention import AttentionForm
-from lightning_hessian.probe.objective import Mode
+from lightning_hessian.operators.gauss_newton import ENGINES
+from lightning_hessian.probe.loss_split import marked_loss
+from lightning_hessian.probe.objective import LossFunction, Mode
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     check_fields,
@@ -33,20 +37,58 @@ class LossOptions:
             and derivative; ``"chunks"`` of queries, exact too, in memory that grows with the length
             and a little more time; ``"auto"`` in chunks where the graph of the plain one would not
             fit half of the memory that is free.
+        outputs_and_loss: ``outputs_and_loss(module, batch) -> (outputs, loss_of_outputs)``, which
+            says where the network ends and its loss begins, for ``matrix="gauss_newton"`` where
+            that cannot be seen: tensors (or tuples, lists or dicts of them) that hold all that the
+            loss takes from the network, and a function of these that returns the mean loss. It
+            stands in the place of ``loss_fn``, which is then None.
 
     Raises:
-        ArgumentError: Another mode, or a weight that cannot be called.
+        ArgumentError: Another mode, or a function that cannot be called so.
     """
 
     mode: Mode = "eval"
     batch_weight: Callable[[Any], float] | None = None
     attention: AttentionForm = "auto"
+    outputs_and_loss: Callable[[Any, Any], tuple[Any, Callable[[Any], Tensor]]] | None = None
 
     def __post_init__(self) -> None:
         weight = optional(function_of("batch", returns="float"))
-        forms = one_of("auto", "plain", "chunks")
-        modes = one_of("eval", "train")
-        check_fields(self, {"mode": modes, "batch_weight": weight, "attention": forms})
+        split = optional(function_of("module", "batch", returns="(outputs, loss_of_outputs)"))
+        rules = {
+            "mode": one_of("eval", "train"),
+            "batch_weight": weight,
+            "attention": one_of("auto", "plain", "chunks"),
+            "outputs_and_loss": split,
+        }
+        check_fields(self, rules)
+
+
+Matrix: TypeAlias = Literal["hessian", "gauss_newton"]
+"""Which matrix is measured: H, or J^T H_L J."""
+
+MATRICES: tuple[str, str] = get_args(Matrix)
+
+
+def check_matrix(matrix: str, hvp: str) -> None:
+    """Raise ArgumentError where the engine makes no products with the matrix."""
+    if matrix == "gauss_newton" and hvp not in ("auto", *ENGINES):
+        choice = ", ".join(map(repr, ("auto", *ENGINES)))
+        raise ArgumentError("hvp", hvp, f"With matrix='gauss_newton', choose from {choice}.")
+
+
+def chosen_loss(loss_fn: LossFunction | None, options: LossOptions | None) -> LossFunction | None:
+    """Return the loss function, that of ``outputs_and_loss`` where it is given."""
+    split = None if options is None else options.outputs_and_loss
+    if split is None:
+        return loss_fn
+    if loss_fn is not None:
+        raise ArgumentError(
+            "loss_fn",
+            loss_fn,
+            "LossOptions(outputs_and_loss=...) is the loss already. Give loss_fn=None beside it.",
+        )
+    return marked_loss(split)
 
 
 @dataclass(frozen=True)

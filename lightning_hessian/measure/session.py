@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
-from lightning_hessian.linear.operator import SymmetricOperator, check_finite
+from lightning_hessian.linear.operator import DifferenceOperator, SymmetricOperator, check_finite
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
-from lightning_hessian.measure.options import LossOptions
+from lightning_hessian.measure.options import MATRICES, LossOptions, check_matrix, chosen_loss
 from lightning_hessian.operators.engines import gradient_of
+from lightning_hessian.operators.gauss_newton import ENGINES as GAUSS_NEWTON_ENGINES
+from lightning_hessian.operators.gauss_newton import gauss_newton_operator
 from lightning_hessian.operators.sharded import hessian_operator
 from lightning_hessian.probe.objective import LossFunction, Objective
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
@@ -45,8 +47,8 @@ class Knowledge:
 class Session:
     """A block in which a module is isolated and can be measured by several instruments.
 
-    The objective (the mean loss over the probe batches) and the Hessian operator are built once,
-    at first use, and shared. Products must be taken inside the block, and the parameters must not
+    The objective (the mean loss over the probe batches) and each operator are built once, at first
+    use, and shared. Products must be taken inside the block, and the parameters must not
     change in it. Afterwards the module is as before: parameters, buffers, ``.grad``, random number
     generators, modes and global flags.
 
@@ -56,6 +58,7 @@ class Session:
         batches: Probe batches of any structure; read once and held.
         parameters: Which parameters the operator differentiates by.
         hvp: The engine of the products; see `HessianOperator`.
+        matrix: What `operator` returns by default: ``"hessian"`` or ``"gauss_newton"``.
         loss_options: How the loss is evaluated.
         process_group: Processes that measure together; None for this one alone.
         expected_products: About how many products will be taken; the choice of the engine weighs
@@ -84,6 +87,7 @@ class Session:
     _: KW_ONLY
     parameters: ParameterSelection = None
     hvp: str = "auto"
+    matrix: str = "hessian"
     loss_options: LossOptions | None = None
     process_group: ProcessGroup | None = None
     expected_products: int = 200
@@ -94,9 +98,11 @@ class Session:
 
     def __post_init__(self) -> None:
         self._stack = ExitStack()
-        self._operator: Any = None
+        check_matrix(self.matrix, self.hvp)
+        self._loss_fn = chosen_loss(self.loss_fn, self.loss_options)
+        self._operators: dict[str, Any] = {}
         self._gradient: Tensor | None = None
-        self._views: dict[tuple[str, ...], SymmetricOperator] = {}
+        self._views: dict[tuple[str, tuple[str, ...]], SymmetricOperator] = {}
         self._allowance: Allowance = UNBOUNDED
         self._built = 0.0
 
@@ -118,7 +124,7 @@ class Session:
         objective = objective_over(
             self.process_group,
             self.model,
-            self.loss_fn,
+            self._loss_fn,
             self.batches,
             self.space,
             batch_weight=options.batch_weight,
@@ -187,53 +193,78 @@ class Session:
 
     def __exit__(self, *failure: object) -> bool | None:
         """Put everything back as it was, and remember what a product took."""
-        if self._operator is not None and self._operator.num_products:
-            spent = time.monotonic() - self._built
-            self.known.seconds_a_product = spent / self._operator.num_products
-        self._operator = self._gradient = None
+        made = sum(operator.num_products for operator in self._operators.values())
+        if made:
+            self.known.seconds_a_product = (time.monotonic() - self._built) / made
+        self._gradient = None
+        self._operators.clear()
         self._views.clear()
         return self._stack.__exit__(*failure)  # type: ignore[arg-type]
 
-    def operator(self, parameters: Sequence[str] | None = None) -> Any:
-        """Return the Hessian operator, or its view on some parameter tensors.
+    def operator(
+        self, parameters: Sequence[str] | None = None, *, matrix: str | None = None
+    ) -> Any:
+        """Return an operator of the session, or its view on some parameter tensors.
 
         It is built at the first call; a view differentiates by its own parameters only, and shares
         the graphs that the operator keeps.
 
         Args:
             parameters: Names of parameter tensors; None for all of the session.
+            matrix: ``"hessian"``, ``"gauss_newton"``, or ``"residual"``, the first minus the
+                second: the part of the Hessian that comes from the curvature of the network and
+                vanishes where the residuals do (a product costs one with each). None for that of
+                the session.
 
         Raises:
-            MeasurementError: The loss cannot be differentiated twice; says why.
+            ValueError: There is no such matrix.
+            MeasurementError: The loss cannot be differentiated twice, or split; says why.
         """
-        if self._operator is None:
-            begun = time.monotonic()
-            self._operator = self._build()
-            self._operator.on_product = lambda products: self._allowance.spend(products)
-            self.known.engine = self._operator.engine
-            self._built = time.monotonic()
-            self.known.seconds_to_build = (self.known.seconds_to_build or 0.0) + self._built - begun
-        if parameters is None or tuple(parameters) == self.space.names:
-            return self._operator
-        names = tuple(parameters)
-        if names not in self._views:
-            self._views[names] = self._operator.restricted(names)
-        return self._views[names]
+        kind = matrix or self.matrix
+        names = self.space.names if parameters is None else tuple(parameters)
+        if kind == "residual":
+            first, second = (self.operator(names, matrix=one) for one in MATRICES)
+            return DifferenceOperator(first, second, kind)
+        if kind not in MATRICES:
+            raise ValueError(f"matrix={kind!r} is none of 'hessian', 'gauss_newton', 'residual'.")
+        if kind not in self._operators:
+            self._operators[kind] = self._build(kind)
+        if names == self.space.names:
+            return self._operators[kind]
+        if (kind, names) not in self._views:
+            self._views[kind, names] = self._operators[kind].restricted(names)
+        return self._views[kind, names]
 
-    def _build(self) -> Any:
-        """Return the operator, made while the allowance has time; its products have all of it."""
+    def _build(self, kind: str) -> Any:
+        """Return the operator of a matrix, made while the allowance has time; note what it took."""
+        begun = time.monotonic()
         allowance, usual = self._allowance, self.objective.is_late
-        self.objective.is_late = lambda: allowance.is_late
+        self.objective.is_late = lambda: allowance.is_late  # only while it is made ready
         try:
-            _ = self.loss  # a loss that is NaN is told as that, before anything is differentiated
+            operator = self._made(kind)
+        finally:
+            self.objective.is_late = usual
+        operator.on_product = lambda products: self._allowance.spend(products)
+        if not self._operators:
+            self.known.engine = operator.engine
+            self._built = time.monotonic()
+            taken = self._built - begun
+            self.known.seconds_to_build = (self.known.seconds_to_build or 0.0) + taken
+        return operator
+
+    def _made(self, kind: str) -> Any:
+        """Return the operator of a matrix over all parameters of the session."""
+        _ = self.loss  # a loss that is NaN is told as that, before anything is differentiated
+        if kind == "hessian":
             return hessian_operator(
                 self.objective,
                 self.hvp,
                 expected_products=self.expected_products,
                 untraceable=self.known.untraceable,
             )
-        finally:
-            self.objective.is_late = usual
+        given = self.loss_options is not None and self.loss_options.outputs_and_loss is not None
+        engine = self.hvp if self.hvp in GAUSS_NEWTON_ENGINES else "auto"
+        return gauss_newton_operator(self.objective, engine, marked=given)
 
     def spend_from(self, allowance: Allowance) -> None:
         """Let products of this session's operator count against an allowance."""

@@ -18,7 +18,7 @@ from lightning_hessian.linear.memory import memory_explained
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.measure.arguments import SPECTRUM_RULES, made_from, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
-from lightning_hessian.measure.options import LossOptions, PooledSLQ, SpectrumProtocol
+from lightning_hessian.measure.options import LossOptions, Matrix, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.protocols import (
     DEFAULT_EIGENVALUES,
     DEFAULT_POOLED,
@@ -56,6 +56,7 @@ def hessian_spectrum(
     tol: float = 1e-3,
     budget: Budget | None = None,
     hvp: str = "auto",
+    matrix: Matrix = "hessian",
     loss_options: LossOptions | None = None,
     trace_probes: int = 16,
     density: bool = False,
@@ -87,7 +88,13 @@ def hessian_spectrum(
             takes what the others have left. What has converged when time is up is returned.
         hvp: Engine: ``"auto"``, ``"linearize"``, ``"linearize_onednn"``, ``"autograd"``,
             ``"recompute"``, ``"compile"`` or ``"finite_difference"``; see `HessianOperator`.
-        loss_options: How the loss is evaluated: train or evaluation mode, what a batch weighs.
+        matrix: ``"hessian"``, or ``"gauss_newton"`` for J^T H_L J: the curvature of the loss seen
+            through the network, positive semi-definite where the loss is convex in the outputs. It
+            needs the split between network and loss: torch's own loss functions are recognised,
+            others need ``LossOptions(outputs_and_loss=...)``; engines ``"auto"``, ``"autograd"``
+            and ``"recompute"``.
+        loss_options: How the loss is evaluated: train or evaluation mode, what a batch weighs,
+            where the network ends.
         trace_probes: Hutchinson probes for the trace, each one product; 0 for no trace.
         density: Whether to estimate the density of the whole spectrum too, by up to 320 more
             products (stochastic Lanczos quadrature, 4 probes of 80 steps); `PooledSLQ` has it
@@ -251,7 +258,7 @@ class SpectrumInstrument:
         return min(self.expected_products, default_bound(session.space.size))
 
     def measure(self, session: Session, allowance: Allowance) -> SpectrumRecord:
-        """Return the spectrum of the session's Hessian, or of its part by ``parameters``."""
+        """Return the spectrum of the session's matrix, or of its part by ``parameters``."""
         begun = time.monotonic()
         space = ParameterSpace.select(session.model, self.parameters)
         operator = session.operator(space.names)
@@ -300,6 +307,7 @@ class SpectrumInstrument:
             num_runs=self.protocol.num_runs if isinstance(self.protocol, PooledSLQ) else 1,
             num_copies=top.num_copies,
             density=density,
+            matrix_kind=session.matrix,
         )
         return SpectrumRecord(spectrum, self.significance, tuple(said))
 

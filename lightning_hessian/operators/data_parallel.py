@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from lightning_hessian.linear.memory import free_bytes
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
-from lightning_hessian.operators.hessian import HessianOperator, HessianView
+from lightning_hessian.operators.hessian import HessianOperator
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError
@@ -30,9 +31,12 @@ class DataParallelHessian:
         engine: As in `HessianOperator`. Ranks may come to different ones by ``"auto"``.
         expected_products: As in `HessianOperator`.
         untraceable: As in `HessianOperator`.
+        local: Makes the operator over the batches of one rank, with the arguments above and
+            ``memory_budget``; that of the Gauss-Newton matrix makes this one of it.
 
     Attributes:
         shard: Which entries of a vector this rank holds.
+        matrix_kind: ``"hessian"``, or what ``local`` makes.
         engine: The engines in use, joined by ``+`` where ranks differ.
         self_check_error: The largest of the ranks'.
         num_products: Products taken so far.
@@ -50,27 +54,30 @@ class DataParallelHessian:
         *,
         expected_products: int = 200,
         untraceable: set[str] | None = None,
+        local: Callable[..., Any] = HessianOperator,
     ) -> None:
         ranks = objective.ranks
         self._lie_over(objective.space, ranks)
         self.num_products = 0
         self.on_product: Callable[[int], None] | None = None
         self._whole: DataParallelHessian = self
-        self._local: HessianOperator | HessianView | None = None
+        self._local: Any = None
         budget = free_bytes(self.device) / 2 / ranks.neighbours
         with ranks.together():
             if objective.batches:
-                self._local = HessianOperator(
+                self._local = local(
                     objective,
                     engine,
                     memory_budget=budget,
                     expected_products=expected_products,
                     untraceable=untraceable,
                 )
-        mine = (self._local.engine, self._local.self_check_error) if self._local else None
+        own = self._local
+        mine = (own.engine, own.self_check_error, own.matrix_kind) if own else None
         found = [made for made in ranks.all_gather_object(mine) if made is not None]
-        self.engine = "+".join(dict.fromkeys(name for name, _ in found))
-        self.self_check_error = max(error for _, error in found)
+        self.engine = "+".join(dict.fromkeys(name for name, *_ in found))
+        self.self_check_error = max(error for _, error, _ in found)
+        self.matrix_kind = found[0][2]
 
     def _lie_over(self, space: ParameterSpace, ranks: Ranks) -> None:
         """Lay vectors out over the parameters of a space, in even shards."""

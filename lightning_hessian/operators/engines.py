@@ -274,8 +274,13 @@ ENGINES: dict[str, Callable[[Objective, int], Product]] = {
 _TRACED = ("linearize", "linearize_onednn", "compile")
 
 
-def retained_bytes(objective: Objective) -> int:
-    """Return the memory that a retained graph of the largest batch holds."""
+def retained_bytes(
+    objective: Objective, make: Callable[[Objective, int], Product] = autograd
+) -> int:
+    """Return the memory that a retained graph of the largest batch holds.
+
+    ``make`` makes a product that keeps its graph.
+    """
     parameters = {value.untyped_storage().data_ptr() for value in objective.point()}
     saved: dict[int, int] = {}
 
@@ -288,7 +293,7 @@ def retained_bytes(objective: Objective) -> int:
 
     largest = max(range(len(objective.weights)), key=objective.weights.__getitem__)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        product = autograd(objective, largest)
+        product = make(objective, largest)
     del product
     return sum(size for address, size in saved.items() if address not in parameters)
 

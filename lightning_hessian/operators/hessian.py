@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class HessianOperator:
     Attributes:
         size: Order n.
         shard: Which entries of a vector this rank holds: all, unless parameters are sharded.
+        matrix_kind: ``"hessian"``.
         engine: The engine in use, ``"autograd+recompute"`` where graphs of some batches are kept;
             it ends in ``"+chunked_attention"`` where attention is computed in chunks of queries.
         self_check_error: Largest relative difference between a product of this engine and of a
@@ -88,6 +89,8 @@ class HessianOperator:
         NoSecondDerivativeError: The loss has no second derivative, or a wrong one; says where.
         MeasurementError: The loss cannot be differentiated twice by this engine; says why.
     """
+
+    matrix_kind = "hessian"
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class HessianOperator:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return H v for a vector [n_local], a new tensor [n_local]."""
-        found = _summed(self.products, self.objective.weights, self.objective.space, vector)
+        found = summed(self.products, self.objective.weights, self.objective.space, vector)
         self.count(1)
         return found
 
@@ -282,8 +285,22 @@ class HessianOperator:
             raise explained(engine, error) from error
 
 
+class Whole(Protocol):
+    """What a view needs of the operator that it is a block of."""
+
+    matrix_kind: str
+    objective: Objective
+    engine: str
+    products: list[Product]
+
+    def count(self, products: int) -> None:
+        """Count products that a view has made."""
+
+
 class HessianView:
     """The block of a `HessianOperator` that belongs to some of its parameter tensors.
+
+    Or of a `GaussNewtonOperator`.
 
     It shares the graphs that the whole keeps, and computes nothing for the other parameters: a
     product goes no further back than these, and costs what they cost. A linearised product is
@@ -297,15 +314,16 @@ class HessianView:
         size: Order of the block.
         shard: Which entries of a vector this rank holds: all.
         engine: That of the whole.
+        matrix_kind: That of the whole.
     """
 
-    def __init__(self, whole: HessianOperator, names: Sequence[str]) -> None:
+    def __init__(self, whole: Whole, names: Sequence[str]) -> None:
         objective = whole.objective
         self.whole = whole
         self.space = objective.space.subspace(names)
         self.size, self.dtype, self.device = self.space.size, self.space.dtype, self.space.device
         self.shard = self.space.shard(objective.ranks)
-        self.engine = whole.engine
+        self.engine, self.matrix_kind = whole.engine, whole.matrix_kind
         which, point = objective.space.places(names), objective.point()
         self._products = [_restricted(product, which, point) for product in whole.products]
 
@@ -315,7 +333,7 @@ class HessianView:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return the product with a vector [n_local], a new tensor [n_local]."""
-        found = _summed(self._products, self.whole.objective.weights, self.space, vector)
+        found = summed(self._products, self.whole.objective.weights, self.space, vector)
         self.whole.count(1)
         return found
 
@@ -342,7 +360,7 @@ def _restricted(product: Product, which: Sequence[int], point: Sequence[Tensor])
     return embedded
 
 
-def _summed(
+def summed(
     products: Sequence[Product], weights: Sequence[float], space: ParameterSpace, vector: Tensor
 ) -> Tensor:
     """Return the weighted sum of the products of all batches with a vector [n_local]."""

@@ -22,7 +22,41 @@ ENGINES = ("autograd", "recompute", "finite_difference")
 """Those that need no tracing: collectives stand in the middle of the derivative."""
 
 
-class ShardedHessian(HessianOperator):
+class OverShards:
+    """What makes an operator one over a `ShardedObjective`: all ranks make each product together.
+
+    A mixin; the operator stands behind it.
+    """
+
+    objective: ShardedObjective
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return H v for this rank's part of a vector [n_local], a new tensor [n_local].
+
+        Raises:
+            RankError: The product failed on some rank; names it.
+        """
+        with self.objective.ranks.together():
+            found: Tensor = super().matvec(vector)  # type: ignore[misc]
+        return found
+
+    def restricted(self, names: Sequence[str]) -> RestrictedOperator:
+        """Return the diagonal block of some parameter tensors; a product costs one of the whole.
+
+        Collectives stand in the middle of the derivative, unit by unit, so that no part of it can
+        be left out on one rank alone.
+        """
+        space = self.objective.space
+        ends = list(itertools.accumulate(space.sizes, initial=0))
+        parts = [torch.arange(ends[i], ends[i + 1]) for i in space.places(names)]
+        return RestrictedOperator(self, torch.cat(parts))  # type: ignore[arg-type]
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Return H v for each row v of [b, n_local], one after the other: collectives in order."""
+        return torch.stack([self.matvec(vector) for vector in vectors])
+
+
+class ShardedHessian(OverShards, HessianOperator):
     """The Hessian of a `ShardedObjective`, on vectors that are sharded as the parameters are.
 
     Exact: differentiating twice through the all-gather of each unit's shards. All ranks make the
@@ -54,30 +88,6 @@ class ShardedHessian(HessianOperator):
             super().__init__(
                 objective, engine, memory_budget=budget, expected_products=expected_products
             )
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """Return H v for this rank's part of a vector [n_local], a new tensor [n_local].
-
-        Raises:
-            RankError: The product failed on some rank; names it.
-        """
-        with self.objective.ranks.together():
-            return super().matvec(vector)
-
-    def restricted(self, names: Sequence[str]) -> RestrictedOperator:
-        """Return the diagonal block of some parameter tensors; a product costs one of the whole.
-
-        Collectives stand in the middle of the derivative, unit by unit, so that no part of it can
-        be left out on one rank alone.
-        """
-        space = self.objective.space
-        ends = list(itertools.accumulate(space.sizes, initial=0))
-        parts = [torch.arange(ends[i], ends[i + 1]) for i in space.places(names)]
-        return RestrictedOperator(self, torch.cat(parts))
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Return H v for each row v of [b, n_local], one after the other: collectives in order."""
-        return torch.stack([self.matvec(vector) for vector in vectors])
 
     def _build_within(self, budget: float, expected_products: int) -> None:
         """Keep as many graphs as fit on every rank."""

@@ -39,6 +39,8 @@ class BlockStructure:
         engine: Which engine computed the products.
         dtype: Precision of the products.
         matrix: H itself, block after block, [n, n]; only when asked for.
+        matrix_kind: Of which matrix these are the blocks (and H above stands for): ``"hessian"`` or
+            ``"gauss_newton"``, the argument ``matrix``.
     """
 
     names: tuple[str, ...]
@@ -61,6 +63,7 @@ class BlockStructure:
     engine: str
     dtype: str
     matrix: FloatArray | None = None
+    matrix_kind: str = "hessian"
 
     @property
     def ratios(self) -> FloatArray:

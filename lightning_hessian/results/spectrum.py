@@ -42,6 +42,8 @@ class HessianSpectrum:
             found too (both converged, and apart by no more than their bounds); 0 but for
             ``"pooled_slq"``.
         density: The density of the whole spectrum; only when asked for, and time was left.
+        matrix_kind: Of which matrix these are the eigenvalues (and H above stands for):
+            ``"hessian"`` or ``"gauss_newton"``, the argument ``matrix``.
     """
 
     eigenvalues: FloatArray
@@ -62,6 +64,7 @@ class HessianSpectrum:
     num_runs: int = 1
     num_copies: int = 0
     density: SpectralDensity | None = None
+    matrix_kind: str = "hessian"
 
     @property
     def num_converged(self) -> int:

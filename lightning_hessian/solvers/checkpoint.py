@@ -52,6 +52,7 @@ def identity(run: ThickRestart) -> dict[str, Any]:
         "seed": run.seed,
         "basis_dtype": run.storage.dtype,
         "engine": _digits_of(getattr(run.operator, "engine", "exact")),
+        "matrix": getattr(run.operator, "matrix_kind", "hessian"),
     }
 
 
@@ -147,7 +148,8 @@ def check_identity(header: dict[str, Any], run: ThickRestart, path: Path) -> Non
         ValueError: It does not; says what differs.
     """
     ours = identity(run)
-    theirs = {"engine": ours["engine"]} | header["identity"]  # which older files do not name
+    # Older files name neither.
+    theirs = {"engine": ours["engine"], "matrix": "hessian"} | header["identity"]
     different = [
         f"{name} {theirs.get(name)!r} there, {value!r} here"
         for name, value in ours.items()

@@ -75,6 +75,8 @@ def spectrum_scalars(
         "seconds": spectrum.seconds,
         "loss": spectrum.loss,
     }
+    if spectrum.matrix_kind == "gauss_newton":
+        scalars["gauss_newton"] = 1.0  # the row itself says what it is of
     absent: list[str] = []
     if spectrum.converged[0]:
         scalars["lambda_1"] = float(spectrum.eigenvalues[0])

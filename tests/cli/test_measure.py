@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import trained
+from support.gauss_newton_oracle import dense_gauss_newton, softmax_curvature
 from torch.func import functional_call
 
 from lightning_hessian import hessian_spectrum
@@ -82,6 +83,32 @@ def test_every_checkpoint_has_its_spectrum_and_its_row(run, tmp_path, capsys):
     steps, spectra = zip(*read_spectra(out)["hessian"], strict=True)
     assert steps == (3, 6, 9)
     np.testing.assert_allclose(spectra[2].eigenvalues, spectrum.eigenvalues, rtol=1e-6)
+
+
+def test_the_gauss_newton_matrix_is_measured_into_a_folder_of_its_own(run, tmp_path, capsys):
+    path = run / "epoch=2.ckpt"
+    arguments = ["measure", str(path), *NAMES, "--num-eigenvalues", "4", "--tol", "1e-8",
+                 "--out", str(tmp_path)]  # fmt: skip
+    assert main([*arguments, "--matrix", "gauss_newton"]) == 0
+    module, data = trained.Net(width=4), trained.Data()
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    data.setup("fit")
+    inputs, labels = data.points[:]
+    weights = torch.ones(len(labels)).double() / len(labels)
+    classes = module(inputs).shape[-1]
+    expected = dense_gauss_newton(
+        module, inputs, lambda z: softmax_curvature(z.view(-1, classes), weights)
+    )
+    spectrum = load_spectrum(tmp_path / "spectra" / "epoch=2.npz")
+    assert spectrum.matrix_kind == "gauss_newton"
+    values = torch.linalg.eigvalsh(expected).flip(0)[:4]
+    np.testing.assert_allclose(spectrum.eigenvalues, values, rtol=1e-5)
+    with open(tmp_path / "metrics.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["hessian/gauss_newton"]) == 1
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "matrix 'gauss_newton' there, 'hessian' here" in capsys.readouterr().err
 
 
 def test_what_is_done_is_not_done_again(run, tmp_path, capsys):

@@ -332,3 +332,21 @@ def test_a_sigterm_handler_that_goes_on_is_called_and_put_back(tmp_path):
         signal.signal(signal.SIGTERM, before)
     assert found.stopped == "converged"
     assert heard == [1]
+
+
+def test_a_file_that_names_no_matrix_is_of_a_hessian(tmp_path, monkeypatch):
+    matrix, file = matrix_of(SPECTRUM, torch.float64), tmp_path / "run"
+    identity = checkpoints.identity
+    with monkeypatch.context() as older:
+        older.setattr(
+            checkpoints,
+            "identity",
+            lambda run: {k: v for k, v in identity(run).items() if k != "matrix"},
+        )
+        lanczos(MatrixOperator(matrix), 10, checkpoint=file, **OPTIONS | {"max_products": 20})
+    other = MatrixOperator(matrix)
+    other.matrix_kind = "gauss_newton"
+    with pytest.raises(ValueError, match="matrix 'hessian' there, 'gauss_newton' here"):
+        lanczos(other, 10, checkpoint=file, **OPTIONS)
+    found = lanczos(MatrixOperator(matrix), 10, checkpoint=file, **OPTIONS)
+    assert found.stopped == "converged"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from lightning_hessian.operators.gauss_newton import gauss_newton_operator
 from lightning_hessian.operators.sharded import hessian_operator
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.probe.sharding.objective import objective_over
@@ -25,6 +26,7 @@ ENGINES = {
     "shared batches": ("linearize", "autograd", "recompute", "finite_difference"),
     "sharded parameters": ("autograd", "recompute", "finite_difference"),
 }
+GAUSS_NEWTON_ENGINES = ("auto", "recompute")
 VIEWS = {
     "late": ["head.weight", "head.bias"],
     "spread": ["first.weight", "head.bias"],
@@ -68,14 +70,16 @@ def matrix_of(operator: Any) -> list[list[float]]:
     return columns
 
 
-def views(module: nn.Module, engine: str, group: Any) -> dict[str, Any]:
+def views(
+    module: nn.Module, engine: str, group: Any, make: Callable[..., Any] = hessian_operator
+) -> dict[str, Any]:
     """What each view finds, and a view of a view where there is one; what was counted."""
     batches = list(zip(*(part.split(SIZES) for part in samples()), strict=True))
     space = ParameterSpace.select(module)
     objective = objective_over(group, module, loss_fn, batches, space)
     found: dict[str, Any] = {}
     with objective.isolated():
-        whole = hessian_operator(objective, engine)
+        whole = make(objective, engine)
         for name, names in VIEWS.items():
             view = whole.restricted(names)
             found[name] = matrix_of(view)
@@ -95,15 +99,22 @@ def _but_first(names: Sequence[str]) -> list[str]:
 def main() -> None:
     """Measure on all ranks; the first one writes."""
     dist.init_process_group("gloo")
-    found = {"shared batches": {}, "sharded parameters": {}}
+    found: dict[str, Any] = {"shared batches": {}, "sharded parameters": {}}
+    found["gauss_newton"] = {"shared batches": {}, "sharded parameters": {}}
     for engine in ENGINES["shared batches"]:
         found["shared batches"][engine] = views(Net(), engine, dist.group.WORLD)
+    for engine in GAUSS_NEWTON_ENGINES:
+        seen_here = views(Net(), engine, dist.group.WORLD, gauss_newton_operator)
+        found["gauss_newton"]["shared batches"][engine] = seen_here
     module = Net()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in (module.first, module.second, module.head, module):
         fully_shard(part, mesh=mesh)
     for engine in ENGINES["sharded parameters"]:
         found["sharded parameters"][engine] = views(module, engine, None)
+    for engine in GAUSS_NEWTON_ENGINES:
+        seen_here = views(module, engine, None, gauss_newton_operator)
+        found["gauss_newton"]["sharded parameters"][engine] = seen_here
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, found)
     if dist.get_rank() == 0:
