@@ -37,7 +37,7 @@ from lightning_hessian.statistics.heterogeneity import heterogeneity
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_SHARE = 0.18
+_SHARE = 0.17
 """Beside a spectrum, so many products as a share of it: 15 % of the whole."""
 _SHARE_WITH_DENSITIES = 1.5
 """The same where the densities of blocks are wanted."""

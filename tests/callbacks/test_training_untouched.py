@@ -304,12 +304,17 @@ def _draws_and_fails(module: Any, batch: Any) -> Tensor:
     raise ArithmeticError("half way")
 
 
+def _never_linearised(module: Any, batch: Any) -> Tensor:
+    """The backward of hardsigmoid has no forward derivative."""
+    torch.rand(())
+    return torch.nn.functional.hardsigmoid(_plain_loss(module, batch) / 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"loss_fn": _draws_and_fails}, "half way"),
-        # The metrics of training_step look at values, which tracing has none of.
-        ({"hvp": "linearize"}, "hvp='linearize' could not"),
+        ({"loss_fn": _never_linearised, "hvp": "linearize"}, "hvp='linearize' could not"),
     ],
     ids=["loss_fn", "linearize"],
 )

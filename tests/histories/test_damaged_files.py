@@ -28,7 +28,6 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from test_offline_run import framed
 
 from lightning_hessian import hessian_spectrum, load_runs
-from lightning_hessian.cli.checkpoint_spectra import _extra
 from lightning_hessian.cli.checkpoints import read_checkpoint
 from lightning_hessian.cli.loading import module_of
 from lightning_hessian.histories.cache import RunCache
@@ -44,6 +43,7 @@ from lightning_hessian.results import (
     load_spectrum,
     save_spectrum,
 )
+from lightning_hessian.results.files import load_extra
 from lightning_hessian.solvers.lanczos import lanczos
 from lightning_hessian.tracking.loggers import write_text
 from lightning_hessian.tracking.spectra import encode_spectrum
@@ -170,7 +170,7 @@ def as_checkpoint(file: Path, name: str, folder: Path) -> None:
 
 
 def as_spectrum(file: Path, name: str, folder: Path) -> None:
-    for read in (_extra, load_spectrum):
+    for read in (load_extra, load_spectrum):
         read(file)
 
 

@@ -138,7 +138,7 @@ def test_drawing_is_neither_measuring_nor_training(
     monkeypatch.setattr(panels_module, "render", slowly)
     callback = measuring_rank_only(figures=1)
     train(tmp_path, [callback], False, epochs=2)
-    assert len(slow) == 8  # four figures, each as PNG and SVG
+    assert len(slow) == 4  # figures
     assert callback._panels.seconds > sum(slow)
     assert sum(row["seconds"] for row in callback.history) < 0.5 * sum(slow)
     assert callback._budgeting.account.trained < 0.5 * sum(slow), (
