@@ -15,7 +15,8 @@ from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.gradients import GradientsInstrument
 from lightning_hessian.measure.session import Session
 from lightning_hessian.operators.engines import gradient_of
-from lightning_hessian.probe.objective import LossFunction, Mode, resolve_loss
+from lightning_hessian.probe.loss import LossFunction, resolve_loss
+from lightning_hessian.probe.objective import Mode
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.results import ArgumentError, GradientStructure
 from lightning_hessian.results.arguments import checked

@@ -23,7 +23,7 @@ from lightning_hessian.measure.options import (
 )
 from lightning_hessian.measure.session import Session
 from lightning_hessian.measure.spectrum import SpectrumInstrument
-from lightning_hessian.probe.objective import LossFunction, resolve_loss
+from lightning_hessian.probe.loss import LossFunction, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.partition import Blocks
 from lightning_hessian.results import BlockStructure, HessianSpectrum

@@ -19,7 +19,7 @@ from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.instrument import Absent
 from lightning_hessian.measure.options import LossOptions, Matrix
 from lightning_hessian.measure.session import Session
-from lightning_hessian.probe.objective import LossFunction
+from lightning_hessian.probe.loss import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection
 from lightning_hessian.probe.partition import Blocks, Partition, partition
 from lightning_hessian.probe.sharding.fsdp1 import whole

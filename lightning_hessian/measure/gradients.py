@@ -38,8 +38,9 @@ from lightning_hessian.operators.gradients.rows import (
     MiniBatchGradients,
     adam_preconditioner,
 )
+from lightning_hessian.probe.loss import LossFunction
 from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
-from lightning_hessian.probe.objective import LossFunction, Mode
+from lightning_hessian.probe.objective import Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results import FloatArray, GradientStructure, MeasurementError

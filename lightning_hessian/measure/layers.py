@@ -22,7 +22,7 @@ from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.options import LossOptions, Matrix, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.session import Session
 from lightning_hessian.measure.spectrum import SpectrumInstrument, SpectrumRecord, warn_caller
-from lightning_hessian.probe.objective import LossFunction
+from lightning_hessian.probe.loss import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.results import ArgumentError, HessianSpectrum

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_hessian.isolation.attention import AttentionForm
 from lightning_hessian.operators.gauss_newton import ENGINES
+from lightning_hessian.probe.loss import LossFunction
 from lightning_hessian.probe.loss_split import marked_loss
-from lightning_hessian.probe.objective import LossFunction, Mode
+from lightning_hessian.probe.objective import Mode
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     check_fields,

@@ -21,7 +21,8 @@ from lightning_hessian.operators.engines import gradient_of
 from lightning_hessian.operators.gauss_newton import ENGINES as GAUSS_NEWTON_ENGINES
 from lightning_hessian.operators.gauss_newton import gauss_newton_operator
 from lightning_hessian.operators.sharded import hessian_operator
-from lightning_hessian.probe.objective import LossFunction, Objective
+from lightning_hessian.probe.loss import LossFunction
+from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
 from lightning_hessian.probe.sharding.objective import objective_over, ranks_of

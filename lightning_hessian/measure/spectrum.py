@@ -29,7 +29,7 @@ from lightning_hessian.measure.protocols import (
     whole_density,
 )
 from lightning_hessian.measure.session import Session
-from lightning_hessian.probe.objective import LossFunction
+from lightning_hessian.probe.loss import LossFunction
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.objective import ranks_of
 from lightning_hessian.results import ArgumentError, HessianSpectrum

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 from torch.utils._pytree import tree_map
 
-from lightning_hessian.probe.objective import LossFunction, Objective
+from lightning_hessian.probe.loss import LossFunction
+from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError
 
 _OF_LOG_PROBABILITIES = (F.nll_loss, F.kl_div)

@@ -14,7 +14,8 @@ from support.references import cross_entropy, in_double, mlp, ragged
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_hessian.probe.objective import Objective, resolve_loss
+from lightning_hessian.probe.loss import resolve_loss
+from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.engines import derivatives
+from lightning_hessian.probe.loss import LossFunction
 from lightning_hessian.probe.minibatches import MiniBatches
-from lightning_hessian.probe.objective import LossFunction, Mode, Objective
+from lightning_hessian.probe.objective import Mode, Objective
 from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError
 

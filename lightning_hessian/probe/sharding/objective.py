@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_hessian.isolation.held import without_hooks
 from lightning_hessian.linear.ranks import Ranks
-from lightning_hessian.probe.objective import LossFunction, Objective, checked_loss
+from lightning_hessian.probe.loss import LossFunction, checked_loss
+from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace, local, upcast
 from lightning_hessian.probe.sharding.bundles import Piece, bundles_of
 from lightning_hessian.probe.sharding.kinds import is_distributed_tensor, is_fully_sharded
