@@ -226,11 +226,7 @@ class Measuring:
             scalars: dict[str, float] = trainer.strategy.broadcast(found[0])
             return scalars
         account.failed(seconds)
-        if self._ranks.world > 1 and not isinstance(failure, RankError):
-            failure = named(failure, self._ranks)
-        assert failure is not None
-        if self.on_error == "raise":
-            raise failure
+        failure = self._to_be_told(failure)
         if trainer.is_global_zero:
             warnings.warn(
                 f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
@@ -238,6 +234,15 @@ class Measuring:
                 stacklevel=2,
             )
         return None
+
+    def _to_be_told(self, failure: Exception | None) -> Exception:
+        """Return a failure with the rank that it comes from; raise it where the user wants that."""
+        assert failure is not None  # ranks fail together
+        if self._ranks.world > 1 and not isinstance(failure, RankError):
+            failure = named(failure, self._ranks)
+        if self.on_error == "raise":
+            raise failure
+        return failure
 
     def _few_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
         """Return what the instruments of a few products have found, None where they failed."""
@@ -248,6 +253,7 @@ class Measuring:
             assert self._batches is not None  # a whole measurement was begun, or timed, before
             with whole(trainer.strategy.model):
                 found = self.measure_few(pl_module, self._batches)
+            self._tell_absent(trainer, found.absent)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
             failure = error
         self._budgeting.account.pay_few(time.monotonic() - begun)
@@ -255,11 +261,9 @@ class Measuring:
             assert found is not None
             scalars: dict[str, float] = trainer.strategy.broadcast(found.scalars)
             return scalars
-        failure = failure or MeasurementError("another rank failed; its own message says how.")
-        if self.on_error == "raise":
-            raise failure
+        said = sentence(self._to_be_told(failure))
         names = ", ".join(one.name for one in self._few)
-        self._warn_once(f"few: {failure}", f"No statistics of {names}: {sentence(failure)}")
+        self._warn_once(said, f"No statistics of {names}, training goes on: {said}")
         return None
 
     def _new_progress(self, trainer: Any) -> Progress:
@@ -282,6 +286,10 @@ class Measuring:
             "the line of the progress bar", summary_line, self.prefix, trainer.global_step, scalars
         )
         self._progress.close(line)
+        self._tell_absent(trainer, absent)
+
+    def _tell_absent(self, trainer: Any, absent: Sequence[str]) -> None:
+        """Warn of statistics that are missing, on rank zero."""
         for reason in absent if trainer.is_global_zero else ():
             if reason not in self._warned:  # what is so every time is told once
                 self._warned.add(reason)

@@ -20,7 +20,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_hessian import AtSteps, EveryNValidations, HessianSpectrumCallback, Scalars
+from lightning_hessian import (
+    Absent,
+    AtSteps,
+    EveryNValidations,
+    HessianSpectrumCallback,
+    Scalars,
+)
 from lightning_hessian.callbacks.account import Account
 from lightning_hessian.callbacks.run_length import is_last_validation, share_done
 from lightning_hessian.measure.budget import Budget
@@ -426,7 +432,7 @@ class Cheap:
 
     def __init__(self) -> None:
         self.sizes: list[float] = []
-        self.fails = False
+        self.fails = self.is_absent = False
 
     def check(self, model: Any) -> None:
         """Fits every model."""
@@ -435,8 +441,10 @@ class Cheap:
         """A gradient is about one product."""
         return 1
 
-    def measure(self, session: Any, allowance: Any) -> Scalars:
+    def measure(self, session: Any, allowance: Any) -> Scalars | Absent:
         """Return the length of the gradient."""
+        if self.is_absent:
+            return Absent(("There is no length at all.",))
         if self.fails:
             raise ArithmeticError("no length today")
         self.sizes.append(float(session.shard.norm(session.gradient())))
@@ -485,6 +493,17 @@ def test_a_few_products_are_measured_between_whole_measurements(
     assert len(whole) == 1
     for row in rows:  # in the rows of the validation metrics
         assert bool(row["val_loss"]) >= bool(row["cheap/gradient"])
+
+
+def test_what_is_absent_among_them_is_told_once(make_trainer: MakeTrainer) -> None:
+    cheap = Cheap()
+    cheap.is_absent = True
+    trainer = make_trainer(costly(instruments=[cheap], time_budget=0.3), max_epochs=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Slower(), train_loader(), val_loader())
+    (said,) = [str(w.message) for w in caught if "no length" in str(w.message)]
+    assert said == "Step 4: There is no length at all."  # between whole measurements
 
 
 def test_a_failure_among_them_is_told_and_training_goes_on(make_trainer: MakeTrainer) -> None:

@@ -152,6 +152,18 @@ def test_ranks_decide_alike_what_the_budget_pays_for(tmp_path):
         assert len(epochs) == 1 or share == 0.5
 
 
+def test_ranks_decide_alike_what_is_measured_between(tmp_path):
+    """A few products at validations that are not measured whole; all ranks share them."""
+    seen = run(
+        tmp_path, strategy="ddp", devices=2, epochs=5, slow=True,
+        callback={"time_budget": 0.3, "blocks": None, "hvp": "recompute", "num_eigenvalues": 60},
+    )  # fmt: skip
+    assert seen[0]["lengths"] == seen[1]["lengths"]
+    assert len(seen[0]["lengths"]) > len(seen[0]["history"]) >= 1
+    assert [row["epoch"] for row in seen[1]["history"]][-1] == 4
+    assert (tmp_path / "weights.pt").exists()
+
+
 def test_a_rank_that_fails_takes_none_along(tmp_path):
     """It fails in the middle of a product: all leave, say who it was, and train on."""
     seen = run(

@@ -25,7 +25,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hessian import HessianSpectrumCallback, block_structure, hessian_spectrum
+from lightning_hessian import HessianSpectrumCallback, Scalars, block_structure, hessian_spectrum
 from lightning_hessian.linear.ranks import _GATHER, _SCATTER
 from lightning_hessian.measure.spectrum import SpectrumInstrument
 from lightning_hessian.probe.sharding.objective import ShardedObjective
@@ -252,6 +252,35 @@ def strategy_of(name: str, devices: int) -> Any:
     return name
 
 
+class GradientLength:
+    """An instrument of about one product."""
+
+    name, prefix = "length", "length"
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def check(self, model: Any) -> None:
+        """Fits every model."""
+
+    def cost(self, session: Any) -> int:
+        """A gradient is about one product."""
+        return 1
+
+    def measure(self, session: Any, allowance: Any) -> Scalars:
+        """Return the length of the gradient."""
+        self.found.append(float(session.shard.norm(session.gradient())))
+        return Scalars({"gradient": self.found[-1]})
+
+
+class TakesTime(L.Callback):
+    """Makes each step of training take a tenth of a second."""
+
+    def on_train_batch_start(self, *given: Any) -> None:
+        """Wait."""
+        time.sleep(0.1)
+
+
 def main(folder: Path, job: dict[str, Any]) -> None:
     """Trains, and writes ``rank<r>.json`` and, from rank zero, the weights."""
     devices = job.get("devices", 1)
@@ -263,7 +292,9 @@ def main(folder: Path, job: dict[str, Any]) -> None:
             "num_eigenvalues": 5, "num_batches": 6, "time_budget": None, **job["callback"],
         }  # fmt: skip
         spectrum = SpectrumInstrument(num_eigenvalues=options["num_eigenvalues"], trace_probes=2)
-        options["instruments"] = [spectrum]
+        lengths = GradientLength()
+        options["instruments"] = [spectrum, *([lengths] if job.get("slow") else [])]
+        callbacks += [TakesTime()] if job.get("slow") else []
         if "fail" in job:
             options["loss_fn"] = failing_loss(*job["fail"])
         callbacks.append(HessianSpectrumCallback(**options))
@@ -296,6 +327,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
             seen["probe"] = callback.found
         if isinstance(callback, HessianSpectrumCallback):
             seen["history"] = callback.history
+            seen["lengths"] = lengths.found
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
     weights = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
