@@ -14,6 +14,11 @@ _ROTATION_BYTES = 32 * 2**20
 _BLOCK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """How much of a basis that lives elsewhere is brought to the device at once."""
 
+_CACHED_BYTES = 4 * 2**20
+_LEAST_CACHED = 4
+"""Rows that a processor finds in its cache when it comes to them again: 4 MiB of them, or four,
+which read the vector once. Measured at 1000 x 61,706 on one core: 17 ms, all at once 25 ms."""
+
 _ENOUGH_LEFT = 0.7
 """Orthogonalisation is not repeated where at least this share of a vector is left (Daniel,
 Gragg, Kaufman and Stewart 1976): then what it has left in the basis is rounding."""
@@ -42,6 +47,7 @@ class KrylovBasis:
         self._at_hand = self.rows.dtype == dtype and self.rows.device == device
         row_bytes = max(1, shard.length) * dtype.itemsize
         self._block = max(1, _BLOCK_BYTES.get(device.type, 2**28) // row_bytes)
+        self._cached = max(_LEAST_CACHED, _CACHED_BYTES // row_bytes)
         self.recent: dict[int, Tensor] = {}  # rows by index, exact, where `rows` are not
 
     def __getitem__(self, index: int) -> Tensor:
@@ -61,9 +67,10 @@ class KrylovBasis:
         """Remove from ``vector``, in place, its part in the span of the first ``count`` rows.
 
         First what lies along the last two rows, which in a Lanczos step is almost all, then
-        classical Gram-Schmidt against all, and once more unless most was left ("twice is
-        enough"). A Lanczos step thus reads the basis twice, not four times, and the host waits
-        for the device once. Rows that live elsewhere are read once for both.
+        Gram-Schmidt against all, in blocks, and once more unless most was left ("twice is
+        enough"). A Lanczos step thus reads the basis twice, not four times, on one CPU once from
+        memory and once from its cache, and the host waits for the device once. Rows that live
+        elsewhere are read once for both.
 
         Returns:
             The coefficients that were removed, float64 [count] on the CPU, and the norm of what
@@ -103,8 +110,15 @@ class KrylovBasis:
         rows = self.rows[:count]
         norm = torch.linalg.vector_norm
         if self.shard.ranks.world == 1:
-            before, found = norm(vector), rows @ vector
-            vector.addmv_(rows.T, found, alpha=-1)
+            before, found = norm(vector), vector.new_empty(count)
+            # Block after block, each against what the blocks before have left: the second use of
+            # its rows finds them in the cache, and rounding is that of modified Gram-Schmidt.
+            step = self._cached if self.device.type == "cpu" else max(1, count)
+            for start in range(0, count, step):
+                part = rows[start : start + step]
+                along = part @ vector
+                found[start : start + step] = along
+                vector.addmv_(part.T, along, alpha=-1)
             return found, before.reshape(1), norm(vector).reshape(1)
         # One sum over the ranks for both; the norm of what is left follows from them.
         sums = self.shard.ranks.all_reduce(torch.cat([rows @ vector, (vector @ vector).reshape(1)]))
