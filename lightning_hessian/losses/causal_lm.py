@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hessian.linear.rng import preserved_rng
-from lightning_hessian.losses.linear_cross_entropy import linear_cross_entropy
+from lightning_hessian.losses.linear_head import linear_cross_entropy
 from lightning_hessian.results import MeasurementError
 
 _IGNORED = -100

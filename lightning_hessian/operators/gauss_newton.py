@@ -10,8 +10,7 @@ method", sections 8 and 9 (for softmax cross-entropy and squared error it is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,14 +20,19 @@ from torch import Tensor
 from lightning_hessian.linear.memory import (
     OutOfMemoryError,
     free_bytes,
-    is_out_of_memory,
-    short_of_memory,
 )
 from lightning_hessian.linear.operator import check_finite
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.data_parallel import DataParallelHessian
-from lightning_hessian.operators.engines import Product, derivatives, gradients_by, retained_bytes
+from lightning_hessian.operators.engines import (
+    Product,
+    derivatives,
+    explained,
+    first_line,
+    gradients_by,
+    retained_bytes,
+)
 from lightning_hessian.operators.hessian import HessianView, summed
 from lightning_hessian.operators.loss_graph import read_graphs
 from lightning_hessian.operators.sharded import OverShards
@@ -105,7 +109,7 @@ class GaussNewtonOperator:
         coarsest = {graph.coarsest for graph in read_graphs(objective)}
         halves_first = (torch.bfloat16, torch.float16, torch.float32)
         found = [dtype for dtype in halves_first if objective.anywhere(dtype in coarsest)]
-        with self._explained():
+        with explained(_not_differentiable):
             self.products = self._made(engine, memory_budget)
             precision = found[0] if found else torch.float64
             self.self_check_error = self._check_symmetry(torch.finfo(precision).eps)
@@ -214,22 +218,14 @@ class GaussNewtonOperator:
             "loss_fn(module, batch) or `hessian_loss`."
         )
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Open a block in which errors of differentiating are MeasurementErrors with a remedy."""
-        try:
-            yield
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, MeasurementError):
-                raise
-            if is_out_of_memory(error):
-                raise short_of_memory(error) from None
-            text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise MeasurementError(
-                f"matrix='gauss_newton' could not differentiate the network or its loss ({text}). "
-                "Replace the operation for measuring, through loss_fn(module, batch) or "
-                "`hessian_loss`."
-            ) from error
+
+def _not_differentiable(error: Exception) -> MeasurementError:
+    """Return what to tell the user of an error in differentiating the network or its loss."""
+    return MeasurementError(
+        "matrix='gauss_newton' could not differentiate the network or its loss "
+        f"({first_line(error)}). Replace the operation for measuring, through "
+        "loss_fn(module, batch) or `hessian_loss`."
+    )
 
 
 class ShardedGaussNewton(OverShards, GaussNewtonOperator):

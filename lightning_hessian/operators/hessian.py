@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,6 @@ from lightning_hessian.linear.memory import (
     OutOfMemoryError,
     free_bytes,
     is_out_of_memory,
-    short_of_memory,
 )
 from lightning_hessian.operators.batched import BatchedProducts
 from lightning_hessian.operators.checks import Checks
@@ -28,13 +28,14 @@ from lightning_hessian.operators.engines import (
     explained,
     finite_difference,
     live_entries,
+    not_differentiable,
     retained_bytes,
 )
 from lightning_hessian.operators.linearize import onednn
 from lightning_hessian.operators.loss_graph import read_graphs
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
-from lightning_hessian.results import MeasurementError, NoSecondDerivativeError, TimeUpError
+from lightning_hessian.results import NoSecondDerivativeError, TimeUpError
 
 CHUNKED_ATTENTION = "chunked_attention"
 """What the name of an engine ends in where attention is computed in chunks: digits differ."""
@@ -272,17 +273,9 @@ class HessianOperator:
         live = live_entries(self.objective, index) if skips else None
         return product if live is None else Restricted(product, live)
 
-    @contextmanager
-    def _explained(self, engine: str) -> Iterator[None]:
+    def _explained(self, engine: str) -> AbstractContextManager[None]:
         """Open a block in which errors of differentiating are MeasurementErrors with a remedy."""
-        try:
-            yield
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            if isinstance(error, MeasurementError):
-                raise
-            if is_out_of_memory(error):
-                raise short_of_memory(error) from None
-            raise explained(engine, error) from error
+        return explained(partial(not_differentiable, engine))
 
 
 class Whole(Protocol):

@@ -115,10 +115,10 @@ class KrylovBasis:
             # its rows finds them in the cache, and rounding is that of modified Gram-Schmidt.
             step = self._cached if self.device.type == "cpu" else max(1, count)
             for start in range(0, count, step):
-                part = rows[start : start + step]
-                along = part @ vector
+                block = rows[start : start + step]
+                along = block @ vector
                 found[start : start + step] = along
-                vector.addmv_(part.T, along, alpha=-1)
+                vector.addmv_(block.T, along, alpha=-1)
             return found, before.reshape(1), norm(vector).reshape(1)
         # One sum over the ranks for both; the norm of what is left follows from them.
         sums = self.shard.ranks.all_reduce(torch.cat([rows @ vector, (vector @ vector).reshape(1)]))
