@@ -14,6 +14,7 @@ from lightning_hessian.solvers.density import spectral_density
 from lightning_hessian.solvers.lanczos import RitzPairs
 from lightning_hessian.solvers.pooled import pooled_ritz_values
 from lightning_hessian.solvers.storage import BasisStorage
+from lightning_hessian.solvers.trace import TraceEstimate
 
 if TYPE_CHECKING:
     from lightning_hessian.linear.operator import SymmetricOperator
@@ -39,7 +40,7 @@ class Top:
     warnings: tuple[str, ...]
     num_copies: int = 0
     density: SpectralDensity | None = None
-    trace: float | None = None  # where the whole space was searched, so that it is exact
+    exact_trace: TraceEstimate | None = None  # where the whole space was searched
 
 
 def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
@@ -47,6 +48,9 @@ def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
     # The converged ones before the first that has not; a view, for they may be large.
     good = len(ritz.values) if ritz.converged.all() else int(ritz.converged.argmin())
     lowest_found = ritz.lowest_residual <= tol * abs(ritz.lowest)
+    exact = None
+    if ritz.trace is not None and ritz.trace_of_square is not None:
+        exact = TraceEstimate(ritz.trace, 0.0, ritz.trace_of_square, 0.0, num_products=0)
     return Top(
         values=ritz.values,
         residuals=ritz.residuals,
@@ -55,7 +59,7 @@ def ritz_top(ritz: RitzPairs, count: int, tol: float) -> Top:
         lowest=ritz.lowest if lowest_found else None,
         num_products=ritz.num_products,
         warnings=_unconverged(ritz, count, tol),
-        trace=ritz.trace,
+        exact_trace=exact,
     )
 
 

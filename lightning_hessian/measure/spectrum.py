@@ -37,7 +37,7 @@ from lightning_hessian.results.arguments import check_fields, checked
 from lightning_hessian.results.path_arguments import file_to_write
 from lightning_hessian.solvers.lanczos import default_basis, default_bound, lanczos
 from lightning_hessian.solvers.storage import ANYWHERE, BasisStorage
-from lightning_hessian.solvers.trace import TraceEstimate, trace
+from lightning_hessian.solvers.trace import trace
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -264,10 +264,8 @@ class SpectrumInstrument:
         operator = session.operator(space.names)
         before = allowance.spent
         top = self._top(operator, allowance, session.seed)
-        estimate = None
-        if self.trace_probes and top.trace is not None:
-            estimate = TraceEstimate(top.trace, std_error=0.0, num_products=0)
-        elif self.trace_probes:
+        estimate = top.exact_trace if self.trace_probes else None
+        if self.trace_probes and estimate is None:
             estimate = trace(
                 operator,
                 torch.from_numpy(top.values[: top.good]),
@@ -294,6 +292,8 @@ class SpectrumInstrument:
             converged=top.residuals <= self.tol * abs(top.values),
             trace=estimate.value if estimate else None,
             trace_std_error=estimate.std_error if estimate else None,
+            trace_of_square=estimate.square if estimate else None,
+            trace_of_square_std_error=estimate.square_std_error if estimate else None,
             lambda_min=top.lowest,
             loss=session.loss,
             num_parameters=space.size,

@@ -44,6 +44,9 @@ class HessianSpectrum:
         density: The density of the whole spectrum; only when asked for, and time was left.
         matrix_kind: Of which matrix these are the eigenvalues (and H above stands for):
             ``"hessian"`` or ``"gauss_newton"``, the argument ``matrix``.
+        trace_of_square: Estimate of Tr(H^2), the sum of the squared eigenvalues and the square of
+            the Frobenius norm, from the products of ``trace``.
+        trace_of_square_std_error: Its standard error; 0 where it is exact.
     """
 
     eigenvalues: FloatArray
@@ -65,6 +68,8 @@ class HessianSpectrum:
     num_copies: int = 0
     density: SpectralDensity | None = None
     matrix_kind: str = "hessian"
+    trace_of_square: float | None = None
+    trace_of_square_std_error: float | None = None
 
     @property
     def num_converged(self) -> int:

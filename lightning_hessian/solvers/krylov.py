@@ -35,6 +35,7 @@ class RitzPairs:
             (by then all may have converged, but the search for missed copies had not ended).
         trace: That of the operator, exact but for rounding, where the basis spans the whole
             space; else None.
+        trace_of_square: That of its square, likewise.
     """
 
     values: FloatArray
@@ -46,6 +47,7 @@ class RitzPairs:
     num_products: int
     stopped: str
     trace: float | None = None
+    trace_of_square: float | None = None
 
 
 @dataclass

@@ -112,7 +112,7 @@ class ThickRestart(KrylovState):
             if not self._has_more(ritz, self.found):
                 if self.num_products >= self.search_until or self.count == self.operator.size:
                     counted = dataclasses.replace(self.found, num_products=self.num_products)
-                    return dataclasses.replace(counted, trace=self._trace())
+                    return self._with_traces(counted)
                 make_room(self)
                 self._plan_search()
                 return None
@@ -129,9 +129,8 @@ class ThickRestart(KrylovState):
             self._plan_search()
             return None
         if stopped is not None:
-            trace = self._trace()
             self.basis.rotate(ritz.rotation[:, -self.wanted :].flip(1))
-            return dataclasses.replace(self._result(ritz, stopped), trace=trace)
+            return self._with_traces(self._result(ritz, stopped))
         if full:
             self._restart(ritz, self._restart_size())
         self.next_check = self.count + self._steps_to_check(ritz)
@@ -157,15 +156,20 @@ class ThickRestart(KrylovState):
         self.basis.rotate(ritz.rotation[:, -self.wanted :].flip(1))
         return self._result(ritz, stopped)
 
-    def _trace(self) -> float | None:
-        """Return the trace of the operator where the basis spans the whole space.
+    def _with_traces(self, pairs: RitzPairs) -> RitzPairs:
+        """Return the pairs with the traces of A and A^2 where the basis spanned the whole space.
 
-        It is the sum of v^T A v over any orthonormal basis, whatever has converged; vectors that
-        are rounded when stored are not orthonormal enough to say so.
+        They are those of V^T A V for any orthonormal V, whatever has converged; vectors that are
+        rounded when stored are not orthonormal enough to say so.
         """
         if self.count < self.operator.size or not self.storage.restarts:
-            return None
-        return float(self.projected.numbers.diagonal()[: self.count].sum())
+            return pairs
+        upper = self.projected.numbers[: self.count, : self.count].triu()
+        diagonal = upper.diagonal()
+        square = 2 * upper.square().sum() - diagonal.square().sum()
+        return dataclasses.replace(
+            pairs, trace=float(diagonal.sum()), trace_of_square=float(square)
+        )
 
     def _make_found_first(self, room: int) -> None:
         """Restart before a search of so many steps: what was found becomes the first rows.

@@ -1,8 +1,9 @@
-"""The trace of an operator: exact on a known subspace, by Hutchinson's probes on the rest."""
+"""The traces of an operator and its square: exact on a subspace, by probes on the rest."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,15 @@ class TraceEstimate:
     Attributes:
         value: The estimate.
         std_error: Its standard error; 0 where the subspace was the whole space.
+        square: That of the square, the squared Frobenius norm, from the same products.
+        square_std_error: Its standard error.
         num_products: Products with the operator spent.
     """
 
     value: float
     std_error: float
+    square: float
+    square_std_error: float
     num_products: int
 
 
@@ -39,12 +44,14 @@ def trace(
     seed: int = 0,
     allowance: Allowance = UNBOUNDED,
 ) -> TraceEstimate | None:
-    """Return tr(A) = sum of Ritz values + Hutchinson's estimate on their complement.
+    """Return tr(A) and tr(A^2): sums over Ritz values + Hutchinson's estimates on the complement.
 
     With orthonormal Y and Ritz values theta_i = y_i^T A y_i,
     tr(A) = sum_i theta_i + E[(P z)^T A (P z)], P = I - Y Y^T, z of independent signs. This is
     unbiased for every Y (Meyer et al. 2021, Hutch++, with a Krylov sketch), and the probes' spread
-    comes only from what Y has not captured.
+    comes only from what Y has not captured. The same products give
+    tr(A^2) = sum_i theta_i^2 + E norm(A P z)^2, which is low by the sum of the squared residual
+    norms of the y_i: under tol^2 of the first sum where they have converged.
 
     Args:
         operator: Symmetric operator of order n.
@@ -62,12 +69,13 @@ def trace(
     """
     if num_probes < 2:
         raise ValueError(f"num_probes={num_probes}; a standard error needs at least 2.")
-    captured = float(ritz_values.sum())
+    captured, captured_square = float(ritz_values.sum()), float(ritz_values.square().sum())
     shard = operator.shard
     if len(ritz_vectors) == operator.size:
-        return TraceEstimate(captured, 0.0, 0)
+        return TraceEstimate(captured, 0.0, captured_square, 0.0, 0)
     generator = torch.Generator().manual_seed(seed)
     samples: list[float] = []
+    squares: list[float] = []
     vector_bytes = shard.ranks.share_of(operator.size) * operator.dtype.itemsize
     most = max(1, min(_MOST_TOGETHER, _TOGETHER_BYTES // (3 * vector_bytes)))
     rows_at_once = max(1, _TOGETHER_BYTES // vector_bytes)
@@ -82,12 +90,23 @@ def trace(
             rows = rows.to(signs)
             signs.addmm_(shard.ranks.all_reduce(signs @ rows.T), rows, alpha=-1)
         products = operator.matmat(signs)
-        samples += shard.ranks.all_reduce((signs * products).sum(1)).tolist()
+        sums = torch.stack([(signs * products).sum(1), products.square().sum(1)])
+        first, second = shard.ranks.all_reduce(sums).tolist()
+        samples += first
+        squares += second
         if allowance.is_over():
             break
-    count = len(samples)
-    if count < 2:
+    if len(samples) < 2:
         return None
-    mean = math.fsum(samples) / count
-    variance = math.fsum((sample - mean) ** 2 for sample in samples) / (count - 1)
-    return TraceEstimate(captured + mean, math.sqrt(variance / count), count)
+    mean, std_error = _mean(samples)
+    square, square_std_error = _mean(squares)
+    return TraceEstimate(
+        captured + mean, std_error, captured_square + square, square_std_error, len(samples)
+    )
+
+
+def _mean(samples: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of independent samples, at least two, and its standard error."""
+    mean = math.fsum(samples) / len(samples)
+    variance = math.fsum((sample - mean) ** 2 for sample in samples) / (len(samples) - 1)
+    return mean, math.sqrt(variance / len(samples))

@@ -44,7 +44,11 @@ def test_the_trace_is_exact_where_all_eigenvalues_are_found(n, dtype):
                 )  # fmt: skip
             exact = float(matrix.double().trace())
             assert found.trace_std_error == 0.0, (rank, wanted)
-            assert abs(found.trace - exact) <= 20 * n * torch.finfo(dtype).eps
+            rounding = 20 * n * torch.finfo(dtype).eps
+            assert abs(found.trace - exact) <= rounding
+            assert found.trace_of_square_std_error == 0.0
+            exact = float(matrix.double().square().sum())
+            assert abs(found.trace_of_square - exact) <= 4 * rounding
             assert found.num_hvps <= 2 * n + 10  # no probes
 
 
@@ -53,6 +57,7 @@ def test_a_search_that_runs_into_the_whole_space_knows_the_trace(wanted):
     matrix = singular(24, 2, torch.float64)
     found = lanczos(MatrixOperator(matrix), wanted, num_checks=100)
     assert found.trace == pytest.approx(float(matrix.trace()), abs=1e-13)
+    assert found.trace_of_square == pytest.approx(float(matrix.square().sum()), abs=1e-13)
 
 
 def test_part_of_the_space_does_not_tell_the_trace():

@@ -71,6 +71,24 @@ def test_the_estimate_is_unbiased_and_its_standard_error_honest(name, pairs, cou
     assert 0.89 < covered < 0.995
 
 
+@pytest.mark.parametrize("count", [0, 5])
+def test_the_square_is_unbiased_from_the_same_products(count):
+    matrix = make_matrix()
+    exact = float(matrix.square().sum())
+    values, rows = top_pairs(matrix, count)
+    found = [
+        trace(MatrixOperator(matrix), values, rows, num_probes=NUM_PROBES, seed=seed)
+        for seed in range(NUM_SEEDS)
+    ]
+    estimates = np.array([estimate.square for estimate in found])
+    errors = np.array([estimate.square_std_error for estimate in found])
+    spread = estimates.std(ddof=1)
+    assert abs(estimates.mean() - exact) < 4 * spread / math.sqrt(NUM_SEEDS)
+    rest = torch.eye(N, dtype=torch.float64) - rows.T @ rows
+    closed_form = variance(rest @ matrix @ matrix @ rest) / NUM_PROBES
+    assert (errors**2).mean() == pytest.approx(closed_form, rel=0.15)
+
+
 def test_top_pairs_take_away_most_of_the_spread():
     matrix = make_matrix()
     without, beside = (
