@@ -230,6 +230,27 @@ def test_a_door_is_no_hole(room: str, source: str) -> None:
     assert _breaches(source, f"{PACKAGE}.{room}") == []
 
 
+BY_NAME = {("results.shown", "tracking.views")}
+"""Modules of other rooms that are looked up by a text, which goes around the walls."""
+
+
+def _named(source: str) -> set[str]:
+    """Returns the modules of the package that texts of a file name in full."""
+    texts = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return {text for text in texts if isinstance(text, str) and text in SOURCES} - {PACKAGE}
+
+
+def test_only_known_doors_are_opened_by_name() -> None:
+    """Records ask for their pictures so, which are drawn above them (`results.shown`)."""
+    found = {
+        (module, named)
+        for module, source in SOURCES.items()
+        for named in _named(source)
+        if _room(named) != _room(module)
+    }
+    assert found == {(f"{PACKAGE}.{one}", f"{PACKAGE}.{other}") for one, other in BY_NAME}
+
+
 def test_every_room_has_its_walls() -> None:
     assert MAY_IMPORT.keys() == ROOMS
 

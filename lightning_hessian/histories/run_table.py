@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +18,10 @@ from lightning_hessian.results import ArgumentError, FloatArray, UnreadableFileE
 from lightning_hessian.results.base import nearest
 from lightning_hessian.results.escaping import csv_cell
 from lightning_hessian.results.outside import check_integer, encodable, printable
+from lightning_hessian.results.shown import Shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 STEP_KEYS = ("trainer/global_step", "step", "_step")
 """What counts the steps of a row: Lightning's count where it was logged, else W&B's of rows."""
@@ -60,8 +64,8 @@ class RunRecord:
         return np.full(len(self.steps), np.nan) if found is None else found
 
 
-@dataclass(frozen=True, eq=False)
-class RunTable:
+@dataclass(frozen=True, eq=False, repr=False)
+class RunTable(Shown):
     """The histories of several runs.
 
     Attributes:
@@ -73,6 +77,8 @@ class RunTable:
     runs: tuple[RunRecord, ...]
     skipped: tuple[str, ...] = field(default=())
     copies: tuple[str, ...] = field(default=())
+
+    _views: ClassVar[str] = "lightning_hessian.histories.views"
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -122,6 +128,23 @@ class RunTable:
                     "step": float(step),
                     **{key: value for key, value in values if not math.isnan(value)},
                 }
+
+    def plot(self, ax: Axes | None = None, *, key: str | None = None) -> Axes:
+        """Draw a logged metric of every run over its steps.
+
+        Args:
+            ax: Where to draw; by default axes of a new pyplot figure.
+            key: The metric; by default the validation loss, or else another loss.
+
+        Returns:
+            The matplotlib axes.
+
+        Raises:
+            ValueError: No run logged it; the nearest names are told.
+        """
+        if key is not None:
+            self.require(key)
+        return self._on(ax, key=key)
 
     def write_csv(self, path: str | PathLike[str]) -> None:
         """Write the tidy rows to a CSV file; absent values are empty."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_hessian.histories.run_table import RunTable
 from lightning_hessian.reports.across import AcrossRuns, Points, Scaling
 from lightning_hessian.reports.within import OverRuns, WithinRun
+from lightning_hessian.results.shown import Shown
 
 
-@dataclass(frozen=True, eq=False)
-class CorrelationReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class CorrelationReport(Shown):
     """What goes with what, in numbers; `write_report` puts it into words, tables, figures.
+
+    Its `plot` and its repr show the first lines of that report, its `to_pandas` correlations.csv.
 
     Attributes:
         table: The runs.
@@ -36,3 +39,5 @@ class CorrelationReport:
     within: tuple[WithinRun, ...]
     over: tuple[OverRuns, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    _views: ClassVar[str] = "lightning_hessian.reports.views"

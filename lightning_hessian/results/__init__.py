@@ -1,5 +1,7 @@
 """The frozen records that travel from room to room, and the errors that a measurement raises."""
 
+from typing import TYPE_CHECKING, Any
+
 from lightning_hessian.results.base import (
     ArgumentError,
     FloatArray,
@@ -8,7 +10,6 @@ from lightning_hessian.results.base import (
     TimeUpError,
 )
 from lightning_hessian.results.blocks import BlockStructure
-from lightning_hessian.results.files import load_spectrum, save_spectrum
 from lightning_hessian.results.gradients import GradientStructure, RowTests
 from lightning_hessian.results.outside import UnreadableFileError
 from lightning_hessian.results.spectrum import (
@@ -18,6 +19,9 @@ from lightning_hessian.results.spectrum import (
     PowerLawFit,
     SpectralDensity,
 )
+
+if TYPE_CHECKING:
+    from lightning_hessian.results.files import load_spectrum, save_spectrum
 
 __all__ = [
     "Alternative",
@@ -37,3 +41,12 @@ __all__ = [
     "load_spectrum",
     "save_spectrum",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what reads and writes files, which most who want a record never do."""
+    if name not in ("load_spectrum", "save_spectrum"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_hessian.results import files
+
+    return getattr(files, name)

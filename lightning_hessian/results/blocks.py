@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_hessian.results.base import FloatArray
+from lightning_hessian.results.shown import Shown
 from lightning_hessian.results.spectrum import SpectralDensity
 
 
-@dataclass(frozen=True, eq=False)
-class BlockStructure:
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockStructure(Shown):
     """Frobenius norms of all blocks H_ij of a Hessian, and what follows from them.
 
     Attributes:

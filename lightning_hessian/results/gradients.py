@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_hessian.results.base import FloatArray
+from lightning_hessian.results.shown import Shown
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,8 @@ def _mean(values: NDArray[np.generic], known: FloatArray) -> float:
     return float(chosen.mean()) if len(chosen) else float("nan")
 
 
-@dataclass(frozen=True, eq=False)
-class GradientStructure:
+@dataclass(frozen=True, eq=False, repr=False)
+class GradientStructure(Shown):
     """The structure of stochastic gradients at fixed parameters (SG).
 
     Attributes:

@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lightning_hessian.results.base import FloatArray
+from lightning_hessian.results.shown import Shown
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class HessianSpectrum:
+@dataclass(frozen=True, eq=False, repr=False)
+class HessianSpectrum(Shown):
     """The top of a Hessian spectrum, with what is needed to judge it.
 
     Attributes:
@@ -138,8 +140,8 @@ class Alternative:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class PowerLawFit:
+@dataclass(frozen=True, repr=False)
+class PowerLawFit(Shown):
     """A power law p(x) ~ x^-beta fitted to the K largest values, with its goodness of fit.
 
     Attributes:
@@ -173,6 +175,18 @@ class PowerLawFit:
     significance: float
     reason: str | None = None
     alternatives: tuple[Alternative, ...] = ()
+
+    def plot(self, ax: Axes | None = None, *, values: ArrayLike | None = None) -> Axes:
+        """Draw the line by rank, and the band in which values keep within the critical distance.
+
+        Args:
+            ax: Where to draw; by default axes of a new pyplot figure.
+            values: The values that were fitted, drawn over it: they are not part of the fit.
+
+        Returns:
+            The matplotlib axes.
+        """
+        return self._on(ax, values=values)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,11 +40,19 @@ def block_heatmap(
     Raises:
         ValueError: All norms are zero.
     """
+    figure, axes = _square_figure()
+    draw_blocks(axes, blocks, ratios=ratios, title=title)
+    return figure
+
+
+def draw_blocks(
+    axes: Axes, blocks: BlockStructure, *, ratios: bool = False, title: str | None = None
+) -> None:
+    """Draw what `block_heatmap` shows."""
     values = blocks.ratios if ratios else blocks.frobenius
     label = r"$\Vert H_{ij}\Vert_F$ (loss / parameter$^2$)"
     if ratios:
         label = r"$\Vert H_{ij}\Vert_F / \Vert H_{ii}\Vert_F$"
-    figure, axes = _square_figure()
     _log_image(axes, values, label)
     _name_blocks(axes, blocks)
     if title is None and blocks.off_diagonal_ratio is not None:
@@ -52,7 +60,6 @@ def block_heatmap(
         if blocks.off_diagonal_ratio_std_error:
             title += f" ± {blocks.off_diagonal_ratio_std_error:.1g}"
     axes.set_title(title or "", fontsize="medium")
-    return figure
 
 
 def heterogeneity_heatmap(blocks: BlockStructure, *, title: str | None = None) -> Figure:

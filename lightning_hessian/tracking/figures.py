@@ -59,6 +59,16 @@ def rank_plot(
     if not any((spectrum.eigenvalues > 0).any() for spectrum in spectra.values()):
         raise ValueError("There is no positive eigenvalue to draw.")
     figure, axes = new_figure(height=4.8)
+    draw_ranks(axes, spectra, significance)
+    few_ticks(axes)
+    legend_below(figure)
+    if title:
+        axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def draw_ranks(axes: Axes, spectra: Mapping[str, HessianSpectrum], significance: float) -> None:
+    """Draw what `rank_plot` shows, without its legend."""
     for i, (name, spectrum) in enumerate(spectra.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         label = name + _draw_fit(axes, spectrum.leading, colour, significance)
@@ -71,11 +81,6 @@ def rank_plot(
         axes.scatter(ranks[hollow], values[hollow], facecolors="none", **look)
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
     quiet_grid(axes)
-    few_ticks(axes)
-    legend_below(figure)
-    if title:
-        axes.set_title(title, fontsize="medium")
-    return figure
 
 
 def _draw_fit(axes: Axes, leading: FloatArray, colour: str, significance: float) -> str:
@@ -140,7 +145,7 @@ def eigengap_plot(
     right.scatter(order, descending, s=12, color=COLOURS[0], alpha=0.7)
     fit = found.fit
     label = f"$\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
-    right.plot(order, _line(fit, order), color=COLOURS[1], linewidth=1.2, label=label)
+    right.plot(order, line_of(fit, order), color=COLOURS[1], linewidth=1.2, label=label)
     right.set(xscale="log", xlabel="rank of the gap by size")
     for axes in (left, right):
         quiet_grid(axes)
@@ -238,10 +243,10 @@ def draw_line(
         return None
     fit = fit_power_law(leading, significance=significance)
     ranks = np.arange(1, len(leading) + 1)
-    axes.plot(ranks, _line(fit, ranks), color=colour, linewidth=1.2, zorder=3)
+    axes.plot(ranks, line_of(fit, ranks), color=colour, linewidth=1.2, zorder=3)
     return fit
 
 
-def _line(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:
+def line_of(fit: PowerLawFit, ranks: NDArray[np.int64]) -> FloatArray:
     """Return the fitted lambda_k = lambda_K (K / k)^s at the ranks."""
     return fit.cutoff * (fit.num_values / ranks) ** fit.slope

@@ -43,6 +43,19 @@ def spectra_plot(
         significance: Level of the verdicts in the legend.
     """
     figure, axes = new_figure(height=5.0)
+    draw_gradient_spectra(axes, structure, hessian, significance)
+    few_ticks(axes)
+    legend_below(figure)
+    return figure
+
+
+def draw_gradient_spectra(
+    axes: Axes,
+    structure: GradientStructure,
+    hessian: HessianSpectrum | None,
+    significance: float,
+) -> None:
+    """Draw what `spectra_plot` shows, without its legend."""
     floor = structure.leading[-1] if len(structure.leading) else np.inf
     second_moment = structure.second_moment[structure.second_moment >= floor]
     _draw(axes, "covariance C", structure.leading, _COVARIANCE, "o", significance)
@@ -51,9 +64,6 @@ def spectra_plot(
         _draw(axes, "Hessian H", hessian.leading, _HESSIAN, "s", significance)
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=_EIGENVALUES)
     quiet_grid(axes)
-    few_ticks(axes)
-    legend_below(figure)
-    return figure
 
 
 def ratio_plot(structure: GradientStructure, hessian: HessianSpectrum) -> Figure:

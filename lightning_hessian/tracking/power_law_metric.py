@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from lightning_hessian.results.arguments import (
 )
 from lightning_hessian.statistics.power_law import fit_power_law
 from lightning_hessian.tracking.scalars import STATISTICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class PowerLawMetric(Metric):
@@ -105,6 +110,26 @@ class PowerLawMetric(Metric):
             warnings.warn(f"{self.statistic} is NaN: {fit.reason}", stacklevel=2)
             value = float("nan")
         return torch.tensor(float(value), device=self.device)
+
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
+    ) -> tuple[Figure | None, Axes | Any]:
+        """Draw the statistic, as every metric of torchmetrics does.
+
+        Args:
+            val: What ``compute`` or ``forward`` returned, or a list of it, drawn over its place;
+                by default what ``compute`` returns now.
+            ax: Where to draw; by default axes of a new pyplot figure.
+
+        Returns:
+            Figure and axes.
+
+        Example:
+            >>> metric = PowerLawMetric("s_hat")
+            >>> metric.update(torch.tensor([16.0, 8.0, 4.0, 2.0, 1.0]))
+            >>> figure, axes = metric.plot()
+        """
+        return self._plot(val, ax)
 
     def _pooled(self) -> Tensor:
         """Return the values of all ranks, or of one where all have the same."""

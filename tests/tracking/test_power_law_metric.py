@@ -151,3 +151,15 @@ def test_in_self_log(tmp_path: Path) -> None:
     expected = fit_power_law(torch.cat(module.seen).numpy()).slope
     assert trainer.callback_metrics["val_slope"].item() == pytest.approx(expected, rel=1e-5)
     assert not module.slope.values, "Lightning resets it after the epoch"
+
+
+def test_it_draws_itself_as_other_metrics_do() -> None:
+    metric = PowerLawMetric("s_hat")
+    metric.update(torch.tensor([16.0, 8.0, 4.0, 2.0, 1.0]))
+    figure, axes = metric.plot()
+    assert figure is not None
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), metric.compute(), rtol=1e-6)
+    given = figure.subplots()
+    _, drawn = metric.plot([torch.tensor(1.0), torch.tensor(3.0)], ax=given)
+    assert drawn is given
+    np.testing.assert_allclose(drawn.lines[0].get_ydata(), [1.0, 3.0])
