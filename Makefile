@@ -12,13 +12,17 @@ TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 
-.PHONY: demo gallery sweep test test-slow test-llm test-suites test-oldest lint bench clean
+.PHONY: demo docs gallery sweep test test-slow test-llm test-suites test-oldest lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
 
 gallery: .venv-demo/.done  ## draw the figures of docs/gallery.md from a real run
 	OMP_NUM_THREADS=1 $(DEMO)/python docs/make_gallery.py
+
+docs: .venv-docs/.done  ## the documentation site, in docs/_build; a warning is an error
+	.venv-docs/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	@echo "open docs/_build/index.html"
 
 sweep: .venv-demo/.done  ## train 24 networks on real digits, and one report over them (15 minutes)
 	$(DEMO)/python examples/sweep/train.py --out sweep_output
@@ -72,5 +76,5 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 	touch $@
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv-demo .venv-test .venv-oldest .venv-bench build dist *.egg-info demo_output sweep_output \
-		bench_output protocols_output
+	rm -rf .venv-demo .venv-docs .venv-test .venv-oldest .venv-bench build dist *.egg-info \
+		docs/_build demo_output sweep_output bench_output protocols_output

@@ -1,10 +1,11 @@
-"""How much memory a measurement may take."""
+"""How much memory a measurement may take, and what to say where that, or a derivative, fails."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -39,14 +40,35 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most 200 characters; its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def short_of_memory(error: BaseException) -> OutOfMemoryError:
     """Return what to raise where nothing cheaper is left: it says memory, and what to do."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return OutOfMemoryError(
-        f"The measurement ran out of memory ({text[:200]}). Give the same samples as more and "
-        "smaller batches (each is worked on as a whole), use hvp='recompute', select fewer "
+        f"The measurement ran out of memory ({first_line(error)}). Give the same samples as more "
+        "and smaller batches (each is worked on as a whole), use hvp='recompute', select fewer "
         "`parameters`, or let the basis lie elsewhere (`basis=BasisStorage(tier='disk')`)."
     )
+
+
+@contextmanager
+def explained(explain: Callable[[Exception], MeasurementError]) -> Iterator[None]:
+    """Open a block in which errors of differentiating are MeasurementErrors with a remedy.
+
+    Args:
+        explain: Returns what to tell the user of such an error.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if isinstance(error, MeasurementError):
+            raise
+        if is_out_of_memory(error):
+            raise short_of_memory(error) from None
+        raise explain(error) from error
 
 
 def memory_explained(measure: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -152,6 +152,11 @@ class BlocksInstrument:
     """Norms of the Hessian's blocks, and the heterogeneity of the diagonal ones where affordable.
 
     Arguments as in `block_structure`.
+
+    Example:
+        >>> from lightning_hessian import HessianSpectrumCallback
+        >>> by_class = BlocksInstrument(blocks="class", parameters="head.*", densities=True)
+        >>> callback = HessianSpectrumCallback(instruments=[by_class])
     """
 
     blocks: Blocks = "layer"

@@ -166,7 +166,15 @@ class GradientsRecord:
 
 @dataclass(frozen=True)
 class GradientsInstrument:
-    """Spectra and tests of stochastic gradients; arguments as in `gradient_structure`."""
+    """Spectra and tests of stochastic gradients; arguments as in `gradient_structure`.
+
+    Example:
+        Beside the Hessian, in its session:
+
+        >>> from lightning_hessian import HessianSpectrumCallback
+        >>> adam = GradientsInstrument(num_gradients=200, preconditioner="adam", tests=False)
+        >>> callback = HessianSpectrumCallback(instruments=[adam])
+    """
 
     num_gradients: int | None = None
     batch_size: int | None = None

@@ -14,7 +14,12 @@ from lightning_hessian.measure.session import Session
 
 @runtime_checkable
 class Record(Protocol):
-    """What an instrument has found; frozen."""
+    """What an instrument has found; frozen.
+
+    Example:
+        >>> isinstance(Scalars({"sharpness": 2.5}), Record)
+        True
+    """
 
     def scalars(self) -> Mapping[str, float]:
         """Return the statistics by logged name, without the instrument's prefix."""
@@ -34,6 +39,11 @@ class Instrument(Protocol):
         name: Tells instruments of one callback apart; an instrument that is given replaces the
             built-in one of the same name.
         prefix: Section of the logged names: ``<prefix>/<statistic>``.
+
+    Example:
+        >>> from lightning_hessian import SpectrumInstrument
+        >>> isinstance(SpectrumInstrument(), Instrument)
+        True
     """
 
     @property
@@ -65,6 +75,10 @@ class Absent:
 
     Attributes:
         reasons: A sentence for each.
+
+    Example:
+        >>> Absent(("The gradient is zero, so it has no direction.",)).absent()
+        ('The gradient is zero, so it has no direction.',)
     """
 
     reasons: tuple[str, ...]

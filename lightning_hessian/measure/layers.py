@@ -160,6 +160,12 @@ class LayersInstrument:
     Attributes:
         layers: As in `layer_spectra`.
         spectrum: How each is measured; its ``parameters`` are replaced by those of the layer.
+
+    Example:
+        >>> from lightning_hessian import HessianSpectrumCallback
+        >>> ends = {"first": "layers.0.*", "head": "head.*"}
+        >>> ten = SpectrumInstrument(num_eigenvalues=10)
+        >>> callback = HessianSpectrumCallback(instruments=[LayersInstrument(ends, ten)])
     """
 
     layers: Layers = "layer"

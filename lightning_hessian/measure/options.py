@@ -46,6 +46,15 @@ class LossOptions:
 
     Raises:
         ArgumentError: Another mode, or a function that cannot be called so.
+
+    Example:
+        A batch of sequences counts by its tokens that are not padding:
+
+        >>> def tokens(batch):
+        ...     return float((batch["labels"] != -100).sum())
+        >>> options = LossOptions(mode="train", batch_weight=tokens)
+        >>> options.mode, options.attention
+        ('train', 'auto')
     """
 
     mode: Mode = "eval"
@@ -107,6 +116,10 @@ class PooledSLQ:
 
     Raises:
         ArgumentError: Fewer than one run or step.
+
+    Example:
+        >>> PooledSLQ(num_runs=2, num_steps=100)
+        PooledSLQ(num_runs=2, num_steps=100)
     """
 
     num_runs: int = 3

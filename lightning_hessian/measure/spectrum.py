@@ -180,6 +180,13 @@ class SpectrumInstrument:
 
     Attributes:
         significance: Level of the Kolmogorov-Smirnov test.
+
+    Example:
+        The callback's own spectrum in double the detail, with the density of the whole:
+
+        >>> from lightning_hessian import HessianSpectrumCallback
+        >>> detailed = SpectrumInstrument(num_eigenvalues=100, density=True)
+        >>> callback = HessianSpectrumCallback(instruments=[detailed])
     """
 
     num_eigenvalues: int | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeAlias
 
@@ -12,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, fx
 
 from lightning_hessian.isolation.recomputation import REENTRANT, is_reentrant
-from lightning_hessian.linear.memory import is_out_of_memory, short_of_memory
+from lightning_hessian.linear.memory import first_line
 from lightning_hessian.operators.linearize.decompose import WrittenOut
 from lightning_hessian.operators.linearize.fold import batchable, fold, fold_restricted
 from lightning_hessian.operators.linearize.onednn import is_available
@@ -298,28 +297,6 @@ def retained_bytes(
         product = make(objective, largest)
     del product
     return sum(size for address, size in saved.items() if address not in parameters)
-
-
-@contextmanager
-def explained(explain: Callable[[Exception], MeasurementError]) -> Iterator[None]:
-    """Open a block in which errors of differentiating are MeasurementErrors with a remedy.
-
-    Args:
-        explain: Returns what to tell the user of such an error.
-    """
-    try:
-        yield
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        if isinstance(error, MeasurementError):
-            raise
-        if is_out_of_memory(error):
-            raise short_of_memory(error) from None
-        raise explain(error) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most 200 characters; its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def not_differentiable(engine: str, error: Exception) -> MeasurementError:

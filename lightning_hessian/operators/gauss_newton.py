@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lightning_hessian.linear.memory import (
     OutOfMemoryError,
+    explained,
+    first_line,
     free_bytes,
 )
 from lightning_hessian.linear.operator import check_finite
@@ -28,8 +30,6 @@ from lightning_hessian.operators.data_parallel import DataParallelHessian
 from lightning_hessian.operators.engines import (
     Product,
     derivatives,
-    explained,
-    first_line,
     gradients_by,
     retained_bytes,
 )

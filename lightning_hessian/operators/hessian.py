@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_hessian.linear.memory import (
     OutOfMemoryError,
+    explained,
     free_bytes,
     is_out_of_memory,
 )
@@ -25,7 +26,6 @@ from lightning_hessian.operators.engines import (
     Product,
     Restricted,
     autograd,
-    explained,
     finite_difference,
     live_entries,
     not_differentiable,

@@ -146,7 +146,7 @@ def _a_report(name: str, value: Any) -> CorrelationReport:
 
 @checked({"report": _a_report, "out": path_name})
 def write_report(report: CorrelationReport, out: str | PathLike[str]) -> Path:
-    """Write report.html, report.md with its figures, correlations.csv and correlations.json.
+    r"""Write report.html, report.md with its figures, correlations.csv and correlations.json.
 
     Args:
         report: What was found.
@@ -157,6 +157,14 @@ def write_report(report: CorrelationReport, out: str | PathLike[str]) -> Path:
 
     Raises:
         ArgumentError: Nothing can be written to ``out``; found before anything is drawn.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> rows = ["step,val_loss,hessian/trace", *(f"{i},{1 / (i + 1)},{i}" for i in range(6))]
+        >>> _ = (folder / "metrics.csv").write_text("\n".join(rows))
+        >>> write_report(correlation_report(folder), folder / "report").name
+        'report.html'
     """
     folder = Path(out)
     check_folder(folder, "out")

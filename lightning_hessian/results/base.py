@@ -13,13 +13,29 @@ FloatArray = NDArray[np.float64]
 
 
 class MeasurementError(RuntimeError):
-    """A measurement could not be made; the message names the cause and the remedy."""
+    """A measurement could not be made; the message names the cause and the remedy.
+
+    Example:
+        >>> import torch
+        >>> from lightning_hessian import hessian_spectrum
+        >>> def diverged(model, batch):
+        ...     return model(batch).mean() * float("nan")
+        >>> try:
+        ...     hessian_spectrum(torch.nn.Linear(9, 9), diverged, [torch.ones(3, 9)])
+        ... except MeasurementError as error:
+        ...     print(error)
+        The loss of probe batch 0 is ...
+    """
 
 
 class NoSecondDerivativeError(MeasurementError):
     """The loss has no second derivative: an operation of it has none, or a wrong one.
 
     Finite differences of gradients may serve; ``hvp="auto"`` falls back to them.
+
+    Example:
+        >>> issubclass(NoSecondDerivativeError, MeasurementError)
+        True
     """
 
 

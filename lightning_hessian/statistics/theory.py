@@ -254,7 +254,7 @@ def hidden_ratio_mse(gamma: float, num_classes: int) -> float:
 def marchenko_pastur(x: ArrayLike, ratio: float, variance: float = 1.0) -> FloatArray:
     """Return the limiting density of the eigenvalues of X X^T / n, X [d, n] with i.i.d. entries.
 
-    sqrt((l_+ - x)(x - l_-)) / (2 pi variance ratio x) between l_-+ = variance (1 -+ sqrt(ratio))^2.
+    sqrt((b - x)(x - a)) / (2 pi variance ratio x) between a, b = variance (1 -+ sqrt(ratio))^2.
     It has mass 1, or 1 / ratio where ratio > 1: the rest, 1 - 1 / ratio, lies at exactly 0.
     Assumes mean zero, d and n to infinity with d / n = ratio (Marchenko and Pastur 1967; HBS).
 
