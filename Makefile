@@ -12,7 +12,7 @@ TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 
-.PHONY: demo dist docs gallery sweep test test-slow test-llm test-suites test-oldest lint bench clean
+.PHONY: demo dist docs gallery sweep test test-slow test-llm test-notebooks test-suites test-oldest lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
@@ -42,6 +42,9 @@ test-slow: .venv-test/.done  ## the tests that take minutes
 
 test-llm: .venv-test-llm/.done  ## the tests with models of Hugging Face (4 minutes)
 	OMP_NUM_THREADS=1 .venv-test-llm/bin/python -m pytest tests/huggingface
+
+test-notebooks: .venv-test-notebooks/.done  ## the notebooks of examples in a kernel of Jupyter
+	OMP_NUM_THREADS=1 .venv-test-notebooks/bin/python -m pytest tests/test_notebooks.py
 
 test-suites: .venv-test/.done  ## other people's test suites, and the table in docs/trust.md
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -v tests/suites

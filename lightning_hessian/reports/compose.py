@@ -1,4 +1,4 @@
-"""The order of a report: the question, its answer in a ranked table, then method and caveats."""
+"""The order of a report: question and answer at a glance, then tables, method and caveats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from lightning_hessian.reports import figures
+from lightning_hessian.reports import figures, glance
 from lightning_hessian.reports.across import AcrossRuns
 from lightning_hessian.reports.document import (
     Block,
@@ -53,7 +53,7 @@ _MOST_GROUPS = 8  # columns of the table of groups
 def compose(report: CorrelationReport) -> Document:
     """Return the report in words, tables and figures."""
     monitors = " and ".join(report.monitors)
-    blocks: list[Block] = [Text(_lead(report))]
+    blocks: list[Block] = [*_first_screen(report), Heading("In more words"), Text(_lead(report))]
     if report.across:
         blocks += _across(report)
     if report.scaling:
@@ -84,6 +84,32 @@ def _told_apart(blocks: Sequence[Block]) -> Iterator[Block]:
             seen.add(name.casefold())
             block = replace(block, name=name)
         yield block
+
+
+def _first_screen(report: CorrelationReport) -> Iterator[Block]:
+    """Yield one sentence that anybody understands, one figure, and one ranked table."""
+    yield Text(bold(glance.sentence(report)))
+    pairs = glance.glances(report)[: glance.MOST_ROWS]
+    drawn = [pair for pair in pairs if not math.isnan(pair.r)]
+    if not pairs:
+        return
+    across = glance.is_across(report)
+    if drawn:
+        caption = "The strongest pairs. Blue is shown, grey may be chance or a common trend."
+        yield figures.glance_figure(functools.partial(glance.draw, report), len(drawn), caption)
+    columns: Columns = {"statistic": lambda p: code(p.statistic)}
+    if len(report.table) > 1 and not across:
+        columns["run"] = lambda p: p.run
+    if len(report.monitors) > 1:
+        columns["with"] = lambda p: code(p.monitor)
+    columns |= {
+        "r" if across else "r of changes": lambda p: number(p.r),
+        "95 %": lambda p: interval_text(p.interval),
+        "Spearman": lambda p: number(p.spearman),
+        "runs" if across else "rows": lambda p: str(p.num_points),
+        "what it says": lambda p: p.label,
+    }
+    yield _table(pairs, columns)
 
 
 def _lead(report: CorrelationReport) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,13 @@ from lightning_hessian.histories.run_table import RunRecord
 from lightning_hessian.reports.across import Points, Scaling
 from lightning_hessian.reports.within import WithinRun
 from lightning_hessian.results.escaping import visible
-from lightning_hessian.tracking.style import COLOURS, MARKERS, new_figure, quiet_grid
+from lightning_hessian.tracking.style import (
+    COLOURS,
+    MARKERS,
+    log_if_wide,
+    new_figure,
+    quiet_grid,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,6 +68,14 @@ class Drawing:
         return self.svg.replace("<defs>", f"{white}<defs>", 1)
 
 
+def glance_figure(draw_on: Callable[[Axes], None], num_rows: int, caption: str) -> Drawing:
+    """Return the figure of the first screen, a line for each of the strongest pairs."""
+    with _style():
+        figure, axes = new_figure(7.0, 0.42 * num_rows + 1.0)
+        draw_on(axes)
+        return _drawing(figure, "glance", caption)
+
+
 def across_figure(
     points: Points, statistics: Sequence[str], monitor: str, group: str | None
 ) -> Drawing:
@@ -79,7 +93,7 @@ def across_figure(
                     x[mask], y[mask], s=22, color=colour, marker=marker, alpha=0.85, linewidths=0
                 )
             axes.set_xlabel(_plain(statistic))
-            _log_if_wide(axes, x, y)
+            log_if_wide(axes, x, y)
             quiet_grid(axes)
         for axes in grid[:, 0]:
             axes.set_ylabel(_plain(monitor))
@@ -158,22 +172,30 @@ def over_runs_figure(
 
 
 def run_figure(run: RunRecord, pairs: Sequence[WithinRun], monitor: str) -> Drawing:
-    """Return, for one run, each statistic with the monitor over the steps, and lead and lag."""
+    """Return, for one run, each statistic with the monitor over the steps, and lead and lag.
+
+    A run too short for lead and lag has no panel for them.
+    """
     with _style():
+        columns: dict[str, Any] = {"ncols": 1}
+        leads = [pair for pair in pairs if pair.lead is not None]
+        if leads:
+            columns = {"ncols": 2, "width_ratios": (2, 1)}
         figure, grid = new_figure(
-            8.2, 1.75 * len(pairs) + 0.3, nrows=len(pairs), ncols=2, squeeze=False,
-            width_ratios=(2, 1),
-        )  # fmt: skip
-        for (left, right), pair in zip(grid, pairs, strict=True):
-            _series(left, run, pair.statistic, monitor)
-            _lags(right, pair)
+            8.2, 1.75 * len(pairs) + 0.3, nrows=len(pairs), squeeze=False, **columns
+        )
+        for row, pair in zip(grid, pairs, strict=True):
+            _series(row[0], run, pair.statistic, monitor)
+            if leads:
+                _lags(row[1], pair, last=pair is leads[-1])
         grid[-1][0].set_xlabel("step")
-        grid[-1][1].set_xlabel("measurements by which it leads")
         caption = (
             f"{run.name}: each statistic (left axis, solid) and {monitor} (right axis, dashed) "
-            "over the run; beside it r of first differences when one series is moved along the "
-            "other."
+            "over the run"
         )
+        if leads:
+            caption += "; beside it r of first differences when one series is moved along the other"
+        caption += "."
         return _drawing(figure, f"run_{_slug(run.name)}_{_slug(monitor)}", caption)
 
 
@@ -190,19 +212,18 @@ def _series(axes: Axes, run: RunRecord, statistic: str, monitor: str) -> None:
     quiet_grid(axes)
 
 
-def _lags(axes: Axes, pair: WithinRun) -> None:
+def _lags(axes: Axes, pair: WithinRun, *, last: bool) -> None:
+    if pair.lead is None:
+        axes.set_visible(False)
+        return
     axes.axhline(0, color=_INK, linewidth=0.7)
     axes.set_ylim(-1.05, 1.05)
     quiet_grid(axes)
-    if pair.lead is None:
-        text = "too few rows\nfor lead and lag"
-        axes.text(0.5, 0.75, text, transform=axes.transAxes, ha="center", va="center",
-                  fontsize="small", color=_INK)  # fmt: skip
-        axes.set_xticks([])
-        return
     colours = [COLOURS[1] if lag == pair.lead.lag else COLOURS[0] for lag in pair.lead.lags]
     axes.vlines(pair.lead.lags, 0, pair.lead.coefficients, colors=colours, linewidth=3)
     axes.set_xticks(sorted({pair.lead.lags[0], 0, pair.lead.lags[-1]}))
+    if last:
+        axes.set_xlabel("measurements by which it leads")
 
 
 def _groups(points: Points) -> Iterator[tuple[str, str, str, Any]]:
@@ -222,14 +243,6 @@ def _natural(label: str) -> tuple[bool, float, str]:
         return False, float(label), ""
     except ValueError:
         return True, 0.0, label
-
-
-def _log_if_wide(axes: Axes, x: Any, y: Any) -> None:
-    """Make an axis logarithmic where positive values span more than a factor of 20."""
-    for values, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
-        finite = values[np.isfinite(values)]
-        if len(finite) and finite.min() > 0 and finite.max() > 20 * finite.min():
-            scale("log")
 
 
 @contextlib.contextmanager

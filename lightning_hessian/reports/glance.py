@@ -137,7 +137,7 @@ def draw(report: CorrelationReport, axes: Axes) -> None:
             axes.plot(pair.spearman, place, "|", color=COLOURS[1], markersize=11, markeredgewidth=2)
     axes.axvline(0, color=_NOT_SHOWN, linewidth=0.8)
     axes.set_yticks(range(len(pairs)), _labels(pairs))
-    axes.invert_yaxis()
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
     what = "across runs" if is_across(report) else "of changes within a run"
     axes.set(xlim=(-1.05, 1.05), xlabel=f"r {what}, 95 % (blue: shown); bar: Spearman's")
     quiet_grid(axes)

@@ -12,7 +12,14 @@ from lightning_hessian.results import FloatArray
 from lightning_hessian.statistics.correlation import Correlation, pearson
 from lightning_hessian.statistics.verdict import corrected, movement, verdict
 from lightning_hessian.tracking.history import History, Row
-from lightning_hessian.tracking.style import SYMBOLS, evenly_chosen, new_figure, quiet_grid, shades
+from lightning_hessian.tracking.style import (
+    SYMBOLS,
+    evenly_chosen,
+    log_if_wide,
+    new_figure,
+    quiet_grid,
+    shades,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,9 +41,10 @@ def scatter_plot(
 
     Of more than 500 measurements, as many are drawn, evenly chosen.
 
-    Above each panel: Pearson's r with its 95 % interval and n, and the r of first differences, in
-    which a common trend cancels; in it the verdict on both (`statistics.verdict`). The interval
-    takes the points as independent, which those of one run are not.
+    Above each panel: Pearson's r with its 95 % interval and n, the r of first differences, in which
+    a common trend cancels, and Spearman's of the ranks; in it the verdict (`statistics.verdict`).
+    The interval takes the points as independent, which those of one run are not. An axis is
+    logarithmic where its values span more than a factor of 20.
 
     Args:
         rows: The measurements, as in ``callback.history``.
@@ -69,7 +77,9 @@ def scatter_plot(
         axes.text(0.03, 0.97, labels[name], transform=axes.transAxes, va="top",
                   fontsize="small", bbox={"color": "white", "alpha": 0.7, "pad": 1})  # fmt: skip
         axes.set_xlabel(SYMBOLS.get(name, name))
-        axes.locator_params(axis="x", nbins=4)
+        log_if_wide(axes, xs, ys)
+        if axes.get_xscale() == "linear":
+            axes.locator_params(axis="x", nbins=4)
         quiet_grid(axes)
     for axes in panels[:, 0]:
         axes.set_ylabel(monitor)
@@ -99,7 +109,7 @@ def correlation_text(correlation: Correlation) -> str:
     Example:
         >>> print(correlation_text(pearson([1, 2, 3, 4, 6], [2, 1, 4, 3, 9])))
         r = 0.88 [0.01, 0.99], n = 5
-        r of differences 0.83
+        r of differences 0.83, ranks 0.80
     """
     if math.isnan(correlation.r):
         return f"n = {correlation.num_points}\n(r from 4 points on)"
@@ -107,7 +117,9 @@ def correlation_text(correlation: Correlation) -> str:
     text = f"r = {correlation.r:.2f} [{low:.2f}, {high:.2f}], n = {correlation.num_points}\n"
     if math.isnan(correlation.r_differences):
         return text + "(r of differences from 5 points on)"
-    return text + f"r of differences {correlation.r_differences:.2f}"
+    text += f"r of differences {correlation.r_differences:.2f}"
+    ranks = correlation.spearman
+    return text if math.isnan(ranks) else f"{text}, ranks {ranks:.2f}"
 
 
 def _pairs(first: FloatArray, second: FloatArray) -> list[tuple[float, float]]:

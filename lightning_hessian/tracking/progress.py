@@ -36,6 +36,7 @@ class TqdmBar:
         from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
         self._bar = Tqdm(
+            total=1,  # a notebook draws a bar without total as a stub that is full
             position=2 * lightning_bar.process_position + 2,
             leave=False,
             dynamic_ncols=True,
@@ -47,11 +48,15 @@ class TqdmBar:
     def show(self, done: int, total: int, text: str) -> None:
         """Show ``done`` of about ``total`` products, and a text before it."""
         self._bar.total = total
+        widget = getattr(self._bar, "container", None)
+        if widget is not None:  # in a notebook tqdm looks at the total once, at the beginning
+            widget.children[-2].max = total
         self._bar.n = done
         self._bar.set_description_str(text)
 
     def close(self) -> None:
         """Take the bar away."""
+        self._bar.n = self._bar.total  # a notebook's bar that closes before turns red, and stays
         self._bar.close()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +69,15 @@ def few_ticks(axes: Axes) -> None:
             axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+
+
+def log_if_wide(axes: Axes, x: ArrayLike, y: ArrayLike) -> None:
+    """Make an axis logarithmic where positive values span more than a factor of 20."""
+    for given, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
+        values = np.asarray(given, dtype=np.float64)
+        finite = values[np.isfinite(values)]
+        if len(finite) and finite.min() > 0 and finite.max() > 20 * finite.min():
+            scale("log")
 
 
 def legend_below(figure: Figure, columns: int = 1) -> None:

@@ -285,7 +285,7 @@ def test_the_page_is_one_file_and_well_formed(written, report):
     assert "url(http" not in text
     assert "@import" not in text
     assert {"script", "link", "img"}.isdisjoint(page.tags)
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
     assert "currentColor" in text
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
@@ -325,12 +325,12 @@ def rendered_markdown(path) -> str:
 
 def test_markdown_renders_as_tables_and_figures(written):
     page = Page(rendered_markdown(written / "report.md"))
-    assert page.tags.count("table") == 5
-    assert page.cells.count("hessian/d_ks") == 4
+    assert page.tags.count("table") == 6
+    assert page.cells.count("hessian/d_ks") == 5
     for source in page.loaded:
         root = ElementTree.parse(written / source).getroot()
         assert root.tag.endswith("svg")
-    assert len(page.loaded) == 3
+    assert len(page.loaded) == 4
 
 
 def test_csv_and_json_hold_the_same_numbers(written, report):

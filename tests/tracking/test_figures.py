@@ -214,9 +214,12 @@ def test_the_scatter_says_r_interval_and_n() -> None:
         expected = stats.pearsonr(x, y)
         low, high = expected.confidence_interval()
         steps = stats.pearsonr(np.diff(x), np.diff(y))[0]
+        ranks = stats.spearmanr(x, y)[0]
         assert axes.get_title() == (
-            f"r = {expected[0]:.2f} [{low:.2f}, {high:.2f}], n = 9\nr of differences {steps:.2f}"
+            f"r = {expected[0]:.2f} [{low:.2f}, {high:.2f}], n = 9\n"
+            f"r of differences {steps:.2f}, ranks {ranks:.2f}"
         )
+        assert axes.get_xscale() == ("log" if max(x) > 20 * min(x) else "linear")
     assert "4 points" in scatter_plot(rows[:3], ["d_ks"], "val_loss").axes[0].get_title()
 
 
