@@ -9,6 +9,7 @@ from typing import Any
 from lightning_hessian.callbacks.arguments import CALLBACK_RULES
 from lightning_hessian.callbacks.measurement import MeasurementCallback
 from lightning_hessian.callbacks.schedule import Schedule
+from lightning_hessian.callbacks.surroundings import training_in
 from lightning_hessian.measure.arguments import SPECTRUM_RULES
 from lightning_hessian.measure.blocks import BlocksInstrument
 from lightning_hessian.measure.budget import Budget
@@ -228,6 +229,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             expected_products=self.expected_work(),
             known=self._known,
             seed=self.seed,
+            training=training_in(pl_module.trainer),
         )
 
     def _selected(self, pl_module: Any) -> ParameterSelection:

@@ -17,6 +17,7 @@ from lightning_hessian.linear.operator import DifferenceOperator, SymmetricOpera
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.measure.options import MATRICES, LossOptions, check_matrix, chosen_loss
+from lightning_hessian.measure.training import Training
 from lightning_hessian.operators.engines import gradient_of
 from lightning_hessian.operators.gauss_newton import ENGINES as GAUSS_NEWTON_ENGINES
 from lightning_hessian.operators.gauss_newton import gauss_newton_operator
@@ -66,6 +67,8 @@ class Session:
             it against the cost of building.
         known: What earlier sessions have learnt; filled in by this one.
         seed: Of everything random here.
+        training: The optimizers that train the module and their last update, for what is measured
+            of training itself; None where nothing trains.
 
     Attributes:
         model: The module, plain.
@@ -94,6 +97,7 @@ class Session:
     expected_products: int = 200
     known: Knowledge = field(default_factory=Knowledge)
     seed: int = 0
+    training: Training | None = None
     space: ParameterSpace = field(init=False)
     ranks: Ranks = field(init=False)
 
