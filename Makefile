@@ -12,7 +12,7 @@ TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 
-.PHONY: demo docs gallery sweep test test-slow test-llm test-suites test-oldest lint bench clean
+.PHONY: demo dist docs gallery sweep test test-slow test-llm test-suites test-oldest lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
@@ -23,6 +23,11 @@ gallery: .venv-demo/.done  ## draw the figures of docs/gallery.md from a real ru
 docs: .venv-docs/.done  ## the documentation site, in docs/_build; a warning is an error
 	.venv-docs/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build
 	@echo "open docs/_build/index.html"
+
+dist: .venv-dist/.done  ## sdist and wheel in dist, checked as a package index will
+	rm -rf dist
+	.venv-dist/bin/python -m build --outdir dist
+	.venv-dist/bin/python -m twine check --strict dist/*
 
 sweep: .venv-demo/.done  ## train 24 networks on real digits, and one report over them (15 minutes)
 	$(DEMO)/python examples/sweep/train.py --out sweep_output
@@ -69,6 +74,11 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/sidecar.py $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/reports.py
 
+.venv-dist/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-dist
+	.venv-dist/bin/pip install --quiet build twine
+	touch $@
+
 .venv-bench/.done: pyproject.toml constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv --clear .venv-bench
 	.venv-bench/bin/pip install --quiet --editable ".[all]"
@@ -76,5 +86,5 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 	touch $@
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv-demo .venv-docs .venv-test .venv-oldest .venv-bench build dist *.egg-info \
+	rm -rf .venv-demo .venv-dist .venv-docs .venv-test .venv-oldest .venv-bench build dist *.egg-info \
 		docs/_build demo_output sweep_output bench_output protocols_output

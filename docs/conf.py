@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tomllib
 from docutils import nodes
 from docutils.parsers.rst import Directive
 
@@ -16,7 +17,8 @@ import lightning_hessian
 from lightning_hessian.cli.main import main
 
 HERE = Path(__file__).parent
-REPOSITORY = "https://github.com/lightning-hessian/lightning-hessian"  # a placeholder
+PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Repository"]
 
 project = "lightning_hessian"
 author = "The lightning_hessian authors"

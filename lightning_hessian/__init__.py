@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_hessian.statistics.eigengaps import eigengaps
     from lightning_hessian.statistics.power_law import fit_power_law
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Absent",

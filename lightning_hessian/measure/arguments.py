@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -24,7 +24,6 @@ from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
     Rule,
     flag,
-    function_of,
     instance_of,
     memory,
     one_of,
@@ -66,11 +65,18 @@ def layer_choice(name: str, value: Any) -> Any:
     return dict(value)
 
 
+def loss_choice(name: str, value: Any) -> Any:
+    """Apply the rule of ``loss_fn``: ``loss_fn(module, batch)``, or a criterion."""
+    from lightning_hessian.probe.criterion import loss_or_criterion  # at the first measurement
+
+    return loss_or_criterion(name, value)
+
+
 _positive = whole_number(least=1)
 
 RULES: dict[str, Rule] = {
     "model": a_module,
-    "loss_fn": optional(function_of("module", "batch", returns="mean loss")),
+    "loss_fn": optional(loss_choice),
     "batches": batches,
     "data": gradient_data,
     "num_eigenvalues": _positive,
@@ -137,6 +143,15 @@ def together(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     device = parameters[0].device if parameters else torch.device("cpu")
     return Ranks.of(group, device).together()
+
+
+def bridge(
+    call: str, signature: inspect.Signature, given: Sequence[Any], named: Mapping[str, Any]
+) -> None:
+    """Raise where a call is written in another library's way, with the one to write."""
+    from lightning_hessian.measure.bridges import check_order  # at the first measurement
+
+    check_order(call, signature, given, named)
 
 
 def made_from(make: Callable[..., _Made], arguments: Mapping[str, Any], **others: Any) -> _Made:

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
 from lightning_hessian.linear.operator import MatrixOperator, RestrictedOperator, SymmetricOperator
-from lightning_hessian.measure.arguments import RULES, made_from, together
+from lightning_hessian.measure.arguments import RULES, bridge, made_from, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.instrument import Absent
 from lightning_hessian.measure.options import LossOptions, Matrix
@@ -45,7 +45,7 @@ _LEAST_STEPS = 10
 """Lanczos steps below which a density says too little to be compared."""
 
 
-@checked(RULES, together)
+@checked(RULES, together, bridge)
 @memory_explained
 def block_structure(
     model: nn.Module,
@@ -77,7 +77,8 @@ def block_structure(
 
     Args:
         model: Any module. Half-precision parameters are measured in float32.
-        loss_fn: ``loss_fn(model, batch) -> mean loss``; ``None`` as in `hessian_spectrum`.
+        loss_fn: ``loss_fn(model, batch) -> mean loss``, a criterion, or ``None``, as in
+            `hessian_spectrum`.
         batches: Batches of any structure; read once and held on the model's device.
         blocks: ``"layer"``, ``"neuron"``, ``"class"``, ``"head"``, ``"embedding"``,
             ``"adam_mini"`` (see `partition_rules`), a mapping from names to globs and slices

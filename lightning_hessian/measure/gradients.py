@@ -17,7 +17,7 @@ from lightning_hessian.isolation.context import isolated
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import free_bytes, memory_explained
 from lightning_hessian.linear.ranks import Ranks
-from lightning_hessian.measure.arguments import GRADIENT_RULES, made_from, together
+from lightning_hessian.measure.arguments import GRADIENT_RULES, bridge, made_from, together
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.gradient_checks import (
     check_alike,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@checked(GRADIENT_RULES, together)
+@checked(GRADIENT_RULES, together, bridge)
 @memory_explained
 def gradient_structure(
     model: nn.Module,
@@ -84,7 +84,8 @@ def gradient_structure(
 
     Args:
         model: Any module. Half-precision parameters are measured in float32.
-        loss_fn: ``loss_fn(model, batch) -> mean loss``; ``None`` as in `hessian_spectrum`.
+        loss_fn: ``loss_fn(model, batch) -> mean loss``, a criterion, or ``None``, as in
+            `hessian_spectrum`.
         data: A DataLoader, a map-style Dataset, or batches, from which T mini-batches of B
             samples are drawn in shuffled passes; see `probe.minibatches.draw_minibatches`.
         num_gradients: T; by default as many as one pass over the data makes.

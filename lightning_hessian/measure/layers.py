@@ -14,6 +14,7 @@ from lightning_hessian.linear.memory import memory_explained
 from lightning_hessian.measure.arguments import (
     RULES,
     SPECTRUM_RULES,
+    bridge,
     layer_choice,
     made_from,
     together,
@@ -36,7 +37,7 @@ Layers: TypeAlias = str | Mapping[str, ParameterSelection]
 """``"layer"``, or names of groups of parameters with what selects each."""
 
 
-@checked(SPECTRUM_RULES, together)
+@checked(SPECTRUM_RULES, together, bridge)
 @memory_explained
 def layer_spectra(
     model: nn.Module,

@@ -88,10 +88,15 @@ def check_matrix(matrix: str, hvp: str) -> None:
 
 
 def chosen_loss(loss_fn: LossFunction | None, options: LossOptions | None) -> LossFunction | None:
-    """Return the loss function, that of ``outputs_and_loss`` where it is given."""
+    """Return the loss function, also of a criterion; that of ``outputs_and_loss`` where given."""
     split = None if options is None else options.outputs_and_loss
+    if split is None and loss_fn is not None:
+        from lightning_hessian.probe.criterion import loss_or_criterion  # at the first measurement
+
+        checked: LossFunction = loss_or_criterion("loss_fn", loss_fn)
+        return checked
     if split is None:
-        return loss_fn
+        return None
     if loss_fn is not None:
         raise ArgumentError(
             "loss_fn",

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_hessian.linear.allowance import Allowance
 from lightning_hessian.linear.memory import memory_explained
 from lightning_hessian.linear.ranks import Ranks
-from lightning_hessian.measure.arguments import SPECTRUM_RULES, made_from, together
+from lightning_hessian.measure.arguments import SPECTRUM_RULES, bridge, made_from, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
 from lightning_hessian.measure.leading import NUM_LEADING, Leading, kept
 from lightning_hessian.measure.options import LossOptions, Matrix, PooledSLQ, SpectrumProtocol
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@checked(SPECTRUM_RULES, together)
+@checked(SPECTRUM_RULES, together, bridge)
 @memory_explained
 def hessian_spectrum(
     model: nn.Module,
@@ -75,8 +75,11 @@ def hessian_spectrum(
 
     Args:
         model: Any module. Half-precision parameters are measured in float32.
-        loss_fn: ``loss_fn(model, batch) -> mean loss`` of the batch, a scalar tensor. ``None``
-            for a module with ``hessian_loss(batch)`` or a LightningModule's ``training_step``.
+        loss_fn: ``loss_fn(model, batch) -> mean loss`` of the batch, a scalar tensor; or, where
+            batches are ``(inputs, targets)``, a criterion: a module such as
+            ``nn.CrossEntropyLoss()``, or a function whose parameters are named (or annotated) as
+            outputs and targets. ``None`` for a module with ``hessian_loss(batch)`` or a
+            LightningModule's ``training_step``.
         batches: Batches of any structure; read once and held on the model's device.
         num_eigenvalues: K, how many of the largest (algebraic) eigenvalues; by default 50, or
             1000 under `PooledSLQ`.

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from lightning_hessian.results import MeasurementError
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
-"""``loss_fn(module, batch) -> mean loss`` of the batch, a scalar tensor."""
+"""``loss_fn(module, batch) -> mean loss`` of the batch, a scalar tensor.
+
+A criterion of outputs and targets becomes one where arguments are checked (`probe.criterion`).
+"""
 
 
 def resolve_loss(

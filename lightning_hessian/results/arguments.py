@@ -40,6 +40,7 @@ MOST_SEED = 2**32 - 1
 def checked(
     rules: Rules,
     together: Callable[[Mapping[str, Any]], AbstractContextManager[Any]] | None = None,
+    bridge: Callable[..., None] | None = None,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Return a decorator that checks the arguments of every call by their rules.
 
@@ -52,6 +53,8 @@ def checked(
             test finds arguments without a rule.
         together: Given the arguments, returns a block in which they are checked, for a function
             that several processes call at once: what breaks a rule on one is then told by all.
+        bridge: Given the function's name, its signature, and the arguments as they were written,
+            raises where the call is written as another library's, before any rule.
 
     Example:
         >>> @checked({"count": whole_number(least=1)})
@@ -72,10 +75,14 @@ def checked(
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             try:
                 given = signature.bind(*args, **kwargs)
-            except TypeError:  # Python's own message says best which argument is missing
+            except TypeError:  # else Python's own message says best which argument is missing
+                if bridge is not None:
+                    bridge(function.__name__, signature, args, kwargs)
                 return function(*args, **kwargs)
             given.apply_defaults()
             with nullcontext() if together is None else together(given.arguments):
+                if bridge is not None:
+                    bridge(function.__name__, signature, args, kwargs)
                 for name, value in given.arguments.items():
                     if kinds[name] is inspect.Parameter.VAR_KEYWORD:
                         given.arguments[name] = _rest(value, rules)
