@@ -121,18 +121,42 @@ def print_course(rows: Sequence[dict[str, Any]], part: str) -> None:
         print(f"| {row['step']} | {' | '.join(cells)} | {converged} |")
 
 
+def print_over_seeds(runs: Sequence[Sequence[dict[str, Any]]], part: str) -> None:
+    """Print the coefficients of several runs side by side, and how often a relation is shown."""
+    later = [[row for row in rows if row["step"] >= FIRST_STEPS] for rows in runs]
+    found = [[movements(rows, part) for rows in taken] for taken in (runs, later)]
+    print(f"\n### {len(runs)} runs, {part}\n")
+    print(
+        f"| statistic | with | r | r from step {FIRST_STEPS} | r of differences "
+        f"| from step {FIRST_STEPS} | shown in |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for monitor in MONITORS:
+        for statistic in STATISTICS:
+            pairs = [[run[statistic, monitor] for run in taken] for taken in found]
+            cells = [" ".join(number(pair.r) for pair in taken) for taken in pairs]
+            cells += [" ".join(number(pair.r_differences) for pair in taken) for taken in pairs]
+            shown = [sum(verdict(pair).is_shown for pair in taken) for taken in pairs]
+            told = f"{shown[0]} of {len(runs)}; {shown[1]} of {len(runs)}"
+            print(f"| {statistic} | {monitor} | {' | '.join(cells)} | {told} |")
+
+
 def print_findings(paths: Sequence[Path]) -> None:
-    """Print what runs have found: each by itself, with and without its first steps."""
-    for path in paths:
-        held = json.loads(path.read_text())
-        rows = sorted(held["rows"], key=lambda row: row["step"])
-        name = f"{held['size']}, seed {held['seed']}"
-        for part in ("all", "last", "pooled", "adapters"):
-            having = [row for row in rows if part in row]
-            if len(having) < 2:
+    """Print what runs have found: each by itself, with and without its first steps, and all."""
+    held = [json.loads(path.read_text()) for path in paths]
+    for part in ("all", "last", "pooled", "adapters"):
+        runs = []
+        for one in held:
+            rows = sorted(one["rows"], key=lambda row: row["step"])
+            rows = [row for row in rows if part in row]
+            if len(rows) < 3:
                 continue
-            print_course(having, part)
-            print_run(name, having, part)
-            later = [row for row in having if row["step"] >= FIRST_STEPS]
-            if len(later) > 3:
+            runs.append(rows)
+            name = f"{one['size']}, seed {one['seed']}"
+            print_course(rows, part)
+            print_run(name, rows, part)
+            later = [row for row in rows if row["step"] >= FIRST_STEPS]
+            if len(later) >= 3:
                 print_run(name, later, part)
+        if len(runs) > 1:
+            print_over_seeds(runs, part)
