@@ -274,6 +274,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             self.last_blocks,
             self._panels.spectra,
             densities=None if density is None else {"Hessian": density},
+            layers=self.last_layers,
             significance=self.significance,
         )
 
