@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from rows import Gradients, Hessian, Network, Row
 
@@ -52,5 +53,5 @@ def _size(network: Network) -> tuple[float, float]:
     layers, width = int(found[1]), int(found[2])
     inputs, outputs = (10, 12) if network.data.name == "avila" else (784, 10)
     sizes = [inputs, *[width] * (layers - 1), outputs]
-    total = sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    total = sum(a * b for a, b in pairwise(sizes))
     return total, 1.5 * total

@@ -3,13 +3,13 @@
 A folder (``--data-dir``) may hold, each under any of the names given:
 
 - ``MNIST/raw``, ``FashionMNIST/raw`` (or ``fashion-mnist``): four ``*-ubyte.gz`` files of IDX;
-- ``cifar10/cifar10-subset.npz``, or ``cifar-10-batches-py``, the standard python archive, unpacked or
-  as ``cifar-10-python.tar.gz``; ``cifar-100-python`` likewise;
+- ``cifar-10-batches-py``, the standard python archive, unpacked or as ``cifar-10-python.tar.gz``,
+  or else ``cifar10/cifar10-subset.npz``; ``cifar-100-python`` likewise;
 - ``avila/avila-tr.txt`` and ``avila-ts.txt``; ``tinyshakespeare/input.txt``.
 
-Images are standardised by the mean and the standard deviation of each channel over the training set,
-which is how "per-pixel zero-mean unit-variance normalization" is commonly done. Avila is published
-standardised and is taken as it is.
+Images are standardised by the mean and the standard deviation of each channel over the training
+set, which is how "per-pixel zero-mean unit-variance normalization" is commonly done. Avila is
+published standardised and is taken as it is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""HPL's tables, row by row: "Investigating the Overlooked Hessian Structure", Tang et al., ICML 2025.
+"""HPL's tables, row by row: "Investigating the Overlooked Hessian Structure" (ICML 2025).
 
 Digits are those printed. Tables 1, 3 and 4 repeat rows of tables 7 and 8 and are not listed twice.
-Rows of MNIST on all 60,000 images measure the Hessian on the first 1000 of them unless ``--probe`` says
-otherwise; rows of at most 6000 images on all that were trained on, as the paper defines H.
+Rows of MNIST on all 60,000 images measure the Hessian on the first 1000 of them unless ``--probe``
+says otherwise; rows of at most 6000 images on all that were trained on, as the paper defines H.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _no(d_ks: str | None, d_c: str = "0.0430") -> Printed:
     return Printed(d_ks, d_c, "No")
 
 
-# Table 7: LeNet on MNIST and Fashion-MNIST ---------------------------------------------------------
+# Table 7: LeNet on MNIST and Fashion-MNIST -------------------------------------------------------
 
 _OPTIMIZERS_7 = {
     "SGD": _yes("0.00900", "1.991", "0.031", "1.009"),
@@ -127,7 +127,7 @@ def _table_7() -> list[Row]:
     return rows
 
 
-# Table 8: LeNet on CIFAR-10 and CIFAR-100 ----------------------------------------------------------
+# Table 8: LeNet on CIFAR-10 and CIFAR-100 --------------------------------------------------------
 
 _OPTIMIZERS_8 = {
     "SGD": _yes("0.0279", "1.968", "0.031", "1.033"),
@@ -173,7 +173,7 @@ def _table_8() -> list[Row]:
     return rows
 
 
-# Table 9: fully connected networks -----------------------------------------------------------------
+# Table 9: fully connected networks ---------------------------------------------------------------
 
 _DEPTHS_9 = {
     1: ("0.185", _no("0.241")),
@@ -215,7 +215,7 @@ def _table_9() -> list[Row]:
     return rows
 
 
-# Table 5: batch sizes at the same number of iterations ----------------------------------------------
+# Table 5: batch sizes at the same number of iterations -------------------------------------------
 
 _STEPS = 50 * 469
 _BATCH_SIZES_5 = {
@@ -239,7 +239,7 @@ def _table_5() -> list[Row]:
     ]  # fmt: skip
 
 
-# Table 10: ResNet18, and tables and figures besides --------------------------------------------------
+# Table 10: ResNet18, and tables and figures besides ----------------------------------------------
 
 _D_C_50 = "0.176"
 _OPTIMIZERS_10 = {

@@ -1,11 +1,11 @@
 """The networks of the papers, by name.
 
-Neither paper publishes code. What their text leaves open was chosen here before anything was run:
+Neither paper publishes code. What their text leaves open was chosen before anything was run:
 
-- LeNet is LeNet-5 with ReLU and max pooling. It has 61,706 parameters on MNIST and 62,006 on CIFAR-10,
-  as SG says of its own (section 3).
-- "k-layer FCN" is a network of k linear maps with ReLU between them, so of k - 1 hidden layers. Then
-  the one-layer FCN is a linear classifier: HPL calls it underparameterized (figure 5).
+- LeNet is LeNet-5 with ReLU and max pooling. It has 61,706 parameters on MNIST and 62,006 on
+  CIFAR-10, as SG says of its own (section 3).
+- "k-layer FCN" is a network of k linear maps with ReLU between them, so of k - 1 hidden layers.
+  Then the one-layer FCN is a linear classifier: HPL calls it underparameterized (figure 5).
 - SG's FCN has batch normalisation before each ReLU (A.2), HPL's has none (C.1.1).
 - A LNN is an FCN without both; the papers give it no width, so it has that of the paper's FCN.
 - ResNet18 is the one for small images: a first 3 x 3 convolution of stride 1, no pooling after it.
@@ -14,6 +14,7 @@ Neither paper publishes code. What their text leaves open was chosen here before
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 
@@ -42,8 +43,8 @@ def build(name: str, inputs: tuple[int, ...], num_classes: int) -> nn.Module:
         61706
         >>> sum(p.numel() for p in build("lenet", (3, 32, 32), 10).parameters())
         62006
-        >>> build("fcn-2x70-bn", (1, 28, 28), 10)[2]
-        BatchNorm1d(70, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> [type(part).__name__ for part in build("lnn-2x70-bn", (1, 28, 28), 10)]
+        ['Flatten', 'Linear', 'BatchNorm1d', 'Linear']
     """
     if name == "lenet":
         return _lenet(inputs, num_classes)
@@ -71,7 +72,7 @@ def _lenet(inputs: tuple[int, ...], num_classes: int) -> nn.Module:
 def _dense(
     inputs: tuple[int, ...], num_classes: int, layers: int, width: int, *, relu: bool, norm: bool
 ) -> nn.Module:
-    sizes = [int(torch.tensor(inputs).prod())] + [width] * (layers - 1) + [num_classes]
+    sizes = [math.prod(inputs)] + [width] * (layers - 1) + [num_classes]
     parts: list[nn.Module] = [nn.Flatten()]
     for number, (before, after) in enumerate(pairwise(sizes), 1):
         parts.append(nn.Linear(before, after))
@@ -96,6 +97,7 @@ class _Residual(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of both paths."""
         return functional.relu(self.path(x) + self.short(x))
 
 
@@ -131,6 +133,7 @@ class CharacterGPT(nn.Module):
         self.head = nn.Linear(width, num_tokens, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the logits of each next character."""
         length = ids.shape[1]
         x = self.tokens(ids) + self.places(torch.arange(length, device=ids.device))
         mask = nn.Transformer.generate_square_subsequent_mask(

@@ -2,7 +2,7 @@
 
 What they leave open, and what was chosen before anything was run:
 
-- CIFAR: the epochs are not given. 200, since the learning rate last drops at 160 (150 for CIFAR-100).
+- CIFAR: the epochs are not given. 200, since the rate last drops at 160 (150 for CIFAR-100).
 - Avila: no recipe is given. That of MNIST.
 - "The optimal learning rate" is not searched for: the rates that the text states are taken.
 - SGD is SGD with momentum 0.9, "Vanilla SGD" without.
@@ -109,20 +109,24 @@ class Classifier(L.LightningModule):
         self.network, self.recipe, self.num_epochs = network, recipe, num_epochs
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Return the outputs of the network."""
         return self.network(inputs)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        """Return the mean loss of a batch, with new flips and crops where the recipe has them."""
         inputs, labels = batch
         if self.recipe is not None and self.recipe.augment:
             inputs = flipped_and_cropped(inputs)
         return functional.cross_entropy(self.network(inputs), labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        """Log loss and accuracy."""
         outputs = self.network(batch[0])
         self.log("val_loss", functional.cross_entropy(outputs, batch[1]))
         self.log("val_accuracy", (outputs.argmax(1) == batch[1]).float().mean())
 
     def configure_optimizers(self) -> Any:
+        """Return the optimizer, and the schedule of its learning rate."""
         recipe = self.recipe
         assert recipe is not None
         optimizer = OPTIMIZERS[recipe.optimizer](

@@ -1,4 +1,4 @@
-"""What a row of a paper's table is: a network, how it was trained, what is measured, what was found.
+"""What a row of a paper's table is: a network, its training, what is measured, what was found.
 
 The tables themselves are `hpl.py` and `sg.py`. HPL is "Investigating the Overlooked Hessian
 Structure" (Tang et al., ICML 2025), SG "On the Overlooked Structure of Stochastic Gradients" (Xie

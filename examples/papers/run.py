@@ -4,8 +4,8 @@
     python examples/papers/run.py --data-dir DATA --rows 'hpl-7-*' --seeds 3 --device cuda
 
 Rows of one network are one process, which trains it once. A row whose result is there, of the same
-settings, is not repeated: a run that is stopped goes on where it was. The cheapest come first. Without
-``--rows`` those marked for a GPU are left out, unless there is one.
+settings, is not repeated: a run that is stopped goes on where it was. The cheapest come first.
+Without ``--rows`` those marked for a GPU are left out on a CPU.
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # the tables import one another by their plain names
-
 import hpl
 import sg
 from cost import expected_minutes
 from rows import Network, Row
 
 ROWS: list[Row] = [*hpl.ROWS, *sg.ROWS]
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).parent / "results"
 SKIPPED = 3  # what a process says by its exit status
 
 

@@ -1,4 +1,4 @@
-"""SG's tables, row by row: "On the Overlooked Structure of Stochastic Gradients", Xie et al., NeurIPS 2023.
+"""SG's tables, row by row: "On the Overlooked Structure of Stochastic Gradients" (NeurIPS 2023).
 
 Digits are those printed. Table 2 repeats rows of tables 6, 8 and 10 and is not listed twice; the
 rows of table 1 with MNIST and "Random" are those of table 4 with B = 100.
@@ -29,7 +29,7 @@ def _tests(d_ks: str, rate: str, p_value: str, gaussian: str, d_c: str = "0.0430
     return Printed(d_ks, d_c, rate=rate, p_value=p_value, gaussian_rate=gaussian)
 
 
-# Tables 1, 4 and 5: entries over dimensions and over iterations ------------------------------------
+# Tables 1, 4 and 5: entries over dimensions and over iterations ----------------------------------
 
 _TABLE_1 = [
     ("MNIST", "Random", "Dimension", _tests("0.0355", "76.6", "4.11e-4", "0.18")),
@@ -99,7 +99,7 @@ def _entries() -> list[Row]:
     return rows
 
 
-# Tables 3, 6 and 7: LeNet on MNIST ------------------------------------------------------------------
+# Tables 3, 6 and 7: LeNet on MNIST ---------------------------------------------------------------
 
 _TABLE_3 = [
     ("LeNet", "Pretrain", 1, _spectrum("0.0205", "5.111")),
@@ -184,7 +184,7 @@ def _lenet_on_mnist() -> list[Row]:
     return rows
 
 
-# Tables 8 and 9: fully connected and linear networks -------------------------------------------------
+# Tables 8 and 9: fully connected and linear networks ---------------------------------------------
 
 _FCN_8 = [
     ("fcn-2x70-bn", "Pretrain", "2Layer-FCN Pretrain", "real", _spectrum("0.0415", "0.866")),
@@ -228,7 +228,7 @@ def _dense() -> list[Row]:
     return rows
 
 
-# Tables 10 and 11: LeNet on CIFAR -------------------------------------------------------------------
+# Tables 10 and 11: LeNet on CIFAR ----------------------------------------------------------------
 
 
 def _lenet_on_cifar() -> list[Row]:
