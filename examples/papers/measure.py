@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -306,5 +307,7 @@ def _device_name(device: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "lightning", "numpy", "scipy", "lightning-hessian")
+    names = ["torch", "lightning", "numpy", "scipy", "lightning-hessian"]
+    if find_spec("pytorch_optimizer") is not None:
+        names.append("pytorch_optimizer")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

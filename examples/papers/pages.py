@@ -101,6 +101,14 @@ def setting(made: Made) -> str:
         said.append(f"H of {about['probe']:,} of {trained_on:,} samples.")
     if row.note:
         said.append(row.note)
+    by_rank = {
+        protocol: found["rank_slope"]
+        for protocol, found in made.own[0]["numbers"].items()
+        if "rank_slope" in found
+    }
+    if by_rank:
+        slopes = ", ".join(f"{slope:.3f} ({protocol})" for protocol, slope in by_rank.items())
+        said.append(f"Slope of the gaps by original rank: {slopes}.")
     return " ".join(said)
 
 
@@ -132,8 +140,8 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 def _spectra(made: Sequence[Made], protocols: Sequence[str]) -> list[str]:
     """Return the table of rows about spectra: a line for the paper, and one a protocol."""
-    head = ("row", "values", "d_ks", "d_c", "power law", "verdict", "p", "s", "beta", "K", "proven",
-            "copies", "least d_ks at K")  # fmt: skip
+    head = ["row", "values", "d_ks", "d_c", "power law", "verdict", "p", "s", "beta", "K",
+            "least d_ks at K", "proven", "copies"]  # fmt: skip
     lines = []
     for one in made:
         printed = one.row.printed
@@ -145,6 +153,8 @@ def _spectra(made: Sequence[Made], protocols: Sequence[str]) -> list[str]:
         ])  # fmt: skip
         for protocol in protocols:
             lines.append(["", protocol, *_found(one, protocol)])
+    if protocols == PROTOCOLS["sg"]:  # exact, each once
+        head, lines = head[:-2], [line[:-2] for line in lines]
     return _table(head, lines)
 
 
@@ -160,8 +170,8 @@ def _found(made: Made, protocol: str) -> list[str]:
         _mean(values("d_ks")), f"{found['d_c']:.4f}", _yes(found["power_law"]),
         _same(verdict(made, protocol)), f"{found['p_value']:.4f}", s,
         f"{found['beta']:.3f} ± {found['sigma']:.3f}", str(found["k"]),
-        str(found.get("num_converged", "")), str(found.get("num_copies", "")),
-        str(found["k_of_least_d_ks"]),
+        str(found["k_of_least_d_ks"]), str(found.get("num_converged", "")),
+        str(found.get("num_copies", "")),
     ]  # fmt: skip
 
 
@@ -213,7 +223,7 @@ def page(paper: str, rows: Sequence[Made]) -> str:
         if left:
             lines += [f"Not made yet: {', '.join(left)}.", ""]
     lines += _other_settings(rows, PROTOCOLS[paper])
-    return "\n".join(lines).rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).rstrip()) + "\n"
 
 
 def _other_settings(rows: Sequence[Made], protocols: Sequence[str]) -> list[str]:

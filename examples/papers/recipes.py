@@ -7,8 +7,9 @@ What they leave open, and what was chosen before anything was run:
 - "The optimal learning rate" is not searched for: the rates that the text states are taken.
 - SGD is SGD with momentum 0.9, "Vanilla SGD" without.
 - Table 5's number of iterations is not given. That of B = 128 in 50 epochs, 23,450.
-- The four optimizers of torch are torch's; the other six those of the package `pytorch_optimizer`,
-  at its defaults but for learning rate and weight decay. Without it their rows are skipped by name.
+- SGD, Adam, AMSGrad, RAdam and AdamW are torch's; the other six those of the package
+  `pytorch_optimizer`, at its defaults but for the learning rate and for weight decay, which is added
+  to the gradient as torch's Adam does it. Without the package their rows are skipped by name.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AMSGrad": _torch(torch.optim.Adam, amsgrad=True),
     "RAdam": _torch(torch.optim.RAdam),
     "AdamW": _torch(torch.optim.AdamW),
-    "AdaBound": _of("AdaBound"),
-    "Yogi": _of("Yogi"),
+    "AdaBound": _of("AdaBound", weight_decouple=False),
+    "Yogi": _of("Yogi", weight_decouple=False),
     "Adai": _of("Adai"),
-    "PNM": _of("PNM"),
+    "PNM": _of("PNM", weight_decouple=False),
     "Lookahead": _lookahead,
-    "DiffGrad": _of("DiffGrad"),
+    "DiffGrad": _of("DiffGrad", weight_decouple=False),
 }
 
 _ADAPTIVE = ("Adam", "AMSGrad", "AdaBound", "Yogi", "RAdam", "DiffGrad")
