@@ -83,4 +83,4 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv-demo .venv-test .venv-oldest .venv-bench build dist *.egg-info demo_output sweep_output \
-		bench_output protocols_output
+		bench_output protocols_output papers_output

@@ -8,8 +8,8 @@ What they leave open, and what was chosen before anything was run:
 - SGD is SGD with momentum 0.9, "Vanilla SGD" without.
 - Table 5's number of iterations is not given. That of B = 128 in 50 epochs, 23,450.
 - SGD, Adam, AMSGrad, RAdam and AdamW are torch's; the other six those of the package
-  `pytorch_optimizer`, at its defaults but for the learning rate and for weight decay, which is added
-  to the gradient as torch's Adam does it. Without the package their rows are skipped by name.
+  `pytorch_optimizer`, at its defaults but for the learning rate and for weight decay, which is
+  added to the gradient as torch's Adam does it. Without it their rows are skipped by name.
 """
 
 from __future__ import annotations

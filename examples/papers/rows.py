@@ -71,7 +71,7 @@ class Network:
     @property
     def key(self) -> str:
         """A name for files: the same for the same network, whatever is measured of it."""
-        return hashlib.sha1(repr(self).encode()).hexdigest()[:12]
+        return _short_hash(self)
 
 
 @dataclass(frozen=True)
@@ -176,3 +176,12 @@ class Row:
     def paper(self) -> str:
         """``"hpl"`` or ``"sg"``."""
         return self.id.split("-")[0]
+
+    @property
+    def definition(self) -> str:
+        """What was trained and measured, in short: a result of another one is out of date."""
+        return _short_hash((self.network, self.epoch, self.measure))
+
+
+def _short_hash(value: object) -> str:
+    return hashlib.sha1(repr(value).encode()).hexdigest()[:12]

@@ -53,12 +53,18 @@ def result_file(row: Row, settings: str, folder: Path = RESULTS) -> Path:
     return folder / row.id / f"{settings}.json"
 
 
+def is_made(row: Row, settings: str, folder: Path = RESULTS) -> bool:
+    """Return whether there is a result of the row as it is defined now."""
+    path = result_file(row, settings, folder)
+    return path.exists() and json.loads(path.read_text())["definition"] == row.definition
+
+
 def save(row: Row, settings: Any, found: dict[str, Any], folder: Path) -> None:
     """Write the result of a row, whole or not at all."""
     path = result_file(row, settings.name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"row": row.id, "seed": settings.seed, "settings": settings.name,
-               "date": date.today().isoformat(), **found}  # fmt: skip
+    content = {"row": row.id, "definition": row.definition, "seed": settings.seed,
+               "settings": settings.name, "date": date.today().isoformat(), **found}  # fmt: skip
     part = path.with_suffix(".part")
     part.write_text(json.dumps(_rounded(content), indent=1) + "\n")
     os.replace(part, path)
@@ -108,7 +114,7 @@ class Runner:
         groups: dict[tuple[int, Network], list[Row]] = {}
         for seed in range(self.options.seeds):
             for row in rows:
-                if not result_file(row, self._name(seed), self.options.results).exists():
+                if not is_made(row, self._name(seed), self.options.results):
                     groups.setdefault((seed, row.network), []).append(row)
         found = [(seed, group) for (seed, _), group in groups.items()]
         return sorted(found, key=lambda item: (item[0], expected_minutes(item[1])))
@@ -134,9 +140,7 @@ class Runner:
         done = subprocess.run(
             self._command(seed, group), env=environment, capture_output=True, text=True, check=False
         )
-        made = sum(
-            result_file(row, self._name(seed), self.options.results).exists() for row in group
-        )
+        made = sum(is_made(row, self._name(seed), self.options.results) for row in group)
         self._count("made", made)
         rest = len(group) - made
         if rest:

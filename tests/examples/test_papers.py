@@ -274,9 +274,9 @@ def test_a_trained_network_is_not_trained_again(small):
 def test_what_is_there_is_not_made_again_and_what_is_missing_is_skipped(tmp_path, capsys):
     common = ["--data-dir", str(tmp_path), "--results", str(tmp_path / "results"),
               "--work-dir", str(tmp_path)]  # fmt: skip
-    done = tmp_path / "results" / "hpl-7-mnist-n600" / "seed0.json"
-    done.parent.mkdir(parents=True)
-    done.write_text("{}")
+    by_id = {row.id: row for row in run.ROWS}
+    run.save(by_id["hpl-7-mnist-n600"], measure.Settings(), {}, tmp_path / "results")
+    assert run.is_made(by_id["hpl-7-mnist-n600"], "seed0", tmp_path / "results")
     run.main([*common, "--rows", "hpl-7-mnist-n600", "hpl-7-fashion-random"])
     said = capsys.readouterr().out
     assert "1 results are there; 1 networks to go" in said
@@ -296,6 +296,24 @@ def test_results_keep_six_digits_and_no_nan(small, tmp_path):
     kept = json.loads((tmp_path / "late" / "seed0-probe80.json").read_text())
     assert kept["odd"] == [None, 0.333333]
     assert kept["row"] == "late"
+
+
+def test_a_result_of_another_recipe_is_out_of_date(small, tmp_path):
+    late = small[2][1]
+    run.save(late, measure.Settings(), {}, tmp_path)
+    assert run.is_made(late, "seed0", tmp_path)
+    network = rows.Network(late.network.model, late.network.data, rows.Recipe(epochs=5))
+    changed = rows.Row(late.id, late.table, late.label, network, late.measure, late.printed)
+    assert not run.is_made(changed, "seed0", tmp_path)
+    assert not run.is_made(late, "seed1", tmp_path)
+
+
+def test_all_results_are_of_rows_as_they_are():
+    by_id = {row.id: row for row in run.ROWS}
+    found = [json.loads(path.read_text()) for path in run.RESULTS.glob("*/*.json")]
+    assert found
+    for result in found:
+        assert by_id[result["row"]].definition == result["definition"], result["row"]
 
 
 # Pages --------------------------------------------------------------------------------------------
