@@ -12,6 +12,7 @@ _FULL = {"mnist": 60_000, "fashion-mnist": 60_000, "avila": 10_430, "shakespeare
 
 _RATE = 8e9  # multiplications a second, of one core on small layers
 _STEPS = 6_500  # products of both protocols, for 1000 eigenvalues
+_VECTORS = 6_000  # multiplications for each parameter, against the basis: four passes over 1500
 _OVERHEAD = 0.1  # minutes to start a process and to read the data
 
 
@@ -33,7 +34,7 @@ def expected_minutes(rows: Sequence[Row]) -> float:
         if isinstance(row.measure, Hessian)
     }
     for _, probe, _ in spectra:
-        work += _STEPS * (6 * per_sample * (probe or count) + 4 * _STEPS / 4 * parameters)
+        work += _STEPS * (6 * per_sample * (probe or count) + _VECTORS * parameters)
     for run in {row.measure.run for row in rows if isinstance(row.measure, Gradients)}:
         work += 3 * per_sample * run.count * run.batch_size + run.count**2 * parameters / 4
         work += 3 * run.count**3

@@ -12,7 +12,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -280,7 +280,7 @@ def measure_rows(
 def _spectrum_of(measure: Hessian | Gradients) -> Hessian:
     """Return what has to be computed for a row: gaps are those of the same eigenvalues."""
     assert isinstance(measure, Hessian)
-    return Hessian(**{**asdict(measure), "statistic": "eigenvalues", "data": measure.data})
+    return replace(measure, statistic="eigenvalues")
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
