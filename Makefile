@@ -12,7 +12,13 @@ TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 BENCH := .venv-bench/bin
 
-.PHONY: demo dist docs gallery sweep test test-slow test-llm test-notebooks test-suites test-oldest lint bench clean
+# Of `make papers`: patterns of rows (all that fit an hour), seeds of each, cpu or cuda.
+ROWS ?=
+SEEDS ?= 1
+DEVICE ?= cpu
+
+.PHONY: demo dist docs gallery sweep papers test test-slow test-llm test-notebooks test-suites \
+	test-oldest lint bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
@@ -33,6 +39,11 @@ sweep: .venv-demo/.done  ## train 24 networks on real digits, and one report ove
 	$(DEMO)/python examples/sweep/train.py --out sweep_output
 	$(DEMO)/lightning-hessian report sweep_output --out sweep_output/report --no-cache \
 		--monitor val_loss --monitor val_error --group optimizer --size num_parameters
+
+papers: .venv-demo/.done  ## rows of the papers' tables again, those that are not there yet, and their pages
+	$(DEMO)/python examples/papers/run.py --data-dir "$(DATA_DIR)" --seeds $(SEEDS) --device $(DEVICE) \
+		$(if $(ROWS),--rows $(foreach row,$(ROWS),'$(row)'),--budget-minutes 60)
+	$(DEMO)/python examples/papers/pages.py
 
 test: .venv-test/.done lint  ## lint, type check, and all tests but the slow ones
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -90,4 +101,4 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv-demo .venv-dist .venv-docs .venv-test .venv-oldest .venv-bench build dist *.egg-info \
-		docs/_build demo_output sweep_output bench_output protocols_output
+		docs/_build demo_output sweep_output bench_output protocols_output papers_output

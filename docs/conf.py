@@ -31,7 +31,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "**/README.md"]
+exclude_patterns = ["_build"]
 nitpicky = False
 suppress_warnings = ["myst.strikethrough"]
 

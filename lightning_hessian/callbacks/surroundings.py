@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_hessian.linear.ranks import ALONE, Ranks
+from lightning_hessian.measure.training import Training
 from lightning_hessian.results.base import nearest
 
 AVERAGED = (
@@ -48,6 +49,12 @@ def trainer_ranks(trainer: Any, pl_module: Any) -> Ranks:
     if trainer.world_size == 1:
         return ALONE
     return Ranks.of(torch.distributed.group.WORLD, pl_module.device)
+
+
+def training_in(trainer: Any) -> Training | None:
+    """Return what trains the module; None where nothing does, as in ``trainer.validate()``."""
+    optimizers = tuple(trainer.optimizers) if trainer.state.fn == "fit" else ()
+    return Training(optimizers) if optimizers else None
 
 
 def log_step(trainer: Any) -> int:

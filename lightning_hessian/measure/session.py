@@ -16,7 +16,9 @@ from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import DifferenceOperator, SymmetricOperator, check_finite
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
+from lightning_hessian.measure.leading import Leading
 from lightning_hessian.measure.options import MATRICES, LossOptions, check_matrix, chosen_loss
+from lightning_hessian.measure.training import Training
 from lightning_hessian.operators.engines import gradient_of
 from lightning_hessian.operators.gauss_newton import ENGINES as GAUSS_NEWTON_ENGINES
 from lightning_hessian.operators.gauss_newton import gauss_newton_operator
@@ -66,11 +68,15 @@ class Session:
             it against the cost of building.
         known: What earlier sessions have learnt; filled in by this one.
         seed: Of everything random here.
+        training: The optimizers that train the module and their last update, for what is measured
+            of training itself; None where nothing trains.
 
     Attributes:
         model: The module, plain.
         space: The parameters.
         ranks: Who measures together.
+        leading: The leading eigenvectors of the Hessian over all parameters, once an instrument
+            has found them.
 
     Example:
         >>> import torch
@@ -94,8 +100,10 @@ class Session:
     expected_products: int = 200
     known: Knowledge = field(default_factory=Knowledge)
     seed: int = 0
+    training: Training | None = None
     space: ParameterSpace = field(init=False)
     ranks: Ranks = field(init=False)
+    leading: Leading | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._stack = ExitStack()
@@ -197,7 +205,7 @@ class Session:
         made = sum(operator.num_products for operator in self._operators.values())
         if made:
             self.known.seconds_a_product = (time.monotonic() - self._built) / made
-        self._gradient = None
+        self._gradient = self.leading = None
         self._operators.clear()
         self._views.clear()
         return self._stack.__exit__(*failure)  # type: ignore[arg-type]

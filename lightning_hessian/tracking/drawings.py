@@ -29,6 +29,7 @@ from lightning_hessian.tracking.figures import (
 )
 from lightning_hessian.tracking.gradient_figures import spectra_plot
 from lightning_hessian.tracking.history import Row, key_part
+from lightning_hessian.tracking.layer_figures import FEWEST_LAYERS, depth_plot
 from lightning_hessian.tracking.style import evenly_chosen
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ def hessian_drawings(
     spectra: Sequence[tuple[int, FloatArray]],
     *,
     densities: Mapping[str, SpectralDensity] | None = None,
+    layers: Mapping[str, HessianSpectrum] | None = None,
     significance: float = 0.05,
 ) -> dict[str, Drawing]:
     """Return the figures that a measurement has enough for.
 
     ``spectra`` are step and eigenvalues of all measurements so far; ``densities`` are those of
-    whole spectra, by name, and beside them stand those of the blocks.
+    whole spectra, by name, and beside them stand those of the blocks. ``layers`` are the spectra
+    of the layers in their order.
     """
     leading = spectrum.leading
     title = f"step {spectra[-1][0]}" if spectra else None
@@ -78,6 +81,8 @@ def hessian_drawings(
         found["blocks"] = partial(block_heatmap, blocks)
     if blocks is not None and blocks.mean_heterogeneity is not None:
         found["heterogeneity"] = partial(heterogeneity_heatmap, blocks)
+    if layers is not None and len(layers) >= FEWEST_LAYERS:
+        found["layers"] = partial(depth_plot, layers, significance=significance, title=title)
     return found
 
 

@@ -250,3 +250,12 @@ def test_training_is_the_same_to_the_bit(blocks):
 
     for with_it, without in zip(weights(True), weights(False), strict=True):
         assert torch.equal(with_it, without)
+
+
+def test_layers_are_drawn_over_the_depth_where_there_are_three() -> None:
+    callback, _, _ = fit(deep(2), blocks=None, layers="layer")
+    (lowest, *_, highest) = callback.last_layers
+    assert (lowest, highest) == ("net_0", "net_5")
+    assert "layers" in callback.drawings()
+    callback, _, _ = fit(two_layers(), blocks=None, layers="layer")
+    assert "layers" not in callback.drawings()

@@ -426,9 +426,9 @@ def test_a_measurement_that_was_cut_short_is_no_row(
 
 
 class Cheap:
-    """An instrument of one gradient, which notes the epochs in which it was asked."""
+    """An instrument of one gradient alone: it takes the place of the built-in one of few products."""
 
-    name, prefix = "cheap", "cheap"
+    name, prefix = "stability", "cheap"
 
     def __init__(self) -> None:
         self.sizes: list[float] = []
@@ -511,7 +511,7 @@ def test_a_failure_among_them_is_told_and_training_goes_on(make_trainer: MakeTra
     cheap.fails = True
     callback = costly(instruments=[cheap], on_error="warn")
     trainer = make_trainer(callback, max_epochs=6)
-    with pytest.warns(UserWarning, match="No statistics of cheap: .*no length today"):
+    with pytest.warns(UserWarning, match="No statistics of stability: .*no length today"):
         trainer.fit(Slow(), train_loader(), val_loader())
     assert trainer.global_step == 24
     assert [int(row["step"]) for row in callback.history] == [24]

@@ -1,0 +1,339 @@
+"""Write docs/papers/ from the results: the papers' digits beside those measured here.
+
+    python examples/papers/pages.py
+
+What the numbers mean is written by hand, in `meaning.md`, and copied into the summary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hpl
+import sg
+from rows import Gradients, Hessian, Row
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DOCS = HERE.parents[1] / "docs" / "papers"
+PROTOCOLS = {"hpl": ("converged", "pooled"), "sg": ("gradients",)}
+TITLES = {
+    "hpl": '"Investigating the Overlooked Hessian Structure" (HPL; Tang et al., ICML 2025)',
+    "sg": '"On the Overlooked Structure of Stochastic Gradients" (SG; Xie et al., NeurIPS 2023)',
+}
+WRITTEN = (
+    "Written by `python examples/papers/pages.py`; change the results or the tables, not this."
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A row with its results: those of the row's own settings by seed, and those of others."""
+
+    row: Row
+    own: tuple[dict[str, Any], ...]
+    others: tuple[dict[str, Any], ...]
+
+    def values(self, protocol: str, name: str) -> list[float]:
+        """Return a number of a protocol for all seeds that have it."""
+        found = (result["numbers"].get(protocol, {}).get(name) for result in self.own)
+        return [value for value in found if value is not None]
+
+    def first(self, protocol: str) -> dict[str, Any]:
+        """Return the numbers of a protocol at the first seed."""
+        return self.own[0]["numbers"].get(protocol, {})
+
+
+def read(rows: Sequence[Row], folder: Path = RESULTS) -> list[Made]:
+    """Return all rows, with what results there are."""
+    found = []
+    for row in rows:
+        results = [
+            json.loads(path.read_text()) for path in sorted((folder / row.id).glob("*.json"))
+        ]
+        plain = [re.fullmatch(r"seed\d+", result["settings"]) is not None for result in results]
+        own = [result for result, is_plain in zip(results, plain, strict=True) if is_plain]
+        others = [result for result, is_plain in zip(results, plain, strict=True) if not is_plain]
+        own.sort(key=lambda result: result["seed"])
+        found.append(Made(row, tuple(own), tuple(others)))
+    return found
+
+
+# What agrees -------------------------------------------------------------------------------------
+
+
+def verdict(made: Made, protocol: str) -> bool | None:
+    """Return whether ours is the paper's verdict, at the first seed; None where one has none."""
+    found, printed = made.first(protocol), made.row.printed
+    if found.get("power_law") is None:
+        return None
+    if printed.rate is not None and printed.gaussian_rate is not None:
+        same_law = (float(printed.rate) > 50) == found["power_law"]
+        return same_law and (float(printed.gaussian_rate) > 50) == (found["gaussian_rate"] > 0.5)
+    return None if printed.verdict is None else (printed.verdict == "Yes") == found["power_law"]
+
+
+def slope_agrees(made: Made, protocol: str) -> bool | None:
+    """Return whether s lies within two standard errors of the paper's, both having one."""
+    found, printed = made.first(protocol), made.row.printed
+    if printed.s is None or found.get("s") is None:
+        return None
+    # The standard error of s is s / sqrt(K) to first order, as sigma is (beta - 1) / sqrt(K).
+    theirs, ours = float(printed.s), found["s"]
+    error = math.hypot(theirs / math.sqrt(made.row.measure.k), ours / math.sqrt(found["k"]))
+    return abs(theirs - ours) <= 2 * error
+
+
+def setting(made: Made) -> str:
+    """Return what differs from the paper's setting, and what it leaves open."""
+    about, row = made.own[0]["about"], made.row
+    said = []
+    trained_on, published = about["num_train"], about["num_published"]
+    if row.network.data.count is None and trained_on < published:
+        said.append(f"{trained_on:,} of {published:,} training samples.")
+    if isinstance(row.measure, Hessian) and about["probe"] < trained_on:
+        said.append(f"H of {about['probe']:,} of {trained_on:,} samples.")
+    if row.note:
+        said.append(row.note)
+    by_rank = {
+        protocol: found["rank_slope"]
+        for protocol, found in made.own[0]["numbers"].items()
+        if "rank_slope" in found
+    }
+    if by_rank:
+        slopes = ", ".join(f"{slope:.3f} ({protocol})" for protocol, slope in by_rank.items())
+        said.append(f"Slope of the gaps by original rank: {slopes}.")
+    return " ".join(said)
+
+
+# Cells and tables --------------------------------------------------------------------------------
+
+
+def _mean(values: Sequence[float], digits: str = ".4f") -> str:
+    """Return the mean of the seeds and their range; the number alone where there is one."""
+    if not values:
+        return ""
+    mean = format(sum(values) / len(values), digits)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):{digits}} to {max(values):{digits}})"
+
+
+def _yes(value: bool | None) -> str:
+    return {True: "yes", False: "no", None: ""}[value]
+
+
+def _same(value: bool | None) -> str:
+    return {True: "same", False: "**other**", None: ""}[value]
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    body = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
+    return [body[0], "|" + "---|" * len(head), *body[1:], ""]
+
+
+def _spectra(made: Sequence[Made], protocols: Sequence[str]) -> list[str]:
+    """Return the table of rows about spectra: a line for the paper, and one a protocol."""
+    head = ["row", "values", "d_ks", "d_c", "power law", "verdict", "p", "s", "beta", "K",
+            "least d_ks at K", "proven", "copies"]  # fmt: skip
+    lines = []
+    for one in made:
+        printed = one.row.printed
+        beta = "" if printed.beta is None else f"{printed.beta} ± {printed.sigma}"
+        lines.append([
+            f"`{one.row.id}`", "paper", printed.d_ks or "", printed.d_c,
+            (printed.verdict or "").lower(), "", "", printed.s or "", beta, str(one.row.measure.k),
+            "", "", "",
+        ])  # fmt: skip
+        for protocol in protocols:
+            lines.append(["", protocol, *_found(one, protocol)])
+    if protocols == PROTOCOLS["sg"]:  # exact, each once
+        head, lines = head[:-2], [line[:-2] for line in lines]
+    return _table(head, lines)
+
+
+def _found(made: Made, protocol: str) -> list[str]:
+    found = made.first(protocol)
+    if "d_ks" not in found:
+        return [found.get("reason", ""), *[""] * 10]
+    values: Callable[[str], list[float]] = lambda name: made.values(protocol, name)  # noqa: E731
+    s = _mean(values("s"), ".3f")
+    if slope_agrees(made, protocol):
+        s += " (agrees)"
+    return [
+        _mean(values("d_ks")), f"{found['d_c']:.4f}", _yes(found["power_law"]),
+        _same(verdict(made, protocol)), f"{found['p_value']:.4f}", s,
+        f"{found['beta']:.3f} ± {found['sigma']:.3f}", str(found["k"]),
+        str(found["k_of_least_d_ks"]), str(found.get("num_converged", "")),
+        str(found.get("num_copies", "")),
+    ]  # fmt: skip
+
+
+def _entries(made: Sequence[Made]) -> list[str]:
+    """Return the table of rows about the entries of the gradients."""
+    head = ("row", "values", "mean d_ks", "power-law rate", "mean p", "Gaussian rate", "verdict")
+    lines = []
+    for one in made:
+        printed = one.row.printed
+        lines.append([
+            f"`{one.row.id}`", "paper", printed.d_ks or "", f"{printed.rate} %",
+            printed.p_value or "", f"{printed.gaussian_rate} %", "",
+        ])  # fmt: skip
+        found = one.first("gradients")
+        lines.append([
+            "", "gradients", "" if found["d_ks"] is None else f"{found['d_ks']:.4f}",
+            "" if found["rate"] is None else f"{found['rate']:.3%}",
+            "" if found["p_value"] is None else f"{found['p_value']:.3g}",
+            "" if found["gaussian_rate"] is None else f"{found['gaussian_rate']:.2%}",
+            _same(verdict(one, "gradients")),
+        ])  # fmt: skip
+    return _table(head, lines)
+
+
+def _is_entries(row: Row) -> bool:
+    return isinstance(row.measure, Gradients) and row.measure.statistic in (
+        "dimension",
+        "iteration",
+    )
+
+
+def page(paper: str, rows: Sequence[Made]) -> str:
+    """Return the page of a paper."""
+    lines = [f"# {TITLES[paper]}", "", WRITTEN, "", _LEGEND[paper], ""]
+    for table in dict.fromkeys(one.row.table for one in rows):
+        of_table = [one for one in rows if one.row.table == table]
+        done = [one for one in of_table if one.own]
+        title = table if table.startswith("figure") else f"table {table}"
+        lines += [f"## {title.capitalize()}", ""]
+        entries = [one for one in done if _is_entries(one.row)]
+        spectra = [one for one in done if not _is_entries(one.row)]
+        if spectra:
+            lines += _spectra(spectra, PROTOCOLS[paper])
+        if entries:
+            lines += _entries(entries)
+        lines += [f"- `{one.row.id}`: {setting(one)}" for one in done if setting(one)]
+        lines += [""] * bool(done)
+        left = [f"`{one.row.id}`" + " (GPU)" * one.row.gpu for one in of_table if not one.own]
+        if left:
+            lines += [f"Not made yet: {', '.join(left)}.", ""]
+    lines += _other_settings(rows, PROTOCOLS[paper])
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).rstrip()) + "\n"
+
+
+def _other_settings(rows: Sequence[Made], protocols: Sequence[str]) -> list[str]:
+    """Return the rows that were made with another precision or another probe, too."""
+    lines = []
+    for one in rows:
+        for result in (*one.own[:1], *one.others) if one.others else ():
+            for protocol in protocols:
+                found = result["numbers"].get(protocol, {})
+                if "d_ks" in found:
+                    lines.append([
+                        f"`{one.row.id}`", result["settings"], result["about"]["precision"],
+                        protocol, f"{found['d_ks']:.6f}", _yes(found["power_law"]),
+                        f"{found['s']:.4f}", str(found.get("num_converged", "")),
+                    ])  # fmt: skip
+    if not lines:
+        return []
+    head = ("row", "settings", "precision", "values", "d_ks", "power law", "s", "proven")
+    return ["## The same rows in other settings", "", *_table(head, lines)]
+
+
+_LEGEND = {
+    "hpl": """\
+A row's first line is what the paper prints. `converged` are eigenvalues, each counted as often as
+it occurs. `pooled` are the Ritz values of three Lanczos runs of 1000 steps in one list, where an
+eigenvalue stands once for each run that found it ([what that does](../protocols.md)). HPL pools
+for Transformers; for CNNs it names Lanczos and says nothing of pooling. `verdict` compares "power
+law" with the paper's, by the same rule, d_ks < d_c. `p` is that of Lilliefors' test, which takes
+notice of the fit. `proven` is how many values have a residual below 1e-3 of themselves. "agrees"
+behind s: within two standard errors of the paper's. Of several seeds d_ks and s are mean and
+range, the other columns those of seed 0.""",
+    "sg": """\
+A row's first line is what the paper prints. Spectra are those of T = 5000 gradients at fixed
+parameters, exact up to rounding ([how](../gradients.md)); eigenvalues below ten times the
+rounding of the gradients are left out. `verdict` compares "power law" with the paper's, by the
+same rule, d_ks < d_c; in the tables of entries it compares on which side of a half both rates
+lie. `p` is that of Lilliefors' test, which takes notice of the fit. "agrees" behind s: within two
+standard errors of the paper's.""",
+}
+
+
+# The summary -------------------------------------------------------------------------------------
+
+
+def counts(rows: Sequence[Made], protocol: str) -> dict[str, int]:
+    """Return how many rows there are, are made, agree in verdict and in slope."""
+    done = [one for one in rows if one.own]
+    verdicts = [verdict(one, protocol) for one in done]
+    slopes = [slope_agrees(one, protocol) for one in done]
+    return {
+        "rows": len(rows),
+        "made": len(done),
+        "with verdict": sum(found is not None for found in verdicts),
+        "same verdict": sum(found is True for found in verdicts),
+        "with slope": sum(found is not None for found in slopes),
+        "slope within two sigma": sum(found is True for found in slopes),
+    }
+
+
+def summary(by_paper: dict[str, list[Made]], meaning: str) -> str:
+    """Return the page that sums up."""
+    lines = ["# The papers, row by row", "", WRITTEN, ""]
+    lines += [f"- [{TITLES[paper]}]({paper}.md)" for paper in by_paper]
+    lines += ["", "How to make rows: [examples/papers](../../examples/papers/README.md).", ""]
+    table = []
+    for paper, rows in by_paper.items():
+        for protocol in PROTOCOLS[paper]:
+            found = counts(rows, protocol)
+            table.append([
+                paper.upper(), protocol, f"{found['made']} of {found['rows']}",
+                f"{found['same verdict']} of {found['with verdict']}",
+                f"{found['slope within two sigma']} of {found['with slope']}",
+            ])  # fmt: skip
+    lines += _table(
+        ("paper", "values", "rows made", "verdict same", "slope within two sigma"), table
+    )
+    lines += _seeds([one for rows in by_paper.values() for one in rows])
+    return "\n".join([*lines, "## What it means", "", meaning.strip()]) + "\n"
+
+
+def _seeds(rows: Sequence[Made]) -> list[str]:
+    """Return how far d_ks and s move by the seed alone."""
+    lines = []
+    for one in rows:
+        if len(one.own) < 3:
+            continue
+        for protocol in PROTOCOLS[one.row.paper]:
+            distances, slopes = one.values(protocol, "d_ks"), one.values(protocol, "s")
+            laws = [result["numbers"][protocol].get("power_law") for result in one.own]
+            if len(slopes) == len(one.own):
+                lines.append([
+                    f"`{one.row.id}`", protocol, str(len(one.own)), _mean(distances),
+                    _mean(slopes, ".3f"), f"{sum(laws)} of {len(laws)}",
+                ])  # fmt: skip
+    if not lines:
+        return []
+    head = ("row", "values", "seeds", "d_ks", "s", "power law")
+    return ["## What the seed alone does", "", *_table(head, lines)]
+
+
+def pages(folder: Path = RESULTS) -> dict[str, str]:
+    """Return all pages by file name."""
+    by_paper = {"hpl": read(hpl.ROWS, folder), "sg": read(sg.ROWS, folder)}
+    found = {f"{paper}.md": page(paper, rows) for paper, rows in by_paper.items()}
+    found["README.md"] = summary(by_paper, (HERE / "meaning.md").read_text())
+    return found
+
+
+if __name__ == "__main__":
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (DOCS / name).write_text(text)
+        print(DOCS / name)
