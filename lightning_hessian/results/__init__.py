@@ -9,7 +9,7 @@ from lightning_hessian.results.base import (
 )
 from lightning_hessian.results.blocks import BlockStructure
 from lightning_hessian.results.files import load_spectrum, save_spectrum
-from lightning_hessian.results.gradients import GradientStructure, RowTests
+from lightning_hessian.results.gradients import GradientStructure, NoiseScale, RowTests
 from lightning_hessian.results.outside import UnreadableFileError
 from lightning_hessian.results.spectrum import (
     Alternative,
@@ -29,6 +29,7 @@ __all__ = [
     "HessianSpectrum",
     "MeasurementError",
     "NoSecondDerivativeError",
+    "NoiseScale",
     "PowerLawFit",
     "RowTests",
     "SpectralDensity",

@@ -106,6 +106,10 @@ def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[P
             Lines("Trace of the covariance", ("gradient/trace",), log=True),
             Lines("Outliers", ("gradient/num_outliers",)),
             Lines(
+                "Noise scale, and the batch size it suggests",
+                ("gradient/noise_scale", "gradient/critical_batch_size"), log=True,
+            ),
+            Lines(
                 "Rates of the tests", ("gradient/power_law_rate", "gradient/gaussian_rate"),
                 bounds=(0, 1),
             ),

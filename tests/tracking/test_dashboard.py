@@ -31,6 +31,7 @@ from lightning_hessian.tracking.dashboard import (
     sections,
     workspace_json,
 )
+from lightning_hessian.tracking.history import correlation_scalars
 
 pytest.importorskip("wandb_workspaces")
 
@@ -105,6 +106,12 @@ def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
     by_neuron = measuring(blocks="neuron", figures=None)  # whose ratios layers do not have
     train(tmp_path / "neurons", [by_neuron], False, module=Classes())
     logged |= {f"hessian/{key}" for key in by_neuron.history[-1]}
+    # Far from the targets the mean gradient is told from zero in every measurement.
+    early = GradientStructureCallback(num_gradients=32, batch_size=1, figures=None, tests=False)
+    far = Regression(lr=1e-4)
+    nn.init.constant_(far.net[-1].bias, 5.0)
+    train(tmp_path / "early", [early], False, module=far)
+    logged |= correlation_scalars(early.correlations(), "gradient_").keys()
     for heading, panels in sections().items():
         for panel in panels:
             if isinstance(panel, (Lines, Figures)):
