@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from lightning_hessian.measure.instrument import Absent, Instrument, Record, Scalars
     from lightning_hessian.measure.layers import LayersInstrument, layer_spectra
     from lightning_hessian.measure.options import LossOptions, PooledSLQ
+    from lightning_hessian.measure.preconditioner import Preconditioner
+    from lightning_hessian.measure.preconditioner_rules import register_preconditioner
     from lightning_hessian.measure.session import Session
     from lightning_hessian.measure.spectrum import SpectrumInstrument, hessian_spectrum
+    from lightning_hessian.measure.stability import StabilityInstrument
+    from lightning_hessian.measure.training import Training
     from lightning_hessian.probe.partition_rules import BlockRule, partition_rules
     from lightning_hessian.reports.report import correlation_report, write_report
     from lightning_hessian.results import (
@@ -59,10 +63,13 @@ __all__ = [
     "NoSecondDerivativeError",
     "PooledSLQ",
     "PowerLawFit",
+    "Preconditioner",
     "Record",
     "Scalars",
     "Session",
     "SpectrumInstrument",
+    "StabilityInstrument",
+    "Training",
     "block_structure",
     "correlation_report",
     "eigengaps",
@@ -72,6 +79,7 @@ __all__ = [
     "layer_spectra",
     "load_runs",
     "partition_rules",
+    "register_preconditioner",
     "write_report",
 ]
 
@@ -98,10 +106,13 @@ _HOMES = {
     "NoSecondDerivativeError": "results",
     "PooledSLQ": "measure.options",
     "PowerLawFit": "results",
+    "Preconditioner": "measure.preconditioner",
     "Record": "measure.instrument",
     "Scalars": "measure.instrument",
     "Session": "measure.session",
     "SpectrumInstrument": "measure.spectrum",
+    "StabilityInstrument": "measure.stability",
+    "Training": "measure.training",
     "block_structure": "measure.blocks",
     "correlation_report": "reports.report",
     "eigengaps": "statistics.eigengaps",
@@ -111,6 +122,7 @@ _HOMES = {
     "layer_spectra": "measure.layers",
     "load_runs": "histories.load",
     "partition_rules": "probe.partition_rules",
+    "register_preconditioner": "measure.preconditioner_rules",
     "write_report": "reports.report",
 }
 """Where each public name lives. A module is imported when one of its names is first asked for, so

@@ -24,6 +24,7 @@ from lightning_hessian.measure.options import (
 )
 from lightning_hessian.measure.session import Session
 from lightning_hessian.measure.spectrum import SpectrumInstrument
+from lightning_hessian.measure.stability import StabilityInstrument
 from lightning_hessian.probe.loss import LossFunction, resolve_loss
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.partition import Blocks
@@ -50,9 +51,10 @@ class HessianSpectrumCallback(MeasurementCallback):
     ``block_heterogeneity``, where two layers are cut ``block_share_ww``, ``block_share_wv``,
     ``block_share_vv``, and where neurons or classes are, the off-diagonal ratios
     ``block_ratio_ww`` of the hidden neurons and ``block_ratio_vv`` of the classes (HBS, theorems
-    1 and 2). From four measurements on also, under ``correlation/``,
-    ``pearson_<statistic>_<monitor>``, its interval ``pearson_low_...`` and ``pearson_high_...``,
-    ``spearman_...``, ``differences_...`` (r of first differences), ``num_points_...`` and
+    1 and 2). Under ``stability/`` stands how close the optimizer is to its threshold, at the
+    validations between whole measurements too; see `StabilityInstrument`. From four
+    measurements on also, under ``correlation/``, ``pearson_<statistic>_<monitor>``, its
+    interval ``pearson_low_...`` and ``pearson_high_...``, ``spearman_...``, ``differences_...`` (r of first differences), ``num_points_...`` and
     ``num_points``. A statistic that cannot be computed is absent, and a warning says why. Figures
     are ``figures/hessian_<name>``, spectra ``spectra/hessian``.
 
@@ -104,7 +106,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         on_error: ``"warn"`` and train on, or ``"raise"``, when a measurement fails.
         seed: Of everything random here.
         instruments: More to measure in the same session; one with the name of a built-in
-            (``"spectrum"``, ``"layers"``, ``"blocks"``) takes its place, so that
+            (``"spectrum"``, ``"layers"``, ``"blocks"``, ``"stability"``) takes its place, so that
             ``SpectrumInstrument(density=True, trace_probes=64)`` sets what has no argument here;
             ``num_eigenvalues`` and ``parameters`` are those above where it names none. Layers
             are measured like it, without a density.
@@ -173,6 +175,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             built_in.append(LayersInstrument(layers, each))
         if blocks is not None:
             built_in.append(BlocksInstrument(blocks, parameters))
+        built_in.append(StabilityInstrument(parameters))
         super().__init__(
             monitor=monitor,
             every_n_validations=every_n_validations,
@@ -278,6 +281,7 @@ def _completed(given: Any, num_eigenvalues: int | None, parameters: ParameterSel
     """Return a user's instrument with K and the parameters of the callback where it names none."""
     if isinstance(given, SpectrumInstrument) and given.num_eigenvalues is None:
         given = replace(given, num_eigenvalues=num_eigenvalues)
-    if isinstance(given, (SpectrumInstrument, BlocksInstrument)) and given.parameters is None:
+    own = (SpectrumInstrument, BlocksInstrument, StabilityInstrument)
+    if isinstance(given, own) and given.parameters is None:
         given = replace(given, parameters=parameters)
     return given

@@ -94,6 +94,7 @@ RULES: dict[str, Rule] = {
     "process_group": optional(group, "this process alone"),
     "on_progress": optional(progress_function),
     "seed": seed_number,
+    "max_products": whole_number(least=3, because="A leading eigenpair takes a few."),
     # Blocks.
     "rel_error": real_number("Give a relative error above 0, up to 1.", above=0.0, most=1.0),
     "exact": optional(flag, "to choose"),

@@ -16,6 +16,7 @@ from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import DifferenceOperator, SymmetricOperator, check_finite
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.linear.shards import Shard
+from lightning_hessian.measure.leading import Leading
 from lightning_hessian.measure.options import MATRICES, LossOptions, check_matrix, chosen_loss
 from lightning_hessian.measure.training import Training
 from lightning_hessian.operators.engines import gradient_of
@@ -74,6 +75,8 @@ class Session:
         model: The module, plain.
         space: The parameters.
         ranks: Who measures together.
+        leading: The leading eigenvectors of the Hessian over all parameters, once an instrument
+            has found them.
 
     Example:
         >>> import torch
@@ -100,6 +103,7 @@ class Session:
     training: Training | None = None
     space: ParameterSpace = field(init=False)
     ranks: Ranks = field(init=False)
+    leading: Leading | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._stack = ExitStack()
@@ -201,7 +205,7 @@ class Session:
         made = sum(operator.num_products for operator in self._operators.values())
         if made:
             self.known.seconds_a_product = (time.monotonic() - self._built) / made
-        self._gradient = None
+        self._gradient = self.leading = None
         self._operators.clear()
         self._views.clear()
         return self._stack.__exit__(*failure)  # type: ignore[arg-type]

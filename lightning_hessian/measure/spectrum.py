@@ -18,6 +18,7 @@ from lightning_hessian.linear.memory import memory_explained
 from lightning_hessian.linear.ranks import Ranks
 from lightning_hessian.measure.arguments import SPECTRUM_RULES, made_from, together
 from lightning_hessian.measure.budget import UNLIMITED, Budget
+from lightning_hessian.measure.leading import NUM_LEADING, Leading, kept
 from lightning_hessian.measure.options import LossOptions, Matrix, PooledSLQ, SpectrumProtocol
 from lightning_hessian.measure.protocols import (
     DEFAULT_EIGENVALUES,
@@ -264,6 +265,8 @@ class SpectrumInstrument:
         operator = session.operator(space.names)
         before = allowance.spent
         top = self._top(operator, allowance, session.seed)
+        if self.protocol == "converged":
+            _lend(session, space.names, operator, top)
         estimate = None
         if self.trace_probes and top.trace is not None:
             estimate = TraceEstimate(top.trace, std_error=0.0, num_products=0)
@@ -330,3 +333,19 @@ class SpectrumInstrument:
             allowance=allowance,
         )
         return ritz_top(ritz, self.count, self.tol)
+
+
+def _lend(session: Session, names: tuple[str, ...], operator: Any, top: Top) -> None:
+    """Keep the leading eigenvectors for what else is measured in a session of training."""
+    if session.training is None or session.matrix != "hessian" or names != session.space.names:
+        return
+    if top.good:
+        vectors = kept(top.vectors[: top.good], NUM_LEADING, operator)
+        count = len(vectors)
+        session.leading = Leading(
+            names=names,
+            values=tuple(top.values[:count].tolist()),
+            residuals=tuple(top.residuals[:count].tolist()),
+            vectors=vectors,
+            beyond=float((top.values + top.residuals)[count]) if count < top.good else None,
+        )

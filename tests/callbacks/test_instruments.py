@@ -196,7 +196,9 @@ def test_one_with_the_name_of_a_built_in_takes_its_place(make_trainer: MakeTrain
         layers="layer", blocks="layer", num_batches=10, figures=None, on_error="raise",
         time_budget=None, instruments=[own],
     )  # fmt: skip
-    assert [one.name for one in callback.instruments] == ["spectrum", "layers", "blocks"]
+    assert [one.name for one in callback.instruments] == [
+        "spectrum", "layers", "blocks", "stability",
+    ]  # fmt: skip
     assert callback.num_eigenvalues == 7
     module, _ = _fit(make_trainer, callback)
     found = callback.last_spectrum
