@@ -129,6 +129,7 @@ class HessianSpectrumCallback(MeasurementCallback):
 
     prefix = "hessian"
     correlated = CORRELATED
+    records_updates = True
 
     @checked(CALLBACK_RULES | {"num_eigenvalues": SPECTRUM_RULES["num_eigenvalues"]})
     def __init__(
@@ -233,7 +234,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             expected_products=self.expected_work(),
             known=self._known,
             seed=self.seed,
-            training=training_in(pl_module.trainer),
+            training=training_in(pl_module.trainer, self._update.parts),
         )
 
     def _selected(self, pl_module: Any) -> ParameterSelection:
