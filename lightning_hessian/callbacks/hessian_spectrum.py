@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from lightning_hessian.tracking.drawings import hessian_drawings
 from lightning_hessian.tracking.panels import Drawings
 from lightning_hessian.tracking.scalars import CORRELATED
 from lightning_hessian.tracking.spectra import encode_spectrum
+from lightning_hessian.tracking.stability_figures import StabilityCurve
 
 
 class HessianSpectrumCallback(MeasurementCallback):
@@ -192,6 +193,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         )
         if isinstance(self.instruments[0], SpectrumInstrument):
             spectrum.check_budget(self.time_budget)
+        self._stability = StabilityCurve()
         self.num_eigenvalues = spectrum.count
         self.loss_fn = loss_fn
         self.parameters = parameters
@@ -276,7 +278,12 @@ class HessianSpectrumCallback(MeasurementCallback):
             self._panels.spectra,
             densities=None if density is None else {"Hessian": density},
             significance=self.significance,
+            stability=self._stability.points,
         )
+
+    def note(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Take in what was measured at a step for the figure of stability."""
+        self._stability.add(step, scalars)
 
 
 def _completed(given: Any, num_eigenvalues: int | None, parameters: ParameterSelection) -> Any:

@@ -105,6 +105,9 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         """Return what draws the figures of the last measurement, by name."""
         return {}
 
+    def note(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Take in the statistics of a measurement, or of one between whole measurements."""
+
     # What a user reads -------------------------------------------------------------------------
 
     @property
@@ -235,7 +238,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         self._clock = time.monotonic()
         self._update.seen = True
         if logged is not None:
-            self._note_measured(trainer)
+            self._note_measured(trainer, logged)
             self._guard.attempt(
                 "logging the statistics", self._handover.log, trainer, pl_module, logged
             )
@@ -286,6 +289,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         self._budgeting.caught_up(pending is not None)
         if pending is None:
             return
+        self._note_measured(trainer, pending)
         if by_steps:
             self._log_aside(trainer, pending, {})
             self._pair_at_step(trainer, pending)
@@ -310,13 +314,14 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         self._clock = time.monotonic()
         if logged is None:
             return
-        self._note_measured(trainer)
+        self._note_measured(trainer, logged)
         self._log_aside(trainer, logged, {})
         if pending is not None:
             self._pair_at_step(trainer, pending)
 
-    def _note_measured(self, trainer: Any) -> None:
+    def _note_measured(self, trainer: Any, scalars: Mapping[str, float]) -> None:
         self._steps.measured = trainer.global_step
+        self.note(trainer.global_step, scalars)
         self._update.forget()
 
     def _log_aside(

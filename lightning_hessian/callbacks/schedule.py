@@ -149,7 +149,7 @@ class EveryNTrainSteps:
     during_validate: bool = False
 
     def __post_init__(self) -> None:
-        number = whole_number(least=1)
+        number = whole_number(least=1, most=10**9)
         rules = {
             "n": renamed("every_n_train_steps", number),
             "whole": optional(number, "for as often as the rest"),

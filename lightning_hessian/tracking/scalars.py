@@ -26,8 +26,14 @@ CORRELATED = (
     "eigengap_d_ks",
     "eigengap_s_hat",
     "block_off_diagonal_ratio",
+    "stability/ratio",
+    "stability/update_curvature",
+    "stability/gradient_share",
 )
-"""The statistics of the Hessian whose correlation with the monitored metrics is tracked."""
+"""The statistics of the Hessian whose correlation with the monitored metrics is tracked.
+
+Those that are logged under another prefix than ``hessian/`` carry it.
+"""
 
 GRADIENT_CORRELATED = (
     "d_ks",

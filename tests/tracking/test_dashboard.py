@@ -36,7 +36,9 @@ from lightning_hessian.tracking.history import correlation_scalars
 pytest.importorskip("wandb_workspaces")
 
 GOLDEN = Path(__file__).with_name("workspace_golden.json")
-SECTIONS = ["Generalization", "Sharpness", "Spectrum", "Blocks", "Gradients", "Cost"]
+SECTIONS = [
+    "Generalization", "Sharpness", "Stability", "Spectrum", "Blocks", "Gradients", "Cost",
+]  # fmt: skip
 KEY = "0123456789abcdef" * 2 + "01234567"
 
 
