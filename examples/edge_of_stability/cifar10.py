@@ -3,8 +3,8 @@
     python cifar10.py --data-dir DATA [--out FOLDER]
 
 Full-batch gradient descent and full-batch Adam on 1000 images of CIFAR-10 rise to a ratio of 1 and
-hover there (Cohen et al. 2021, figure 1; 2022); SGD and AdamW on mini-batches stay below it. Each
-run is measured by `StabilityInstrument` at every so many training steps, without any validation.
+hover there (Cohen et al. 2021, figure 1; 2022); SGD and AdamW on mini-batches do not get so far.
+Each run is measured by `StabilityInstrument` at every so many training steps, without any validation.
 DATA holds ``cifar10/cifar10-subset.npz``, with ``train_images`` [N, 3, 32, 32] and
 ``train_labels`` [N]. Without it the script says so and ends.
 """
