@@ -4,7 +4,7 @@
 
 Full-batch gradient descent and full-batch Adam on 1000 images of CIFAR-10 rise to a ratio of 1 and
 hover there (Cohen et al. 2021, figure 1; 2022); SGD and AdamW on mini-batches do not get so far.
-Each run is measured by `StabilityInstrument` at every so many training steps, without any validation.
+Each run is measured by `StabilityInstrument` at every so many training steps; nothing validates.
 DATA holds ``cifar10/cifar10-subset.npz``, with ``train_images`` [N, 3, 32, 32] and
 ``train_labels`` [N]. Without it the script says so and ends.
 """
