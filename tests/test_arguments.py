@@ -27,6 +27,7 @@ from lightning_hessian import (
     ArgumentError,
     AtSteps,
     BlockRule,
+    EveryNTrainSteps,
     EveryNValidations,
     GradientStructureCallback,
     HessianSpectrumCallback,
@@ -125,6 +126,7 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"num_gradients": 4, "tests": False},
     ),
     "AtSteps": (AtSteps, {"steps": [1]}),
+    "EveryNTrainSteps": (EveryNTrainSteps, {"n": 1}),
     "EveryNValidations": (EveryNValidations, {"n": 1}),
     "BlockRule": (BlockRule, {"parameter": "*", "block": "all"}),
     "partition_rules": (partition_rules, {"module": NET, "name": "layer"}),
@@ -280,7 +282,9 @@ GROUPS = {
         "hessian_spectrum", "layer_spectra", "block_structure", "gradient_structure",
     },
     "callbacks": {"HessianSpectrumCallback", "GradientStructureCallback"},
-    "schedules and partitions": {"AtSteps", "EveryNValidations", "BlockRule", "partition_rules"},
+    "schedules and partitions": {
+        "AtSteps", "EveryNTrainSteps", "EveryNValidations", "BlockRule", "partition_rules",
+    },
     "options and instruments": {
         "Budget", "BasisStorage", "LossOptions", "PooledSLQ", "SpectrumInstrument",
         "BlocksInstrument", "LayersInstrument", "GradientsInstrument",

@@ -133,8 +133,8 @@ def test_names_are_those_that_type_checkers_and_editors_see() -> None:
 def test_every_name_is_asked_for_here() -> None:
     assert {*WITHOUT_LIGHTNING, *WITH_LIGHTNING} <= set(lightning_hessian.__all__)
     others = {
-        "AtSteps", "EveryNValidations", "NoSecondDerivativeError", "correlation_report",
-        "load_runs", "write_report",
+        "AtSteps", "EveryNTrainSteps", "EveryNValidations", "NoSecondDerivativeError",
+        "correlation_report", "load_runs", "write_report",
     }  # fmt: skip
     assert set(lightning_hessian.__all__) == {*WITHOUT_LIGHTNING, *WITH_LIGHTNING, *others}
 
