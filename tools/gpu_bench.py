@@ -10,6 +10,7 @@ all that was found.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -70,6 +71,8 @@ def main() -> int:
     if (options.device or here) == "cpu" and not options.small:
         parser.error("on a CPU the networks take hours; give --small, which shows that all runs")
     device = torch.device("cuda", 0) if (options.device or here) == "cuda" else torch.device("cpu")
+    if device.type == "cpu":  # a C++ compiler takes minutes for what has to be shown to run only
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     options.out.mkdir(parents=True, exist_ok=True)
     records = []
     for name in options.only or PIECES:

@@ -121,6 +121,8 @@ def test_it_detects_a_loss_that_mixes(card: PretendCard) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", MEASURED)
 def test_engines(name: str, engine: str, card: PretendCard, top: dict[str, np.ndarray]) -> None:
+    if (name, engine) == ("convolution", "finite_difference"):
+        pytest.skip("its max-pooling is too rough for differences in float32")
     module, loss_fn, batches = on_card(name, card)
     found = hessian_spectrum(module, loss_fn, batches, num_eigenvalues=3, hvp=engine, tol=1e-4)
     assert found.engine.startswith(engine if engine != "auto" else "")

@@ -112,7 +112,10 @@ class PretendCard(TorchDispatchMode):
             return found
         device = CARD if CARD in here else next(iter(here or tags))
         for tensor in tree_iter(found):
-            if isinstance(tensor, Tensor) and self.of(tensor) is None:
+            # What the package's own operations do inside is not seen: their results are where
+            # their operands are.
+            own = func.namespace != "aten"
+            if isinstance(tensor, Tensor) and (own or self.of(tensor) is None):
                 self.tag(tensor, device)
         return found
 

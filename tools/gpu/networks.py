@@ -75,7 +75,7 @@ def resnet50(width: int, classes: int) -> nn.Module:
         nn.MaxPool2d(3, 2, 1),
     ]  # fmt: skip
     inward = width
-    for stage, blocks in enumerate((3, 4, 6, 3)):
+    for stage, blocks in enumerate((3, 4, 6, 3) if width == 64 else (1, 1, 1, 1)):
         for block in range(blocks):
             stride = 2 if stage and not block else 1
             layers.append(Bottleneck(inward, width * 2**stage, stride))
@@ -117,7 +117,7 @@ def _tokens(count: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
 
 
 def _resnet18(small: bool) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    return resnet(4 if small else 64), _images(4 if small else 128, 32, 10)
+    return resnet(4, blocks=1) if small else resnet(64), _images(4 if small else 128, 32, 10)
 
 
 def _resnet50(small: bool) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
