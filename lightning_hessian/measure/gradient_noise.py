@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import harmonic_mean
 
 import torch
 from torch import Tensor
@@ -32,4 +31,4 @@ def noise_of_passes(gram: Tensor, per_pass: int, sizes: Sequence[int]) -> NoiseS
     blocks = [gram[start : start + count, start : start + count] for start in starts]
     squares = torch.stack([block.diagonal() for block in blocks]).cpu().numpy()
     sums = torch.stack([block.sum(dim=1) for block in blocks]).cpu().numpy()
-    return noise_scale(squares, sums, harmonic_mean(sizes))
+    return noise_scale(squares, sums, len(sizes) / sum(1 / size for size in sizes))
