@@ -34,7 +34,7 @@ from torch.utils.data import (
 
 from lightning_hessian.measure.options import LossOptions
 
-OURS = ("hessian/", "correlation/")
+OURS = ("hessian/", "correlation/", "stability/")
 
 
 class Everything(L.LightningModule):
