@@ -18,7 +18,7 @@ SEEDS ?= 1
 DEVICE ?= cpu
 
 .PHONY: demo dist docs gallery sweep papers test test-slow test-llm test-notebooks test-suites \
-	test-oldest lint bench clean
+	test-oldest lint bench gpu-check gpu-bench clean
 
 demo: .venv-demo/.done  ## train on real digits, log offline, draw the spectrum
 	$(DEMO)/lightning-hessian demo --out demo_output
@@ -67,6 +67,7 @@ lint: .venv-test/.done  ## ruff and mypy
 	$(TEST)/ruff check .
 	$(TEST)/ruff format --check .
 	$(TEST)/mypy
+	MYPYPATH=tools:tests:benchmarks $(TEST)/mypy tools
 
 .venv-%/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-$*
@@ -99,6 +100,16 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 	.venv-bench/bin/pip install --quiet --no-deps --requirement benchmarks/peers.txt
 	touch $@
 
+# On a machine with a card, with the Python that has torch for it: nothing is installed.
+GPU_PYTHON ?= python3
+
+gpu-check:  ## all paths on a card, against the CPU in float64 (6 minutes); GPU_OPTIONS="--device cpu"
+	$(GPU_PYTHON) tools/gpu_check.py --json gpu_check.json $(GPU_OPTIONS)
+
+gpu-bench:  ## speed and memory on a card, in pieces of 9 minutes at most; called again it goes on
+	$(GPU_PYTHON) tools/gpu_bench.py --out bench_output/gpu $(GPU_OPTIONS)
+
 clean:  ## remove the environments and what was built
 	rm -rf .venv-demo .venv-dist .venv-docs .venv-test .venv-oldest .venv-bench build dist *.egg-info \
-		docs/_build demo_output sweep_output bench_output protocols_output papers_output
+		docs/_build demo_output sweep_output bench_output protocols_output papers_output \
+		gpu_check.json

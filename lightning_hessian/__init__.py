@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_hessian.callbacks.gradient_structure import GradientStructureCallback
     from lightning_hessian.callbacks.hessian_spectrum import HessianSpectrumCallback
-    from lightning_hessian.callbacks.schedule import AtSteps, EveryNValidations
+    from lightning_hessian.callbacks.schedule import (
+        AtSteps,
+        EveryNTrainSteps,
+        EveryNValidations,
+    )
     from lightning_hessian.histories.load import load_runs
     from lightning_hessian.measure.blocks import BlocksInstrument, block_structure
     from lightning_hessian.measure.budget import Budget
@@ -50,6 +54,7 @@ __all__ = [
     "BlocksInstrument",
     "Budget",
     "Eigengaps",
+    "EveryNTrainSteps",
     "EveryNValidations",
     "GradientStructure",
     "GradientStructureCallback",
@@ -93,6 +98,7 @@ _HOMES = {
     "BlocksInstrument": "measure.blocks",
     "Budget": "measure.budget",
     "Eigengaps": "results",
+    "EveryNTrainSteps": "callbacks.schedule",
     "EveryNValidations": "callbacks.schedule",
     "GradientStructure": "results",
     "GradientStructureCallback": "callbacks.gradient_structure",

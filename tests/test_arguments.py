@@ -27,6 +27,7 @@ from lightning_hessian import (
     ArgumentError,
     AtSteps,
     BlockRule,
+    EveryNTrainSteps,
     EveryNValidations,
     GradientStructureCallback,
     HessianSpectrumCallback,
@@ -51,7 +52,10 @@ from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.gradients import GradientsInstrument
 from lightning_hessian.measure.layers import LayersInstrument
 from lightning_hessian.measure.options import LossOptions, PooledSLQ
+from lightning_hessian.measure.preconditioner import Preconditioner
+from lightning_hessian.measure.preconditioner_rules import register_preconditioner
 from lightning_hessian.measure.spectrum import SpectrumInstrument
+from lightning_hessian.measure.stability import StabilityInstrument
 from lightning_hessian.reports.live import follow
 from lightning_hessian.results import arguments as rules
 from lightning_hessian.solvers.storage import BasisStorage
@@ -68,6 +72,10 @@ class Net(nn.Module):
 
     def hessian_loss(self, batch: Any) -> torch.Tensor:
         return nn.functional.mse_loss(self.layers(batch[0]), batch[1])
+
+
+class OwnOptimizer(torch.optim.Optimizer):
+    """One that nobody knows."""
 
 
 def _loss(module: Any, batch: Any) -> torch.Tensor:
@@ -125,6 +133,7 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"num_gradients": 4, "tests": False},
     ),
     "AtSteps": (AtSteps, {"steps": [1]}),
+    "EveryNTrainSteps": (EveryNTrainSteps, {"n": 1}),
     "EveryNValidations": (EveryNValidations, {"n": 1}),
     "BlockRule": (BlockRule, {"parameter": "*", "block": "all"}),
     "partition_rules": (partition_rules, {"module": NET, "name": "layer"}),
@@ -141,6 +150,12 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "BlocksInstrument": (BlocksInstrument, {}),
     "LayersInstrument": (LayersInstrument, {}),
     "GradientsInstrument": (GradientsInstrument, {"num_gradients": 4, "tests": False}),
+    "StabilityInstrument": (StabilityInstrument, {}),
+    "Preconditioner": (Preconditioner, {"threshold": 1.0}),
+    "register_preconditioner": (
+        register_preconditioner,
+        {"optimizer_class": OwnOptimizer, "function": lambda parameter, group, state: None},
+    ),
 }  # fmt: skip
 """What ``lightning_hessian`` exports, with arguments that work."""
 
@@ -240,7 +255,7 @@ def test_what_is_public_is_tested() -> None:
     records = {
         "Absent", "ArgumentError", "BlockStructure", "Eigengaps", "GradientStructure",
         "HessianSpectrum", "Instrument", "MeasurementError", "NoSecondDerivativeError",
-        "PowerLawFit", "Record", "Scalars", "Session",
+        "PowerLawFit", "Record", "Scalars", "Session", "Training",
     }  # fmt: skip
     assert set(lightning_hessian.__all__) - records == set(PUBLIC)
 
@@ -280,10 +295,13 @@ GROUPS = {
         "hessian_spectrum", "layer_spectra", "block_structure", "gradient_structure",
     },
     "callbacks": {"HessianSpectrumCallback", "GradientStructureCallback"},
-    "schedules and partitions": {"AtSteps", "EveryNValidations", "BlockRule", "partition_rules"},
+    "schedules and partitions": {
+        "AtSteps", "EveryNTrainSteps", "EveryNValidations", "BlockRule", "partition_rules",
+    },
     "options and instruments": {
         "Budget", "BasisStorage", "LossOptions", "PooledSLQ", "SpectrumInstrument",
-        "BlocksInstrument", "LayersInstrument", "GradientsInstrument",
+        "BlocksInstrument", "LayersInstrument", "GradientsInstrument", "StabilityInstrument",
+        "Preconditioner", "register_preconditioner",
     },
     "losses": {"losses.linear_cross_entropy"},
     "runs and reports": {

@@ -15,6 +15,7 @@ import numpy as np
 from lightning_hessian import fit_power_law
 from lightning_hessian.reports.verdicts import interval_text, number
 from lightning_hessian.results import FloatArray, HessianSpectrum
+from lightning_hessian.statistics.correlation import pearson
 from lightning_hessian.statistics.verdict import (
     Movement,
     Verdict,
@@ -29,6 +30,8 @@ STATISTICS = ("d_ks", "s_hat", "lambda_1", "trace")
 MONITORS = ("test_loss", "gap")
 FIRST_STEPS = 100
 """Before this step everything drifts."""
+
+CUTOFFS = (20, 30, 50, 100, 150, 200, 333, 500, 1000)
 
 Found = dict[tuple[str, str], Movement]
 """How a statistic and a monitored number move, by both names."""
@@ -69,6 +72,25 @@ def series(rows: Sequence[dict[str, Any]], part: str) -> dict[str, FloatArray]:
         "k": [k] * len(rows),
     }
     return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
+
+
+def print_cutoffs(runs: Sequence[Sequence[dict[str, Any]]], part: str) -> None:
+    """Print r(d_ks, test loss) of levels by K: what hangs on it is no property of the network."""
+    most = min(usable(row[part], part) for rows in runs for row in rows)
+    print(f"\n| K, {part} | r | r from step {FIRST_STEPS} | d_ks at first | d_ks at last | d_c |")
+    print("|---|---|---|---|---|---|")
+    for k in (k for k in CUTOFFS if k <= most):
+        cells: list[list[str]] = [[], [], [], []]
+        for rows in runs:
+            fits = [fit_power_law(row[part]["eigenvalues"][:k]) for row in rows]
+            distances = np.array([fit.ks_distance for fit in fits])
+            losses = np.array([row["test_loss"] for row in rows])
+            late = np.array([row["step"] >= FIRST_STEPS for row in rows])
+            for i, chosen in enumerate((np.ones_like(late), late)):
+                cells[i].append(number(pearson(distances[chosen], losses[chosen]).r))
+            cells[2].append(f"{distances[0]:.3f}")
+            cells[3].append(f"{distances[-1]:.3f}")
+        print(f"| {k} | {' | '.join(map(' '.join, cells))} | {fits[-1].critical_value:.3f} |")
 
 
 def usable(spectrum: dict[str, Any], part: str) -> int:
@@ -160,3 +182,4 @@ def print_findings(paths: Sequence[Path]) -> None:
                 print_run(name, later, part)
         if len(runs) > 1:
             print_over_seeds(runs, part)
+            print_cutoffs(runs, part)

@@ -14,6 +14,7 @@ CIFAR_10, CIFAR_100 = Samples("cifar-10"), Samples("cifar-100")
 
 # A mini-batch of 300 images and more takes 5000 of them: minutes to hours on a CPU.
 _GPU_FROM = 1000
+_PLAIN = "Gradients are those of images as they are, not flipped or cropped."
 
 
 def _network(model: str, data: Samples, training: str) -> Network:
@@ -80,7 +81,7 @@ def _entries() -> list[Row]:
         rows.append(
             Row(f"sg-1-{_slug(name)}-{_slug(training)}-{_slug(kind)}", "1",
                 f"{name} {training} {kind}", _network("lenet", sets[name], training),
-                Gradients(100, kind.lower()), printed)
+                Gradients(100, kind.lower()), printed, note=_PLAIN * name.startswith("CIFAR"))
         )  # fmt: skip
     for kind, by_size in _TABLE_4.items():
         for size, printed in by_size.items():
@@ -256,7 +257,7 @@ def _lenet_on_cifar() -> list[Row]:
     ]  # fmt: skip
     return [
         Row(f"sg-{table}-{_slug(label)}", table, label, _network("lenet", data, training), measure,
-            printed, note=note)
+            printed, note=f"{_PLAIN} {note}".strip())
         for table, label, data, training, measure, printed, note in found
     ]  # fmt: skip
 

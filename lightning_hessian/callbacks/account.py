@@ -73,13 +73,20 @@ class Account:
             return False
         return self.affordable(done) >= 2
 
-    def allows_few(self) -> bool:
+    def allows_few(self, by_steps: bool = False) -> bool:
         """Return whether to measure now what takes a few products, between whole measurements.
 
         These may take half of what training has earned, so that whole measurements are saved up
-        for beside them.
+        for beside them. Without a share of the training time the schedule says when all is
+        measured, and between that only what it wants by steps.
+
+        Args:
+            by_steps: Whether a schedule wants them now.
         """
-        if self.budget.share is None or self.estimate_of_few is None:
+        if self.budget.share is None:
+            most = math.inf if self.budget.seconds is None else self.budget.seconds
+            return by_steps and (self.estimate_of_few or 0.0) <= most
+        if self.estimate_of_few is None:
             return False
         half = self.budget.share * self.trained / 2
         return self.estimate_of_few <= min(self.saved, half - self.spent_on_few)

@@ -40,7 +40,7 @@ class Budgeting:
         """Return whether to measure at this validation of a fit.
 
         Args:
-            trainer: At the end of a validation.
+            trainer: At the end of a validation, or between two batches where there is none.
             due: Whether the schedule wants it; under a share of the training time the last
                 validation is wanted anyway.
         """
@@ -63,11 +63,16 @@ class Budgeting:
         found: bool = trainer.strategy.broadcast(self.account.allows(done=done, last=last))
         return found
 
-    def affords_few(self, trainer: Any) -> bool:
-        """Return whether to measure now what takes a few products, alike on all ranks."""
+    def affords_few(self, trainer: Any, by_steps: bool = False) -> bool:
+        """Return whether to measure now what takes a few products, alike on all ranks.
+
+        Args:
+            trainer: At a validation, or between two batches.
+            by_steps: Whether a schedule wants them now.
+        """
         if trainer.state.fn != "fit":
             return False
-        found: bool = trainer.strategy.broadcast(self.account.allows_few())
+        found: bool = trainer.strategy.broadcast(self.account.allows_few(by_steps))
         return found
 
     def not_begun(self) -> None:
@@ -117,6 +122,17 @@ class Budgeting:
         self._has_ended = True
         return self.affords(trainer)
 
+    def ends_by_steps(self, trainer: Any) -> bool:
+        """Return whether to measure at the end of a fit that has no validation.
+
+        Args:
+            trainer: At the end of training.
+        """
+        if self._step != trainer.global_step:
+            self.unmeasured = None  # what was skipped before is not what is measured now
+        self._has_ended = True
+        return self.affords(trainer)
+
     def caught_up(self, measured: bool) -> None:
         """Note that the last validation was measured after all, or could not be."""
         if measured and self.unmeasured:
@@ -138,6 +154,8 @@ class Budgeting:
         """Return whether this is the last validation of the fit, as far as can be foreseen."""
         if self._has_ended:
             return True
+        if not trainer.enable_validation:
+            return False  # by steps: the last one comes when training has ended
         last = self._guard.attempt("asking for the end of the run", is_last_validation, trainer)
         found: bool = trainer.strategy.broadcast(bool(last))
         return found

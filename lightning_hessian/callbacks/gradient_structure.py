@@ -35,10 +35,12 @@ class GradientStructureCallback(MeasurementCallback):
     ``num_eigenvalues``, ``num_fitted``. Of the gradients' entries: ``power_law_rate`` and
     ``dimension_gaussian_rate`` over dimensions, ``gaussian_rate`` and
     ``iteration_power_law_rate`` over iterations. Besides: ``mean_gradient_norm``, ``loss`` (the
-    mean loss on the probe), ``num_gradients``, ``seconds``. From four measurements on also
-    ``correlation/pearson_gradient_<statistic>_<monitor>`` with its interval, Spearman's r, the r of
-    first differences and the number of points, and ``correlation/gradient_num_points``. Figures are
-    ``figures/gradient_<name>``, spectra ``spectra/gradient``.
+    mean loss on the probe), ``num_gradients``, ``seconds``; ``noise_scale`` at batch size 1 with
+    ``noise_scale_std_error``, and the ``critical_batch_size`` that it suggests. From four
+    measurements on also ``correlation/pearson_gradient_<statistic>_<monitor>`` with its interval,
+    Spearman's r, the r of first differences and the number of points, and
+    ``correlation/gradient_num_points``. Figures are ``figures/gradient_<name>``, spectra
+    ``spectra/gradient``.
     A statistic that cannot be computed is absent, and a warning says why.
 
     Training is not touched: the weights of a run with and without the callback are the same bits.

@@ -43,15 +43,17 @@ class HandOver:
             sync_dist=trainer.world_size > 1,
         )
 
-    def log_late(
+    def log_aside(
         self, trainer: Any, scalars: Mapping[str, float], metrics: Mapping[str, Any]
     ) -> None:
-        """Log statistics after training has ended, in a row with the metrics of their validation.
+        """Log statistics between batches, or after training has ended, in a row of their own.
+
+        Its step is that of Lightning's metrics and of ``LearningRateMonitor``.
 
         Args:
             trainer: On rank zero.
             scalars: By name, as in `log`.
-            metrics: Of the last validation.
+            metrics: Of the validation that they belong to, to stand in the same row.
         """
         logged = self._keys(scalars)
         self._panels.define(trainer.loggers, logged)

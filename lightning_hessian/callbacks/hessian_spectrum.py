@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from lightning_hessian.tracking.drawings import hessian_drawings
 from lightning_hessian.tracking.panels import Drawings
 from lightning_hessian.tracking.scalars import CORRELATED
 from lightning_hessian.tracking.spectra import encode_spectrum
+from lightning_hessian.tracking.stability_figures import StabilityCurve
 
 
 class HessianSpectrumCallback(MeasurementCallback):
@@ -129,6 +130,7 @@ class HessianSpectrumCallback(MeasurementCallback):
 
     prefix = "hessian"
     correlated = CORRELATED
+    records_updates = True
 
     @checked(CALLBACK_RULES | {"num_eigenvalues": SPECTRUM_RULES["num_eigenvalues"]})
     def __init__(
@@ -191,6 +193,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         )
         if isinstance(self.instruments[0], SpectrumInstrument):
             spectrum.check_budget(self.time_budget)
+        self._stability = StabilityCurve()
         self.num_eigenvalues = spectrum.count
         self.loss_fn = loss_fn
         self.parameters = parameters
@@ -233,7 +236,7 @@ class HessianSpectrumCallback(MeasurementCallback):
             expected_products=self.expected_work(),
             known=self._known,
             seed=self.seed,
-            training=training_in(pl_module.trainer),
+            training=training_in(pl_module.trainer, self._update.parts),
         )
 
     def _selected(self, pl_module: Any) -> ParameterSelection:
@@ -276,7 +279,12 @@ class HessianSpectrumCallback(MeasurementCallback):
             densities=None if density is None else {"Hessian": density},
             layers=self.last_layers,
             significance=self.significance,
+            stability=self._stability.points,
         )
+
+    def note(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Take in what was measured at a step for the figure of stability."""
+        self._stability.add(step, scalars)
 
 
 def _completed(given: Any, num_eigenvalues: int | None, parameters: ParameterSelection) -> Any:

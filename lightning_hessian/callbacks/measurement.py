@@ -17,12 +17,15 @@ from lightning_hessian.callbacks.measuring import Measuring
 from lightning_hessian.callbacks.pairing import Pairs, incomparable
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches
 from lightning_hessian.callbacks.schedule import Schedule
+from lightning_hessian.callbacks.steps import StepCount
 from lightning_hessian.callbacks.surroundings import (
     AVERAGED,
     averages_weights,
     refuse_surroundings,
     trainer_ranks,
+    without_validation,
 )
+from lightning_hessian.callbacks.updates import RecordsUpdates
 from lightning_hessian.linear.ranks import ALONE
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.instrument import Instrument
@@ -34,7 +37,7 @@ from lightning_hessian.tracking.history import History
 from lightning_hessian.tracking.panels import Drawings, Panels
 
 
-class MeasurementCallback(Measuring, Callback):
+class MeasurementCallback(RecordsUpdates, Measuring, Callback):
     """Measures at validations, logs in the row of the validation metrics, correlates with them.
 
     A subclass says what is measured (`measure`), what is correlated (``correlated``) and under
@@ -87,6 +90,7 @@ class MeasurementCallback(Measuring, Callback):
         self._pairs = Pairs(self.monitors, isinstance(data, str) and data == "train")
         self._handover = HandOver(self._panels, self._guard, self.correlation_prefix)
         self._enabled = True
+        self._steps = StepCount(self.schedule)
 
     # What a subclass gives ---------------------------------------------------------------------
 
@@ -100,6 +104,9 @@ class MeasurementCallback(Measuring, Callback):
     def drawings(self) -> Drawings:
         """Return what draws the figures of the last measurement, by name."""
         return {}
+
+    def note(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Take in the statistics of a measurement, or of one between whole measurements."""
 
     # What a user reads -------------------------------------------------------------------------
 
@@ -170,6 +177,8 @@ class MeasurementCallback(Measuring, Callback):
                 stacklevel=2,
             )
         refuse_surroundings(self, trainer)
+        if stage == "fit" and not trainer.enable_validation and not self._steps.by_steps:
+            self._warn_once("no validation", without_validation(type(self).__name__))
         if averages_weights(trainer):
             self._warn_once("averaging", AVERAGED)
 
@@ -197,7 +206,20 @@ class MeasurementCallback(Measuring, Callback):
         if self._enabled:
             self.check_data(trainer)
             self._draw_probe(trainer, pl_module)
+        self._steps.begin(trainer.global_step)
         self._clock = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure what is due by steps, when a validation after the last of them is over."""
+        if not self._enabled:
+            return
+        few, whole_one = self._steps.due(trainer)
+        if few or whole_one:
+            self._measure_at_step(trainer, pl_module, few, whole_one)
+        if self._update.seen or self._steps.batches_to_step(trainer, pl_module) == 1:
+            self._update.forget()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measures and logs, when it is due and the budget pays for it."""
@@ -214,7 +236,9 @@ class MeasurementCallback(Measuring, Callback):
         if logged is None and self._few and self._budgeting.affords_few(trainer):
             logged = self._few_or_report(trainer, pl_module)  # these make no row of the history
         self._clock = time.monotonic()
+        self._update.seen = True
         if logged is not None:
+            self._note_measured(trainer, logged)
             self._guard.attempt(
                 "logging the statistics", self._handover.log, trainer, pl_module, logged
             )
@@ -236,6 +260,7 @@ class MeasurementCallback(Measuring, Callback):
         if not self._enabled:
             return
         self._catch_up(trainer, pl_module)
+        self._update.forget()
         if self._history.rows:
             if trainer.is_global_zero:
                 self._guard.attempt("drawing figures", self._draw, trainer, True)
@@ -250,18 +275,71 @@ class MeasurementCallback(Measuring, Callback):
         Its row is logged once more with the metrics of that validation, since the loggers have
         closed it.
         """
-        if not self._budgeting.catches_up(trainer):
+        by_steps = self._steps.whole_by_steps(trainer)
+        if by_steps:
+            rows = self._history.rows
+            if trainer.global_step == 0 or (rows and rows[-1]["step"] == trainer.global_step):
+                return
+            wanted = self._budgeting.ends_by_steps(trainer)
+        else:
+            wanted = self._budgeting.catches_up(trainer)
+        if not wanted:
             return
         pending = self._measure_or_report(trainer, pl_module)
         self._budgeting.caught_up(pending is not None)
         if pending is None:
             return
+        self._note_measured(trainer, pending)
+        if by_steps:
+            self._log_aside(trainer, pending, {})
+            self._pair_at_step(trainer, pending)
+            return
+        self._log_aside(trainer, pending, self._pairs.latest())
+        self._pair(trainer, pending, self._pairs.latest(), self._budgeting.epoch)
+
+    def _measure_at_step(self, trainer: Any, pl_module: Any, few: bool, whole_one: bool) -> None:
+        """Measure between two batches what is due there and paid for, and log it."""
+        started = time.monotonic()
+        if self._clock is not None:
+            self._budgeting.account.earn(started - self._clock)
+        pending = None
+        if whole_one and self._budgeting.may_measure(trainer, True):
+            pending = self._measure_or_report(trainer, pl_module)
+        logged = pending
+        if logged is None and few:
+            if self._few is None:
+                self._learn_few(trainer, pl_module)
+            if self._few and self._budgeting.affords_few(trainer, by_steps=True):
+                logged = self._few_or_report(trainer, pl_module)
+        self._clock = time.monotonic()
+        if logged is None:
+            return
+        self._note_measured(trainer, logged)
+        self._log_aside(trainer, logged, {})
+        if pending is not None:
+            self._pair_at_step(trainer, pending)
+
+    def _note_measured(self, trainer: Any, scalars: Mapping[str, float]) -> None:
+        self._steps.measured = trainer.global_step
+        self.note(trainer.global_step, scalars)
+        self._update.forget()
+
+    def _log_aside(
+        self, trainer: Any, scalars: Mapping[str, float], metrics: Mapping[str, Any]
+    ) -> None:
+        """Log in a row that Lightning does not write."""
         if trainer.is_global_zero:
             self._guard.attempt(
-                "logging the statistics", self._handover.log_late, trainer, pending,
-                self._pairs.latest(),
-            )  # fmt: skip
-        self._pair(trainer, pending, self._pairs.latest(), self._budgeting.epoch)
+                "logging the statistics", self._handover.log_aside, trainer, scalars, metrics
+            )
+        self._guard.settle(self._ranks)
+
+    def _pair_at_step(self, trainer: Any, pending: Mapping[str, float]) -> None:
+        """Pair a measurement that no validation belongs to with the metrics logged since."""
+        fresh = self._guard.attempt(
+            "reading the metrics", self._pairs.see, trainer.callback_metrics
+        )
+        self._pair(trainer, pending, fresh or {}, self._steps.epoch)
 
     def _pair(
         self, trainer: Any, pending: Mapping[str, float], fresh: Mapping[str, Any], epoch: int

@@ -80,7 +80,7 @@ class Measuring:
         self._guard = Guard(on_error)
         self._budgeting = Budgeting(time_budget, self._guard, type(self).__name__)
         self._num_probed = num_batches  # the data may hold fewer
-        self._few: tuple[Instrument, ...] = ()  # those of a few products, once that is known
+        self._few: tuple[Instrument, ...] | None = None  # of a few products; None: not yet known
         self._known_of_few = Knowledge()
         self._last_work = 0  # products of the measurement before
         self._warned: set[str] = set()
@@ -107,7 +107,7 @@ class Measuring:
         session.known, session.expected_products = self._known_of_few, FEW_PRODUCTS
         with session:
             found = measured(
-                self._few, session, replace(self.time_budget, share=None).open(session),
+                self._few or (), session, replace(self.time_budget, share=None).open(session),
                 prefix=self.prefix, strict=self.on_error == "raise",
             )  # fmt: skip
         self.records.update(found.records)
@@ -196,16 +196,46 @@ class Measuring:
         advice = f"num_batches ({self.num_batches}) or {most.format(**vars(self))}"
         self._budgeting.estimate(trainer, seconds, (total, self.work[0]), advice)
 
+    def _learn_few(self, trainer: Any, pl_module: Any) -> None:
+        """Learn which instruments take a few products and, under a bound, what time these take."""
+        failure: Exception | None = None
+        begun = time.monotonic()
+        account = self._budgeting.account
+        try:
+            self._draw_where_needed(trainer, pl_module)
+            assert self._batches is not None
+            with whole(trainer.strategy.model):
+                if account.bounded and account.estimate is None:
+                    self._estimate(trainer, pl_module, self._batches)
+                else:
+                    session = self.session(pl_module, self._batches[: self._ranks.world])
+                    with session, session.ranks.together():
+                        self._few = tuple(
+                            one for one in self.instruments if one.cost(session) <= FEW_PRODUCTS
+                        )
+        except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
+            failure = error
+        account.pay(time.monotonic() - begun)
+        if not trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+            self._few = ()
+            said = sentence(self._to_be_told(failure))
+            self._warn_once(said, f"Nothing is measured between validations: {said}")
+
+    def _draw_where_needed(self, trainer: Any, pl_module: Any) -> None:
+        """Draw the probe batches, where that could not be done before training."""
+        self._ranks = trainer_ranks(trainer, pl_module)
+        with self._ranks.together():
+            if self._batches is None:
+                self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
+
     def _measure_or_report(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
         """Return rank zero's statistics on all ranks, or None where the measurement failed."""
         failure: Exception | None = None
         found: tuple[dict[str, float], list[str]] | None = None
         begun = time.monotonic()
-        self._ranks = trainer_ranks(trainer, pl_module)
         try:
-            with self._ranks.together():
-                if self._batches is None:
-                    self._batches = probe_batches(trainer, self.data, self.num_batches, self.seed)
+            self._draw_where_needed(trainer, pl_module)
+            assert self._batches is not None
             self._progress = self._new_progress(trainer)
             with whole(trainer.strategy.model):
                 found = self.measure(trainer, pl_module, self._batches)
@@ -250,7 +280,7 @@ class Measuring:
         failure: Exception | None = None
         found: Findings | None = None
         try:
-            assert self._batches is not None  # a whole measurement was begun, or timed, before
+            assert self._batches is not None  # they were drawn when `_few` became known
             with whole(trainer.strategy.model):
                 found = self.measure_few(pl_module, self._batches)
             self._tell_absent(trainer, found.absent)
@@ -262,7 +292,7 @@ class Measuring:
             scalars: dict[str, float] = trainer.strategy.broadcast(found.scalars)
             return scalars
         said = sentence(self._to_be_told(failure))
-        names = ", ".join(one.name for one in self._few)
+        names = ", ".join(one.name for one in self._few or ())
         self._warn_once(said, f"No statistics of {names}, training goes on: {said}")
         return None
 

@@ -1,9 +1,12 @@
-"""How far a fit is, and whether another validation follows: asked at the end of a validation."""
+"""How far a fit is, and whether a validation follows."""
 
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
+
+_NEAR = 0.9  # of the interval between validations by the clock
 
 
 def share_done(trainer: Any) -> float | None:
@@ -13,7 +16,7 @@ def share_done(trainer: Any) -> float | None:
         trainer: In ``fit``, at the end of a validation.
     """
     batches = _batches_done(trainer)
-    left = _batches_left(trainer)
+    left = batches_left(trainer)
     shares = [batches / (batches + left)] if math.isfinite(left) and batches else []
     timer = _timer(trainer)
     if timer is not None and timer.time_remaining() is not None:
@@ -34,7 +37,37 @@ def is_last_validation(trainer: Any) -> bool:
     """
     if trainer.should_stop and trainer.fit_loop._can_stop_early:  # not before min_epochs
         return True
-    return _batches_to_validation(trainer) > _batches_left(trainer)
+    return _batches_to_validation(trainer) > batches_left(trainer)
+
+
+def validation_may_follow(trainer: Any, within: int) -> bool:
+    """Return whether a validation may begin after one of the next batches.
+
+    It is foreseen as Lightning decides it after each batch. One by the clock may come in the last
+    tenth of its interval.
+
+    Args:
+        trainer: Within a batch, the first of those.
+        within: How many batches.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not trainer.enable_validation or not loop._should_check_val_epoch():
+        return False
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        return True
+    interval = getattr(trainer, "_val_check_time_interval", None)
+    if interval is not None:
+        return bool(time.monotonic() - trainer._last_val_time >= _NEAR * interval)
+    if loop.batch_progress.is_last_batch and trainer.val_check_batch == float("inf"):
+        return True
+    every: Any = trainer.val_check_batch
+    if every == float("inf"):
+        if not isinstance(trainer.limit_train_batches, int):
+            return False
+        every = trainer.limit_train_batches
+    by_total = trainer.check_val_every_n_epoch is None
+    position = loop.total_batch_idx if by_total else loop.batch_idx
+    return any((position + 1 + ahead) % every == 0 for ahead in range(within))
 
 
 def _batches_done(trainer: Any) -> int:
@@ -43,7 +76,7 @@ def _batches_done(trainer: Any) -> int:
     return done
 
 
-def _batches_left(trainer: Any) -> float:
+def batches_left(trainer: Any) -> float:
     """Return how many batches there are until ``max_epochs`` or ``max_steps``, or infinity."""
     left = math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:

@@ -14,6 +14,7 @@ from lightning_hessian.results.arguments import (
     check_fields,
     flag,
     is_collection,
+    optional,
     real_number,
     renamed,
     whole_number,
@@ -111,3 +112,61 @@ class AtSteps:
         """Return whether a chosen step lies after the last measurement and not after now."""
         done = -1 if last_step is None else last_step
         return any(done < chosen <= step for chosen in self.steps)
+
+
+@dataclass(frozen=True)
+class EveryNTrainSteps:
+    """Due at every n-th optimizer step, for instruments of a few products; whole at validations.
+
+    Between validations the instruments of at most ten products (`StabilityInstrument`, one's own)
+    are measured right after the n-th, 2 n-th, ... optimizer step, before the next batch, within the
+    budget. Their numbers go to the loggers, in the row that ``LearningRateMonitor`` writes to; they
+    are no metrics of the Trainer's, and ``callback.history`` has whole measurements only. With
+    several optimizers ``trainer.global_step`` counts the steps of each.
+
+    Whole measurements are made at validations. A fit without any has them by steps too, within the
+    budget, and the last one when training has ended.
+
+    Args:
+        n: At every how many steps.
+        whole: In a fit without validation, at every how many steps a whole measurement is due; n
+            by default.
+        every_n_validations: In a fit with validation, at every how many of them.
+        during_validate: Whether ``trainer.validate()`` measures too.
+
+    Raises:
+        ValueError: One of the numbers is below 1.
+
+    Example:
+        >>> schedule = EveryNTrainSteps(100, whole=1000)
+        >>> schedule.is_step_due(99, 100), schedule.is_step_due(100, 101)
+        (True, False)
+    """
+
+    n: int
+    whole: int | None = None
+    every_n_validations: int = 1
+    during_validate: bool = False
+
+    def __post_init__(self) -> None:
+        number = whole_number(least=1, most=10**9)
+        rules = {
+            "n": renamed("every_n_train_steps", number),
+            "whole": optional(number, "for as often as the rest"),
+            "every_n_validations": number,
+            "during_validate": flag,
+        }
+        check_fields(self, rules)
+
+    def is_due(self, validation: int, step: int, last_step: int | None) -> bool:
+        """Return whether ``validation`` is one that is measured whole."""
+        return validation % self.every_n_validations == 0
+
+    def is_step_due(self, before: int, step: int) -> bool:
+        """Return whether one of every n steps lies after ``before`` and not after ``step``."""
+        return step // self.n > before // self.n
+
+    def is_whole_due(self, before: int, step: int) -> bool:
+        """Return whether one of the steps of whole measurements does."""
+        each = self.whole or self.n
+        return step // each > before // each

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_hessian.linear.ranks import ALONE, Ranks
 from lightning_hessian.measure.training import Training
@@ -51,16 +53,30 @@ def trainer_ranks(trainer: Any, pl_module: Any) -> Ranks:
     return Ranks.of(torch.distributed.group.WORLD, pl_module.device)
 
 
-def training_in(trainer: Any) -> Training | None:
-    """Return what trains the module; None where nothing does, as in ``trainer.validate()``."""
+def training_in(trainer: Any, update: Mapping[str, Tensor] | None = None) -> Training | None:
+    """Return what trains the module; None where nothing does, as in ``trainer.validate()``.
+
+    Args:
+        trainer: That of the module.
+        update: Its last update, where it was recorded.
+    """
     optimizers = tuple(trainer.optimizers) if trainer.state.fn == "fit" else ()
-    return Training(optimizers) if optimizers else None
+    return Training(optimizers, update) if optimizers else None
 
 
 def log_step(trainer: Any) -> int:
     """Return the step that Lightning's own epoch-end metrics are logged with."""
     found: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return found
+
+
+def without_validation(name: str) -> str:
+    """Return what to tell where a fit has no validation; ``name`` is that of the callback."""
+    return (
+        f"{name} measures nothing in this fit: it has no validation, at which measurements are "
+        "due. Give every_n_validations=EveryNTrainSteps(100) to measure at every so many steps, "
+        "or validation data and a validation_step."
+    )
 
 
 def unknown_metric(name: str, known: list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_hessian.isolation.context import isolated
 from lightning_hessian.linear.allowance import Allowance
@@ -28,6 +28,7 @@ from lightning_hessian.measure.gradient_checks import (
     gram_bytes,
     too_many,
 )
+from lightning_hessian.measure.gradient_noise import noise_of_passes
 from lightning_hessian.measure.gradient_tests import entry_tests
 from lightning_hessian.measure.session import Session
 from lightning_hessian.operators.gradients.gram import combinations, gram_matrix, spectra
@@ -43,7 +44,7 @@ from lightning_hessian.probe.minibatches import MiniBatches, draw_minibatches
 from lightning_hessian.probe.objective import Mode
 from lightning_hessian.probe.parameters import ParameterSelection, ParameterSpace
 from lightning_hessian.probe.sharding.fsdp1 import whole
-from lightning_hessian.results import FloatArray, GradientStructure, MeasurementError
+from lightning_hessian.results import FloatArray, GradientStructure, MeasurementError, NoiseScale
 from lightning_hessian.results.arguments import check_fields, checked, optional
 from lightning_hessian.results.path_arguments import existing_folder
 
@@ -249,6 +250,7 @@ class GradientsInstrument:
             gram = gram_matrix(gradients, memory_budget=budget, allowance=allowance)
             count = len(gram)
             check_count(count, minibatches.total, self.tests, ranks)
+            noise = self._noise(gram, minibatches, ranks)
             found = spectra(
                 gram, self.num_eigenvalues, space.size, self.num_eigenvectors, ranks=ranks
             )
@@ -276,8 +278,24 @@ class GradientsInstrument:
             seconds=time.monotonic() - start,
             engine=engine,
             dtype=str(space.dtype).removeprefix("torch."),
+            noise_scale=noise,
             eigenvectors=vectors,
         )
+
+    def _noise(self, gram: Tensor, minibatches: MiniBatches, ranks: Ranks) -> NoiseScale:
+        """Return the noise scale of the gradients with these inner products [T, T]."""
+        if self.clip_norm is not None or self.preconditioner is not None:
+            return NoiseScale.absent(
+                "gradients that are clipped or preconditioned are no means over samples. Measure "
+                "without clip_norm and preconditioner."
+            )
+        sizes = [size for told in ranks.all_gather_object(minibatches.sizes()) for size in told]
+        if None in sizes:
+            return NoiseScale.absent(
+                "a batch does not tell how many samples it has: its tensors differ in their first "
+                "dimension. Give a DataLoader over a Dataset."
+            )
+        return noise_of_passes(gram, minibatches.per_pass, sizes)
 
     def _drawn(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -9,6 +10,30 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from lightning_hessian.results import ArgumentError
+from lightning_hessian.results.arguments import (
+    Rule,
+    check_fields,
+    flag,
+    function_of,
+    instance_of,
+    optional,
+    real_number,
+)
+
+
+def _threshold(name: str, value: Any) -> Any:
+    """Apply the rule of a threshold, which may be infinite."""
+    above_zero = real_number("Give a number above 0, infinite where nothing moves.", above=0)
+    return value if type(value) is float and value == math.inf else above_zero(name, value)
+
+
+_RULES: dict[str, Rule] = {
+    "threshold": _threshold,
+    "diagonal": optional(instance_of(Tensor, "Give a tensor in the shape of the parameter.")),
+    "inverse_root": optional(function_of("tensor", returns="P^-1/2 times it")),
+    "weight_decay": real_number("Give a number from 0 on.", least=0),
+    "maximizes": flag,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +72,7 @@ class Preconditioner:
     maximizes: bool = False
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
-            raise ArgumentError("threshold", self.threshold, "Give a number above 0.")
+        check_fields(self, _RULES)
         if self.diagonal is not None and self.inverse_root is not None:
             raise ArgumentError("inverse_root", self.inverse_root, "Give it or `diagonal`.")
 

@@ -68,7 +68,7 @@ class StabilityInstrument:
     - ``drift``, ``drift_bound``: by how many degrees that span has turned since it was found the
       time before (largest principal angle), and by how many at most, by Davis and Kahan (HPL
       eq. 7; see `turn_bound`). Where a spectrum is measured, in its row only.
-    - ``num_hvps``: products that this took.
+    - ``num_hvps``: products that this took; ``loss``: the mean loss on the probe.
 
     The leading vectors are those of a whole spectrum of the session where there is one; else
     Lanczos starts from those last found. It ends at a residual of ``tol`` times the value, or after
@@ -170,6 +170,7 @@ class _Measurement:
         self.values["num_hvps"] = self._spent()
         if len(self.values) == 1:
             return Absent(tuple(self.missing))
+        self.values["loss"] = session.loss  # there already, and drawn beneath the ratio
         return Scalars(self.values, tuple(self.missing))
 
     # The update ----------------------------------------------------------------------------------

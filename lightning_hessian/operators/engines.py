@@ -195,15 +195,15 @@ def finite_difference(
     eps = torch.finfo(objective.space.dtype).eps if eps is None else eps
     relative = eps ** (1 / 3) / shrink
 
-    def gradient(tangents: tuple[Tensor, ...], step: float) -> Sequence[Tensor]:
+    def gradient(tangents: tuple[Tensor, ...], step: Tensor) -> Sequence[Tensor]:
         # The point is asked for anew: what hooks have written to it since is put back.
         return _gradient_at(objective, index, objective.point(), tangents, step)
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        length = objective.norm(tangents)
-        if length == 0.0:
-            return [torch.zeros_like(value) for value in tangents]
-        step = relative * size / length
+        # The step stays on the device, which the host would have to wait for to read a number.
+        # Along a vector of zeros it may be any: both gradients are the same.
+        length = objective.length(tangents)
+        step = relative * size / torch.where(length == 0, 1.0, length)
         above, below = gradient(tangents, step), gradient(tangents, -step)
         return [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
 
@@ -215,7 +215,7 @@ def _gradient_at(
     index: int,
     point: Sequence[Tensor],
     tangents: Sequence[Tensor],
-    step: float,
+    step: float | Tensor,
 ) -> Sequence[Tensor]:
     moved = zip(point, tangents, strict=True)
     leaves = tuple((value + step * tangent).requires_grad_() for value, tangent in moved)

@@ -33,10 +33,12 @@ class MiniBatches:
         dataset: Where samples come from, if fetching them may draw random numbers; generators of
             its own are seeded likewise and put back.
         ranks: Who fetch: each has every ``ranks.world``-th mini-batch.
+        per_pass: How many make a pass over the data; all T where None.
 
     Attributes:
         total: T, those of all ranks.
         numbers: Which of the T are held here, in order.
+        per_pass: How many make a pass: those of one pass have no sample in common.
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class MiniBatches:
         seed: int = 0,
         dataset: Any = None,
         ranks: Ranks = ALONE,
+        per_pass: int | None = None,
     ) -> None:
         self._fetch, self._order, self._seed = fetch, order, seed
         self._dataset = dataset
         self.batch_size = batch_size
         self.total = len(order)
+        self.per_pass = min(per_pass or self.total, self.total)
         self.numbers = range(ranks.rank, self.total, ranks.world)
 
     def __len__(self) -> int:
@@ -76,6 +80,12 @@ class MiniBatches:
             return self._fetch(self._order[numbers].flatten().tolist())
         parts = self._fetched(numbers)
         return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def sizes(self) -> list[int | None]:
+        """Return the number of samples of each held here, None where a batch does not tell it."""
+        if self.batch_size is not None:
+            return [self.batch_size] * len(self)
+        return [_size(self[index]) for index in range(len(self))]
 
     def checksum(self) -> int:
         """Return a number that tells one draw from another."""
@@ -180,8 +190,11 @@ def _of_dataset(
             passes = _shuffled(len(dataset), generator)
         else:
             passes = _passes_of(sampler, dataset, generator)
-        order = _in_passes(passes, batch_size, num)
-    return MiniBatches(fetch, order, batch_size=batch_size, seed=seed, dataset=dataset, ranks=ranks)
+        order, per_pass = _in_passes(passes, batch_size, num)
+    return MiniBatches(
+        fetch, order, batch_size=batch_size, seed=seed, dataset=dataset, ranks=ranks,
+        per_pass=per_pass,
+    )  # fmt: skip
 
 
 def _of_batches(
@@ -209,8 +222,10 @@ def _of_batches(
     size = batch_size or sizes[0] or 1
     generator = torch.Generator().manual_seed(seed)
     passes = _shuffled(sum(size or 0 for size in sizes), generator)
-    order = _in_passes(passes, size, num)
-    return MiniBatches(_pool(batches), order, batch_size=size, seed=seed, ranks=ranks)
+    order, per_pass = _in_passes(passes, size, num)
+    return MiniBatches(
+        _pool(batches), order, batch_size=size, seed=seed, ranks=ranks, per_pass=per_pass
+    )
 
 
 def _shuffled(size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -227,8 +242,8 @@ def _passes_of(sampler: Any, dataset: Any, generator: torch.Generator) -> Iterat
             yield list(order)
 
 
-def _in_passes(passes: Iterable[list[int]], batch_size: int, num: int | None) -> Tensor:
-    """Return the indices [T, B] of mini-batches that lie within one pass each."""
+def _in_passes(passes: Iterable[list[int]], batch_size: int, num: int | None) -> tuple[Tensor, int]:
+    """Return the indices [T, B] of mini-batches that lie within one pass each, and how many do."""
     chunks: list[Tensor] = []
     count = 0
     for indices in passes:
@@ -242,7 +257,7 @@ def _in_passes(passes: Iterable[list[int]], batch_size: int, num: int | None) ->
         count += whole
         if count >= (num or 0):
             break
-    return torch.cat(chunks)[:num]
+    return torch.cat(chunks)[:num], len(chunks[0])
 
 
 def _pool(batches: Sequence[Any]) -> Fetch:

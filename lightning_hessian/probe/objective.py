@@ -225,7 +225,13 @@ class Objective:
 
     def norm(self, parts: Sequence[Tensor]) -> float:
         """Return the norm of a whole vector, from tensors in the shapes of the parameters."""
-        return math.sqrt(sum(float(part.square().sum()) for part in parts))
+        return math.sqrt(sum(torch.stack([part.square().sum() for part in parts]).tolist()))
+
+    def length(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the same as a scalar on the device, for which the host does not wait."""
+        precise = torch.float64 if self.space.device.type != "mps" else torch.float32
+        squares = torch.stack([part.square().sum() for part in parts])
+        return squares.to(dtype=precise).sum().sqrt_()
 
     def anywhere(self, flag: bool) -> bool:
         """Return whether a flag is set where this gradient is computed: here alone."""

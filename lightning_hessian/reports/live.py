@@ -48,7 +48,7 @@ _MOST_POINTS = 400
 """A chart of a thousand pixels shows no more."""
 
 _KIND = re.compile(r"^(pearson|differences|spearman|num_points)_")
-_OURS = re.compile(r"(hessian|layers|gradient|correlation)/")
+_OURS = re.compile(r"(hessian|layers|gradient|stability|correlation)/")
 
 
 @checked(
@@ -232,6 +232,13 @@ def cards(
         says = f"{factor:.3g} times the first measurement" if math.isfinite(factor) else ""
         says += f"; trace {_change(*trace)}." if trace else "."
         found.append(_card("Is sharpness rising?", f"lambda_1 {_change(*sharpness)}", says))
+    ratio = _ends(rows, "stability/ratio")
+    if ratio:
+        words = (
+            "above 1: a quadratic of this curvature would diverge" if ratio[1] > 1 else "below 1"
+        )
+        says = f"sharpness over the optimizer's threshold; {words}."
+        found.append(_card("Is the step size stable?", f"ratio {_change(*ratio)}", says))
     names = {monitor.removeprefix("hessian/") for monitor in monitors}
     logged = any(name in row for row in rows for name in names)
     return [*found, *(_strongest(monitor, pairs, logged) for monitor in monitors)]
@@ -286,6 +293,7 @@ def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[s
         "lines": x == "step",
         "log": panel.log,
         "bounds": panel.bounds,
+        "level": panel.level,
         "series": series,
     }
 

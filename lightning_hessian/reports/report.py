@@ -31,7 +31,7 @@ DEFAULT_MONITORS = ("val_loss", "gap")
 """What is monitored where nothing is asked for; the gap as far as a run logged it."""
 
 DEFAULT_STATISTICS = (
-    *(f"hessian/{name}" for name in (*OF_SPECTRA, "loss")),
+    *(name if "/" in name else f"hessian/{name}" for name in (*OF_SPECTRA, "loss")),
     *(f"gradient/{name}" for name in OF_GRADIENTS),
 )
 """What is correlated where nothing is asked for, as far as a run logged it."""

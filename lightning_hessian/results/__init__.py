@@ -10,7 +10,7 @@ from lightning_hessian.results.base import (
     TimeUpError,
 )
 from lightning_hessian.results.blocks import BlockStructure
-from lightning_hessian.results.gradients import GradientStructure, RowTests
+from lightning_hessian.results.gradients import GradientStructure, NoiseScale, RowTests
 from lightning_hessian.results.outside import UnreadableFileError
 from lightning_hessian.results.spectrum import (
     Alternative,
@@ -33,6 +33,7 @@ __all__ = [
     "HessianSpectrum",
     "MeasurementError",
     "NoSecondDerivativeError",
+    "NoiseScale",
     "PowerLawFit",
     "RowTests",
     "SpectralDensity",

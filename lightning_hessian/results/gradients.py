@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,6 +74,51 @@ def _mean(values: NDArray[np.generic], known: FloatArray) -> float:
     return float(chosen.mean()) if len(chosen) else float("nan")
 
 
+@dataclass(frozen=True)
+class NoiseScale:
+    """How noisy the gradients of single samples are beside their mean (McCandlish et al. 2018).
+
+    Attributes:
+        value: Tr(C) / norm(g)^2 with the covariance C of single samples and the mean gradient g
+            of the distribution that they are drawn from; None where it cannot be told.
+        std_error: Its standard error; None with it.
+        trace: Tr(C) at batch size 1, without bias; NaN where it is not known.
+        squared_norm: norm(g)^2 without bias, which may be negative; NaN where it is not known.
+        squared_norm_std_error: Its standard error; NaN likewise.
+        reason: Why there is no value; None where there is.
+    """
+
+    value: float | None
+    std_error: float | None
+    trace: float
+    squared_norm: float
+    squared_norm_std_error: float
+    reason: str | None = None
+
+    @property
+    def critical_batch_size(self) -> int | None:
+        """The batch size that the noise scale suggests, a whole number of samples, at least 1.
+
+        At it a run takes twice the fewest steps and twice the fewest samples, where the Hessian is
+        a multiple of the identity. Source: McCandlish et al. 2018, equations 2.9 and 2.12.
+        """
+        return None if self.value is None else max(1, round(self.value))
+
+    def with_value(self, value: float, std_error: float) -> NoiseScale:
+        """Return the same with a value."""
+        return replace(self, value=value, std_error=std_error)
+
+    def without(self, reason: str) -> NoiseScale:
+        """Return the same without a value, for a reason."""
+        return replace(self, value=None, std_error=None, reason=reason)
+
+    @classmethod
+    def absent(cls, reason: str) -> NoiseScale:
+        """Return the record where nothing is known."""
+        nan = float("nan")
+        return cls(None, None, nan, nan, nan, reason)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class GradientStructure(Shown):
     """The structure of stochastic gradients at fixed parameters (SG).
@@ -96,6 +141,7 @@ class GradientStructure(Shown):
         seconds: Wall time of the measurement.
         engine: ``"autograd"``, or ``"vmap"`` for per-sample gradients.
         dtype: Precision of the gradients, for example ``"float32"``.
+        noise_scale: Tr(C) / norm(g)^2 at batch size 1, or why there is none.
         eigenvectors: First eigenvectors of C, orthonormal rows [k, n]; only when asked for.
     """
 
@@ -114,6 +160,7 @@ class GradientStructure(Shown):
     seconds: float
     engine: str
     dtype: str
+    noise_scale: NoiseScale
     eigenvectors: torch.Tensor | None = None
 
     @property

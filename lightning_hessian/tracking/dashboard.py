@@ -36,6 +36,7 @@ class Lines:
         x: Over what.
         log: Whether the vertical axis is logarithmic.
         bounds: Of the vertical axis.
+        level: Where the live page draws a dashed line across; W&B has none.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Lines:
     x: str = STEP
     log: bool = False
     bounds: tuple[float | None, float | None] = (None, None)
+    level: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,28 @@ def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[P
             Lines("Smallest eigenvalue", ("hessian/lambda_min",)),
             Lines("Standard error of the trace", ("hessian/trace_std_error",), log=True),
         ),
+        "Stability": (
+            Lines("Sharpness over threshold: unstable above 1", ("stability/ratio",), level=1.0),
+            Lines("Loss on the probe", ("stability/loss",), log=True),
+            Lines(
+                "Sharpness and the optimizer's threshold",
+                ("stability/sharpness", "stability/threshold"), log=True,
+            ),
+            Lines("Curvature along the last update", ("stability/update_curvature",)),
+            Lines(
+                "Change of the loss by one more such update",
+                ("stability/predicted_change", "stability/actual_change"), level=0.0,
+            ),
+            Lines(
+                "Share in the leading span",
+                ("stability/gradient_share", "stability/update_share"), bounds=(0, 1),
+            ),
+            Lines(
+                "Turn of the leading span, degrees",
+                ("stability/drift", "stability/drift_bound"), bounds=(0, 90),
+            ),
+            Figures("Ratio and loss", ("figures/hessian_stability",)),
+        ),
         "Spectrum": (
             Lines("KS distance below d_c: power law", ("hessian/d_ks", "hessian/d_c")),
             Lines("p-value, exponent fitted", ("hessian/p_value",), bounds=(0, 1)),
@@ -106,6 +130,10 @@ def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[P
             Lines("Trace of the covariance", ("gradient/trace",), log=True),
             Lines("Outliers", ("gradient/num_outliers",)),
             Lines(
+                "Noise scale, and the batch size it suggests",
+                ("gradient/noise_scale", "gradient/critical_batch_size"), log=True,
+            ),
+            Lines(
                 "Rates of the tests", ("gradient/power_law_rate", "gradient/gaussian_rate"),
                 bounds=(0, 1),
             ),
@@ -113,7 +141,7 @@ def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[P
         ),
         "Cost": (
             Lines("Seconds of a measurement", ("hessian/seconds", "gradient/seconds")),
-            Lines("Hessian-vector products", ("hessian/num_hvps",)),
+            Lines("Hessian-vector products", ("hessian/num_hvps", "stability/num_hvps")),
             Lines("Asked for and converged", ("hessian/num_eigenvalues", "hessian/num_converged")),
         ),
     }  # fmt: skip
@@ -123,7 +151,7 @@ def _generalization(monitor: str) -> tuple[Panel, ...]:
     """Return the panels of one monitored metric."""
     part = key_part(monitor)
     metric = GAP_KEY if monitor == "gap" else monitor
-    pairs = [f"{name}_{part}" for name in CORRELATED]
+    pairs = [f"{key_part(name)}_{part}" for name in CORRELATED]
     pairs += [f"gradient_{name}_{part}" for name in GRADIENT_CORRELATED]
 
     def correlation(kind: str) -> tuple[str, ...]:

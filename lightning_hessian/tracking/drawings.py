@@ -30,6 +30,7 @@ from lightning_hessian.tracking.figures import (
 from lightning_hessian.tracking.gradient_figures import spectra_plot
 from lightning_hessian.tracking.history import Row, key_part
 from lightning_hessian.tracking.layer_figures import FEWEST_LAYERS, depth_plot
+from lightning_hessian.tracking.stability_figures import stability_plot
 from lightning_hessian.tracking.style import evenly_chosen
 
 if TYPE_CHECKING:
@@ -46,12 +47,13 @@ def hessian_drawings(
     densities: Mapping[str, SpectralDensity] | None = None,
     layers: Mapping[str, HessianSpectrum] | None = None,
     significance: float = 0.05,
+    stability: Sequence[tuple[int, float, float]] = (),
 ) -> dict[str, Drawing]:
     """Return the figures that a measurement has enough for.
 
     ``spectra`` are step and eigenvalues of all measurements so far; ``densities`` are those of
     whole spectra, by name, and beside them stand those of the blocks. ``layers`` are the spectra
-    of the layers in their order.
+    of the layers in their order; ``stability`` are step, ratio and loss of all points of the run.
     """
     leading = spectrum.leading
     title = f"step {spectra[-1][0]}" if spectra else None
@@ -83,6 +85,8 @@ def hessian_drawings(
         found["heterogeneity"] = partial(heterogeneity_heatmap, blocks)
     if layers is not None and len(layers) >= FEWEST_LAYERS:
         found["layers"] = partial(depth_plot, layers, significance=significance, title=title)
+    if len(stability) > 1:
+        found["stability"] = partial(stability_plot, stability)
     return found
 
 

@@ -26,8 +26,14 @@ CORRELATED = (
     "eigengap_d_ks",
     "eigengap_s_hat",
     "block_off_diagonal_ratio",
+    "stability/ratio",
+    "stability/update_curvature",
+    "stability/gradient_share",
 )
-"""The statistics of the Hessian whose correlation with the monitored metrics is tracked."""
+"""The statistics of the Hessian whose correlation with the monitored metrics is tracked.
+
+Those that are logged under another prefix than ``hessian/`` carry it.
+"""
 
 GRADIENT_CORRELATED = (
     "d_ks",
@@ -35,6 +41,7 @@ GRADIENT_CORRELATED = (
     "lambda_1",
     "trace",
     "num_outliers",
+    "noise_scale",
     "power_law_rate",
     "gaussian_rate",
 )
@@ -136,7 +143,20 @@ def gradient_scalars(
     except ValueError as error:
         absent.append(f"No outliers were counted: {error}")
     rates, missing = _rates(structure)
-    return scalars | fitted | rates, absent + missing
+    noise, untold = _noise(structure)
+    return scalars | fitted | rates | noise, absent + missing + untold
+
+
+def _noise(structure: GradientStructure) -> tuple[dict[str, float], list[str]]:
+    """Return the noise scale with its error and the batch size it suggests, or why it lacks."""
+    noise = structure.noise_scale
+    if noise.value is None or noise.std_error is None or noise.critical_batch_size is None:
+        return {}, [f"noise_scale is left out: {noise.reason}"]
+    return {
+        "noise_scale": noise.value,
+        "noise_scale_std_error": noise.std_error,
+        "critical_batch_size": float(noise.critical_batch_size),
+    }, []
 
 
 def _fits(

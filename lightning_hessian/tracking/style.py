@@ -36,6 +36,9 @@ SYMBOLS = {
     "trace": "$Tr(H)$",
     "eigengap_d_ks": "$d_{ks}$ of gaps",
     "eigengap_s_hat": r"$\hat s$ of gaps",
+    "stability/ratio": "sharpness / threshold",
+    "stability/update_curvature": "$u^T H u / u^T u$",
+    "stability/gradient_share": "gradient in the leading span",
 }
 """How a statistic is written at an axis; others are written by their names."""
 

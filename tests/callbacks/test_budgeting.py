@@ -426,7 +426,7 @@ def test_a_measurement_that_was_cut_short_is_no_row(
 
 
 class Cheap:
-    """An instrument of one gradient alone: it takes the place of the built-in one of few products."""
+    """An instrument of one gradient, in the place of the built-in one of few products."""
 
     name, prefix = "stability", "cheap"
 

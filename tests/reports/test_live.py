@@ -24,7 +24,7 @@ from support.runs import finished, measuring, train, wandb_logger
 
 from lightning_hessian import correlation_report, load_runs
 from lightning_hessian.histories.offline_run import OfflineRun, read_offline_run
-from lightning_hessian.reports.live import follow, live_page, measurements
+from lightning_hessian.reports.live import _panels, cards, follow, live_page, measurements
 from lightning_hessian.reports.verdicts import judged
 
 
@@ -262,3 +262,18 @@ def test_read_while_wandb_writes(trained: Any) -> None:
     for cut in range(7, len(whole), len(whole) // 7):
         copy.write_bytes(whole[:cut])
         assert data_of(live_page(read_offline_run(copy), ["val_loss"]))["measurements"] <= 6
+
+
+def test_the_ratio_of_stability_has_its_line_at_one() -> None:
+    rows = [{"step": step, "stability/ratio": 0.1 * step, "stability/loss": 1.0} for step in (1, 2)]
+    (section,) = [found for found in _panels(rows, ["val_loss"]) if found["name"] == "Stability"]
+    ratio, loss = section["charts"][:2]
+    assert ratio["level"] == 1.0
+    assert ratio["series"][0]["points"] == [(1, 0.1), (2, 0.2)]
+    assert loss["level"] is None
+    (card,) = cards(rows, [], [])
+    assert card["question"] == "Is the step size stable?"
+    assert card["numbers"] == "ratio 0.1 → 0.2"
+    assert "below 1" in card["says"]
+    (card,) = cards([{"step": 1, "stability/ratio": 1.2}], [], [])
+    assert "above 1" in card["says"]

@@ -96,6 +96,10 @@ ONLY_IN: dict[tuple[str, str], dict[str, str]] = {
     ("GradientsInstrument", "num_eigenvalues"): {"10**12": "as in the function"},
     ("GradientsInstrument", "parameters"): {"'x'": "a name; the model is not known yet"},
     ("LayersInstrument", "layers"): {},
+    ("StabilityInstrument", "parameters"): {"'x'": "a name; the model is not known yet"},
+    ("StabilityInstrument", "max_products"): {"10**12": BOUND},
+    ("Preconditioner", "threshold"): {"inf": "a parameter that does not move", "10**12": REAL},
+    ("Preconditioner", "weight_decay"): {"0": "the default", "10**12": REAL},
 }  # fmt: skip
 
 

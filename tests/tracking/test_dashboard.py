@@ -31,11 +31,14 @@ from lightning_hessian.tracking.dashboard import (
     sections,
     workspace_json,
 )
+from lightning_hessian.tracking.history import correlation_scalars
 
 pytest.importorskip("wandb_workspaces")
 
 GOLDEN = Path(__file__).with_name("workspace_golden.json")
-SECTIONS = ["Generalization", "Sharpness", "Spectrum", "Blocks", "Gradients", "Cost"]
+SECTIONS = [
+    "Generalization", "Sharpness", "Stability", "Spectrum", "Blocks", "Gradients", "Cost",
+]  # fmt: skip
 KEY = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -102,9 +105,16 @@ def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
     train(tmp_path, [measuring(), gradients], logger)
     run = finished(logger, tmp_path)
     logged = {re.sub(r"\.path$", "", key) for row in run.rows for key in row}
-    by_neuron = measuring(blocks="neuron", figures=None)  # whose ratios layers do not have
+    # Neurons have ratios that layers have not, and the turn of ten vectors a bound by the next.
+    by_neuron = measuring(blocks="neuron", figures=None, num_eigenvalues=14)
     train(tmp_path / "neurons", [by_neuron], False, module=Classes())
-    logged |= {f"hessian/{key}" for key in by_neuron.history[-1]}
+    logged |= {key if "/" in key else f"hessian/{key}" for key in by_neuron.history[-1]}
+    # Far from the targets the mean gradient is told from zero in every measurement.
+    early = GradientStructureCallback(num_gradients=32, batch_size=1, figures=None, tests=False)
+    far = Regression(lr=1e-4)
+    nn.init.constant_(far.net[-1].bias, 5.0)
+    train(tmp_path / "early", [early], False, module=far)
+    logged |= correlation_scalars(early.correlations(), "gradient_").keys()
     for heading, panels in sections().items():
         for panel in panels:
             if isinstance(panel, (Lines, Figures)):

@@ -151,6 +151,10 @@ class ShardedObjective(Objective):
         self.ranks.stay_together()
         return math.sqrt(self.ranks.all_reduce_number(super().norm(parts) ** 2))
 
+    def length(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the same as a scalar on the device; ranks wait for one another to find it."""
+        return super().length(parts).fill_(self.norm(parts))
+
     def anywhere(self, flag: bool) -> bool:
         """Return whether the flag is set on some rank."""
         self.ranks.stay_together()
