@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_ROWS = 8
+_LONGEST = 32
 _NOT_SHOWN = "0.55"  # grey, on paper and on a dark page
 
 
@@ -148,8 +149,13 @@ def _labels(pairs: Sequence[Glance]) -> list[str]:
     monitors, runs = {pair.monitor for pair in pairs}, {pair.run for pair in pairs}
     found = []
     for pair in pairs:
-        text = pair.statistic
-        text += f"\nwith {pair.monitor}" if len(monitors) > 1 else ""
-        text += f"\nin {pair.run}" if len(runs) > 1 else ""
+        text = _short(pair.statistic)
+        text += f"\nwith {_short(pair.monitor)}" if len(monitors) > 1 else ""
+        text += f"\nin {_short(pair.run)}" if len(runs) > 1 else ""
         found.append(visible(text).replace("$", r"\$"))
     return found
+
+
+def _short(name: str) -> str:
+    """Return a name that leaves room for the figure beside it; the table has it whole."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
