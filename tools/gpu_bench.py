@@ -72,7 +72,7 @@ def main() -> int:
         parser.error("on a CPU the networks take hours; give --small, which shows that all runs")
     device = torch.device("cuda", 0) if (options.device or here) == "cuda" else torch.device("cpu")
     if device.type == "cpu":  # a C++ compiler takes minutes for what has to be shown to run only
-        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
     options.out.mkdir(parents=True, exist_ok=True)
     records = []
     for name in options.only or PIECES:
