@@ -22,6 +22,7 @@ from lightning_hessian import (
 )
 from lightning_hessian.linear.operator import MatrixOperator
 from lightning_hessian.losses import linear_cross_entropy
+from lightning_hessian.operators.gauss_newton import GaussNewtonOperator
 from lightning_hessian.operators.hessian import HessianOperator
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.probe.parameters import ParameterSpace
@@ -234,6 +235,19 @@ def test_products_wait_never(engine: str, card: PretendCard) -> None:
     objective = Objective(module, loss_fn, batches, space)
     with objective.isolated():
         operator = HessianOperator(objective, engine)
+        vector = torch.randn(operator.size).to(CARD)
+        operator.matvec(vector)
+        before = len(card.waits)
+        operator.matvec(vector)
+        assert card.waits[before:] == []
+
+
+@pytest.mark.parametrize("engine", ["autograd", "recompute"])
+def test_products_with_the_gauss_newton_matrix_wait_never(engine: str, card: PretendCard) -> None:
+    module, loss_fn, batches = on_card("mlp", card)
+    objective = Objective(module, loss_fn, batches, ParameterSpace.select(module))
+    with objective.isolated():
+        operator = GaussNewtonOperator(objective, engine)
         vector = torch.randn(operator.size).to(CARD)
         operator.matvec(vector)
         before = len(card.waits)

@@ -175,7 +175,9 @@ class PretendCard(TorchDispatchMode):
                     wanted = value.device
             device = None if wanted is None else _indexed(wanted)
             before = self.of(tensor)
-            found = original(tensor, *given, **kwargs)
+            # Modes of functions would look the method up by its name, and come back here.
+            with torch._C.DisableTorchFunction():
+                found = original(tensor, *given, **kwargs)
             if device is None or device == before:
                 return found if before is None or found is tensor else self.tag(found, before)
             if before is not None and not kwargs.get("non_blocking", False):

@@ -89,9 +89,9 @@ def limited(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"it took more than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    # Once more every second: what is called may take the first error for one of its own.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
+        # Once more every second: what is called may take the first error for one of its own.
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
