@@ -280,6 +280,33 @@ def test_whatever_the_trainer(make_trainer: Callable[..., Any], arguments: dict[
     _check(make_trainer, {}, **arguments)
 
 
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+}
+
+
+class AnyOptimizer(Regression):
+    """A regression whose optimizer is chosen."""
+
+    name = "SGD"
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return OPTIMIZERS[self.name](self.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whatever_the_optimizer(make_trainer: Callable[..., Any], name: str) -> None:
+    module = type(f"With{len(name)}", (AnyOptimizer,), {"name": name})
+    callback = _check(make_trainer, {}, module=module)
+    assert all("stability/ratio" in row for row in callback.history)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
