@@ -118,4 +118,4 @@ gpu-bench:  ## speed and memory on a card, in pieces of 9 minutes at most; calle
 clean:  ## remove the environments and what was built
 	rm -rf .venv-demo .venv-dist .venv-docs .venv-test .venv-oldest .venv-bench build dist *.egg-info \
 		docs/_build demo_output sweep_output bench_output protocols_output papers_output \
-		language_model_output .venv-test-llm 		gpu_check.json
+		language_model_output .venv-test-llm gpu_check.json
