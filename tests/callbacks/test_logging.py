@@ -30,13 +30,14 @@ ALWAYS = {
 SOMETIMES = {"lambda_min", "num_fitted", "power_law", "eigengap_num_below_bounds"}
 CORRELATED = (
     "d_ks", "s_hat", "lambda_1", "trace", "eigengap_d_ks", "eigengap_s_hat",
-    "block_off_diagonal_ratio",
+    "block_off_diagonal_ratio", "stability_ratio", "stability_update_curvature",
+    "stability_gradient_share",
 )  # fmt: skip
 EPOCHS = 6
 
 
 def _is_ours(key: str) -> bool:
-    return key.startswith(("hessian", "correlation"))
+    return key.startswith(("hessian", "correlation", "stability"))
 
 
 def _csv_rows(logger: Any) -> list[Row]:
@@ -55,7 +56,9 @@ def _assert_history(rows: list[Row], history: list[dict[str, float]]) -> None:
     for row, expected in zip(rows, history, strict=True):
         logged = {k.partition("/")[2]: v for k, v in row.items() if k.startswith("hessian/")}
         logged.pop("gap", None)  # known a moment later: it may stand in the row of correlations
-        assert logged.keys() == expected.keys() - {"step", "epoch", "val_loss", "gap"}
+        others = {"step", "epoch", "val_loss", "gap"}
+        logged |= {k: v for k, v in row.items() if k.startswith("stability/")}
+        assert logged.keys() == expected.keys() - others
         for name, value in logged.items():
             assert np.float32(value) == np.float32(expected[name]), name
         assert np.float32(row["val_loss"]) == np.float32(expected["val_loss"])

@@ -115,6 +115,7 @@ def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
     nn.init.constant_(far.net[-1].bias, 5.0)
     train(tmp_path / "early", [early], False, module=far)
     logged |= correlation_scalars(early.correlations(), "gradient_").keys()
+    logged |= {key if "/" in key else f"gradient/{key}" for key in early.history[-1]}
     for heading, panels in sections().items():
         for panel in panels:
             if isinstance(panel, (Lines, Figures)):
