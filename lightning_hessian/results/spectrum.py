@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_hessian.results.base import FloatArray
+from lightning_hessian.results.base import ArgumentError, FloatArray
 from lightning_hessian.results.shown import Shown
 
 if TYPE_CHECKING:
@@ -101,6 +101,46 @@ class HessianSpectrum(Shown):
             known = np.where(self.converged, self.residuals, 0.0)
             return known[self.eigenvalues > 0]
         return self.residuals[: len(self.leading)]
+
+    def effective_dimension(self, scale: float) -> float:
+        """Return N_eff = sum lambda / (lambda + scale) over the positive eigenvalues.
+
+        It counts the directions in which the loss is more curved than ``scale``; with the precision
+        of a Gaussian prior as the scale, the parameters that the data determine. With a density
+        it is over the whole spectrum, and estimated as that is: a scale far below what the density
+        resolves near zero comes out too low. Without one it is over ``leading`` alone, and so a
+        lower bound.
+
+        Args:
+            scale: c > 0, a curvature, in units of the eigenvalues.
+
+        Raises:
+            ArgumentError: A scale that is not above 0.
+
+        Sources: MacKay 1992, "Bayesian interpolation"; Maddox, Benton, Wilson 2020
+        (arXiv 2003.02139), for negative eigenvalues, which are left out.
+
+        Example:
+            >>> import torch
+            >>> from lightning_hessian import hessian_spectrum
+            >>> model, batch = torch.nn.Linear(3, 1, bias=False), (torch.eye(3), torch.zeros(3, 1))
+            >>> def loss_fn(model, batch):
+            ...     return (model(batch[0]) - batch[1]).square().mean()
+            >>> spectrum = hessian_spectrum(model, loss_fn, [batch], num_eigenvalues=3)
+            >>> round(spectrum.effective_dimension(2 / 3), 6)  # three eigenvalues of 2 / 3
+            1.5
+        """
+        if self.density is not None:
+            return self.density.effective_dimension(scale)
+        return float(_share_above(self.leading, scale).sum())
+
+
+def _share_above(eigenvalues: FloatArray, scale: float) -> FloatArray:
+    """Return lambda / (lambda + scale) of positive eigenvalues, 0 of others."""
+    if not (isinstance(scale, (int, float)) and 0 < scale < np.inf):
+        raise ArgumentError("scale", scale, "Give a curvature above 0.")
+    positive = np.maximum(eigenvalues, 0.0)
+    return positive / (positive + scale)
 
 
 @dataclass(frozen=True)
@@ -238,6 +278,16 @@ class SpectralDensity:
     def moment(self, power: int) -> float:
         """Return the mean of lambda^power; trace / n for 1, squared Frobenius norm / n for 2."""
         return float(self.weights @ self.nodes**power)
+
+    def effective_dimension(self, scale: float) -> float:
+        """Return N_eff = sum lambda / (lambda + scale) over all positive eigenvalues.
+
+        See `HessianSpectrum.effective_dimension`.
+
+        Raises:
+            ArgumentError: A scale that is not above 0.
+        """
+        return float(self.size * (self.weights @ _share_above(self.nodes, scale)))
 
     def on_grid(self, grid: FloatArray, width: float) -> FloatArray:
         """Return the density on a grid [G], each node broadened to a Gaussian.
