@@ -93,6 +93,7 @@ bench: .venv-bench/.done  ## speed and memory against other libraries, as ratios
 	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/cost.py
 	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/fit.py $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/sidecar.py $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/stability.py $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/reports.py
 
 .venv-dist/.done: pyproject.toml constraints.txt

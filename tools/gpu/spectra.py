@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -267,22 +266,13 @@ def language_model(settings: Settings) -> str:
 
 def stability(settings: Settings) -> str:
     """See the largest eigenvalue of the stability instrument agree with the spectrum's."""
-    try:
-        stable = importlib.import_module("lightning_hessian.measure.stability")
-        training = importlib.import_module("lightning_hessian.measure.training")
-        instrument = stable.StabilityInstrument()
-        training_type = training.Training
-    except (ModuleNotFoundError, AttributeError):
-        raise SkippedError("this version has no StabilityInstrument") from None
-    import lightning_hessian
+    from lightning_hessian import Session, StabilityInstrument, Training
     from lightning_hessian.linear.allowance import UNBOUNDED
 
     made = placed("mlp", settings)
-    optimizer = torch.optim.SGD(made.module.parameters(), lr=0.1)
-    state = training_type([optimizer], None)
-    given: dict[str, Any] = {"training": state}
-    with lightning_hessian.Session(made.module, made.loss_fn, made.batches, **given) as session:
-        scalars = instrument.measure(session, UNBOUNDED).scalars()
+    training = Training((torch.optim.SGD(made.module.parameters(), lr=0.1),))
+    with Session(made.module, made.loss_fn, made.batches, training=training) as session:
+        scalars = StabilityInstrument().measure(session, UNBOUNDED).scalars()
     expected = top_of(problem("mlp").hessian(), 1)
     compare(scalars["threshold"], 20.0, 1e-6, "threshold")
     return compare(scalars["lambda_1"], expected[0], 2e-2)
