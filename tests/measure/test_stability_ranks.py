@@ -15,7 +15,8 @@ JOB = JOBS / "stability_ranks.py"
 
 @pytest.mark.parametrize("kind", ["data", "fsdp2"])
 def test_two_ranks_have_the_stability_of_one_process(kind: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[2]), "PYTHONWARNINGS": "ignore"}
+    paths = os.pathsep.join([str(JOB.parents[2]), str(JOB.parents[1])])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(JOB), kind]
     ranks = [
         subprocess.Popen(

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gradient_ranks import batches, distributed, loss_fn, network  # in this folder
 from torch import Tensor, nn
 
 from lightning_hessian import Session, StabilityInstrument, Training
+from support.gradient_ranks import batches, distributed, loss_fn, network
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
