@@ -53,7 +53,9 @@ class Smoothed(nn.Module):
 CRITERIA = [CRITERION, cross_entropy, named, annotated, Smoothed(), functools.partial(named)]
 
 
-@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+@pytest.mark.parametrize(
+    "criterion", CRITERIA, ids=lambda one: getattr(one, "__name__", type(one).__name__)
+)
 def test_a_criterion_gives_what_the_loss_function_gives(criterion: Any) -> None:
     expected = hessian_spectrum(NET, loss_fn, LOADER, num_eigenvalues=5)
     found = hessian_spectrum(NET, criterion, LOADER, num_eigenvalues=5)
