@@ -92,7 +92,7 @@ def test_what_is_logged_is_what_block_structure_measures():
     shares = [logged[f"block_share_{family}"] for family in ("ww", "wv", "vv")]
     assert shares == pytest.approx(list(again.families.values()), rel=1e-5)
     assert not said
-    assert all(re.fullmatch(r"\w+", name, re.ASCII) for name in logged)
+    assert all(re.fullmatch(r"(stability/)?\w+", name, re.ASCII) for name in logged)
     assert callback.history[0]["block_off_diagonal_ratio"] == again.off_diagonal_ratio
 
 
@@ -103,9 +103,10 @@ def test_products_and_seconds_are_those_of_both():
     (row,) = callback.history
     assert callback.last_spectrum is not None
     assert callback.last_blocks is not None
-    assert row["num_hvps"] == callback.last_spectrum.num_hvps + callback.last_blocks.num_hvps
-    parts = callback.last_spectrum.seconds + callback.last_blocks.seconds
-    assert parts <= row["seconds"] <= passed  # building objective and operator belongs to neither
+    parts = callback.last_spectrum.num_hvps, callback.last_blocks.num_hvps
+    assert row["num_hvps"] == sum(parts) + row["stability/num_hvps"]
+    seconds = callback.last_spectrum.seconds + callback.last_blocks.seconds
+    assert seconds <= row["seconds"] <= passed  # building objective and operator belongs to neither
 
 
 def test_none_measures_no_blocks():

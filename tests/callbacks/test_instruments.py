@@ -119,7 +119,8 @@ def test_it_is_measured_in_the_same_session_and_logged_under_its_prefix(
     assert row["curvature/mean"] == pytest.approx(trace / NUM_PARAMETERS, rel=1e-4)
     assert type(row["curvature/mean"]) is float
     assert row["curvature/loss"] == row["loss"]
-    assert row["num_hvps"] == callback.last_spectrum.num_hvps + NUM_PARAMETERS
+    others = NUM_PARAMETERS + row["stability/num_hvps"]
+    assert row["num_hvps"] == callback.last_spectrum.num_hvps + others
     logged = [found for found in _columns(logger) if found["curvature/mean"]]
     assert len(logged) == 2
     for found in logged:
