@@ -79,7 +79,7 @@ def test_the_page_holds_the_numbers_of_the_run(trained: Any, tmp_path: Path) -> 
 
 def test_the_cards_say_no_more_than_the_numbers(trained: Any) -> None:
     _, callback, run = trained
-    straight, sharp, goes = data_of(live_page(run, ["val_loss"]))["cards"]
+    straight, sharp, stable, goes = data_of(live_page(run, ["val_loss"]))["cards"]
     first, last = callback.history[0], callback.history[-1]
     assert f"{first['d_ks']:.4g} → {last['d_ks']:.4g}" in straight["numbers"]
     assert ("straighter" in straight["says"].split()) == (last["d_ks"] < first["d_ks"]) or (
@@ -87,6 +87,8 @@ def test_the_cards_say_no_more_than_the_numbers(trained: Any) -> None:
     )
     assert ("; below d_c" in straight["says"]) == (last["d_ks"] < last["d_c"])
     assert f"{last['lambda_1'] / first['lambda_1']:.3g} times" in sharp["says"]
+    assert f"→ {last['stability/ratio']:.4g}" in stable["numbers"]
+    assert ("below 1" in stable["says"]) == (last["stability/ratio"] <= 1)
     (folder,) = trained[0].glob("wandb/offline-run-*")
     report = correlation_report(load_runs(folder, cache=False), monitor="val_loss", workers=1)
     best = max(report.within, key=lambda pair: abs(pair.r))  # six points show nothing of any

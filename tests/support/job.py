@@ -253,9 +253,9 @@ def strategy_of(name: str, devices: int) -> Any:
 
 
 class GradientLength:
-    """An instrument of about one product."""
+    """An instrument of about one product, in the place of the built-in one of a few."""
 
-    name, prefix = "length", "length"
+    name, prefix = "stability", "length"
 
     def __init__(self) -> None:
         self.found: list[float] = []
