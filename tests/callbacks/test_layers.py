@@ -49,8 +49,9 @@ def test_each_layer_is_logged_under_its_own_key(make_trainer: MakeTrainer, tmp_p
     assert "hessian/lambda_1" in found
     assert all(key.count("/") <= 1 for key in found)
     spent = [s.num_hvps for s in (callback.last_spectrum, *callback.last_layers.values())]
-    blocks = callback.last_blocks.num_hvps
-    assert callback.history[-1]["num_hvps"] == sum(spent) + blocks
+    row = callback.history[-1]
+    others = callback.last_blocks.num_hvps + row["stability/num_hvps"]
+    assert row["num_hvps"] == sum(spent) + others
 
 
 def test_layers_that_do_not_fit_are_refused_before_training(make_trainer: MakeTrainer) -> None:
@@ -82,7 +83,7 @@ def test_the_papers_protocol_in_training(make_trainer: MakeTrainer) -> None:
     spectrum = callback.last_spectrum
     assert spectrum.protocol == "pooled_slq"
     row = callback.history[-1]
-    assert row["num_hvps"] == 3 * NUM_PARAMETERS
+    assert row["num_hvps"] == 3 * NUM_PARAMETERS + row["stability/num_hvps"]
     assert row["num_converged"] == spectrum.num_converged
     assert row["num_fitted"] == (spectrum.eigenvalues > 0).sum()
     assert "density" in callback.drawings()

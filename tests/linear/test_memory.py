@@ -72,7 +72,7 @@ measure(small, [(torch.randn(4, 4), torch.randn(4, 1))])  # loads what is loaded
 reference = measure()
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 seen = []
-for megabytes in (10, 20, 40, 60, 90, 120, 160, 240):
+for megabytes in (10, 20, 40, 60, 90, 120, 160, 240, 480):
     resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, -1))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

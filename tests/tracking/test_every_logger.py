@@ -25,7 +25,7 @@ from lightning_hessian.histories.spectra import read_spectra
 from lightning_hessian.tracking.spectra import decode_spectrum
 
 ALWAYS = {"rank", "cutoff", "eigengaps", "density", "blocks", "heterogeneity"}
-LATER = {"emergence", "scatter_val_loss", "scatter_gap"}  # from two on, and from four on
+LATER = {"emergence", "stability", "scatter_val_loss", "scatter_gap"}  # from two on, and four
 MEASUREMENTS = 6
 STEPS = [2 * i + 1 for i in range(MEASUREMENTS)]  # of the rows: Lightning counts from 0
 DRAWN = [1, 3, 5, 6]  # every second measurement from the first on, and the last
@@ -49,13 +49,13 @@ def assert_scalars(rows: dict[int, dict[str, float]], callback: Any) -> None:
         for name, value in expected.items():
             if name in ("step", "epoch"):
                 continue
-            key = name if name == "val_loss" else f"hessian/{name}"
+            key = name if name == "val_loss" or "/" in name else f"hessian/{name}"
             assert np.float32(rows[step][key]) == np.float32(value), key
     with_correlations = [s for s in STEPS if "correlation/num_points" in rows.get(s, {})]
     assert with_correlations == STEPS[3:]
     last = rows[STEPS[-1]]
     for (statistic, monitor), found in callback.correlations().items():
-        pair = f"{statistic}_{monitor}"
+        pair = f"{statistic}_{monitor}".replace("/", "_")
         expected = {
             f"pearson_{pair}": found.r,
             f"pearson_low_{pair}": found.interval[0],
@@ -84,8 +84,12 @@ def assert_picture(png: bytes) -> None:
 
 
 def names_at(measurement: int) -> set[str]:
-    return {f"hessian_{n}" for n in ALWAYS | (LATER if measurement >= 4 else LATER - {
-        "scatter_val_loss", "scatter_gap"}) if measurement > 1 or n != "emergence"}  # fmt: skip
+    names = ALWAYS | LATER
+    if measurement < 4:
+        names = names - {"scatter_val_loss", "scatter_gap"}
+    if measurement == 1:
+        names = names - {"emergence", "stability"}
+    return {f"hessian_{name}" for name in names}
 
 
 def assert_files(folder: Path) -> None:
@@ -108,7 +112,7 @@ def assert_wandb(run: Any, folder: Path, callback: Any) -> None:
     for row in run.rows:
         step = row["trainer/global_step"]
         for key, value in row.items():
-            if key.startswith(("hessian/", "correlation/")) or key == "val_loss":
+            if key.startswith(("hessian/", "correlation/", "stability/")) or key == "val_loss":
                 found[key].append((step, value))
             if key.startswith("figures/") and key.endswith(".path"):
                 pictures[step].append((key.removesuffix(".path"), value))
