@@ -99,6 +99,8 @@ def product(name: str, engine: str, settings: Settings) -> str:
 
 def spectrum(name: str, engine: str, settings: Settings) -> str:
     """Compare the top of a spectrum in float32, TF32 off, with the dense Hessian's."""
+    if (name, engine) == ("transformer_encoder", "finite_difference"):
+        raise SkippedError("refused everywhere: too rough for differences in float32")
     made = placed(name, settings)
     with tf32(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
