@@ -35,11 +35,17 @@ class _Memory:
     stepped: Tensor | None = None  # that under the preconditioner
     leading: Leading | None = None  # the span last found
 
-    def fits(self, names: tuple[str, ...], length: int) -> bool:
-        """Return whether it is of these parameters, in the same shards."""
+    def held(self, names: tuple[str, ...], length: int) -> tuple[int, ...] | None:
+        """Return how many vectors of each kind there are, for ranks to compare.
+
+        None where they are of other parameters, or of other shards.
+        """
         spans = self.leading is None or self.leading.names == names
         vectors = [one for one in (self.plain, self.stepped) if one is not None]
-        return spans and all(len(one) == length for one in vectors)
+        if not (spans and all(len(one) == length for one in vectors)):
+            return None
+        counts = (self.plain is not None, self.stepped is not None)
+        return (*map(int, counts), 0 if self.leading is None else len(self.leading.vectors))
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,7 @@ class _Measurement:
         """Return what can be found with the products that there are."""
         session = self.session
         assert session.training is not None
-        if not self.memory.fits(self.names, session.shard.length):
-            self.of._forget()
+        last = self._agreed(session.training.update)
         found = session.leading
         if found is not None and found.names != self.names:
             found = None
@@ -161,7 +166,7 @@ class _Measurement:
         gradient = session.gradient()
         if self.mask is not None:
             gradient *= self.mask
-        update = self._update(session.training.update, gradient)
+        update = self._update(last, gradient)
         stepping = stepping_of(session, session.training.optimizers, self.names)
         if isinstance(stepping, str):
             self.missing.append(stepping)
@@ -172,6 +177,20 @@ class _Measurement:
             return Absent(tuple(self.missing))
         self.values["loss"] = session.loss  # there already, and drawn beneath the ratio
         return Scalars(self.values, tuple(self.missing))
+
+    def _agreed(self, update: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        """Return the update where all ranks have one; forget what not all of them remember.
+
+        A failure on one rank alone (its memory ran out as the parameters were copied, or at the end
+        of a measurement) would else leave ranks that take different numbers of products.
+        """
+        ranks = self.session.ranks
+        ranks.stay_together()
+        held = self.memory.held(self.names, self.session.shard.length)
+        everywhere = ranks.all_gather_object((held, update is not None))
+        if held is None or any(other != held for other, _ in everywhere):
+            self.of._forget()
+        return update if all(there for _, there in everywhere) else None
 
     # The update ----------------------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ def stepping_of(
             )
     except _UnknownError as error:
         reason = str(error)
+    session.ranks.stay_together()
     reasons = [one for one in session.ranks.all_gather_object(reason) if one is not None]
     return reasons[0] if reasons else _folded(session, found, names)
 

@@ -54,6 +54,30 @@ def stability(module: nn.Module, training: Training, group: Any) -> dict[str, fl
         return dict(instrument.measure(session, None).scalars())
 
 
+def one_sided(kind: str, rank: int, world: int) -> None:
+    """See ranks take the same products where one lacks what the other has."""
+    module = distributed(network(), kind, world)
+    training = trained(module, "adamw")
+    group = dist.group.WORLD if kind == "data" else None
+    instrument = StabilityInstrument(tol=1e-9, max_products=60)
+
+    def measured(given: Training) -> dict[str, float]:
+        with Session(
+            module, loss_fn, batches(), training=given, process_group=group
+        ) as session:  # fmt: skip
+            return dict(instrument.measure(session, None).scalars())
+
+    first = measured(training)
+    if rank == 1:  # as after a failure of this rank alone
+        instrument._forget()
+    lacking = Training(training.optimizers, training.update if rank == 0 else None)
+    again = measured(lacking)
+    assert "update_curvature" in first
+    assert "update_curvature" not in again
+    assert "drift" not in again  # rank 0 has forgotten, too
+    assert abs(again["ratio"] - first["ratio"]) <= 1e-6 * first["ratio"]
+
+
 def main(kind: str, rank: int, world: int, store: str) -> None:
     """Compare."""
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
@@ -67,6 +91,7 @@ def main(kind: str, rank: int, world: int, store: str) -> None:
             if key.endswith("residual") or key == "num_hvps":
                 continue
             assert abs(found[key] - value) <= 1e-5 * abs(value) + 1e-12, (name, key, found, value)
+    one_sided(kind, rank, world)
     print("alike")
     dist.barrier()  # gloo's threads, left running, can abort a process as it ends
     dist.destroy_process_group()
