@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_hessian.linear.allowance import UNBOUNDED, Allowance
 from lightning_hessian.linear.operator import SymmetricOperator
@@ -25,6 +26,11 @@ from lightning_hessian.solvers.leading import LEAST_PRODUCTS, leading_pair
 
 _COLD = 3  # times as many products where there is nothing to start from
 _OF_GRADIENT = 0.03  # of the length of a start vector
+_NORMS = (
+    "There is no sharpness under the optimizer: BatchNorm is measured with its running statistics, "
+    "and a bias before it, which training never feels, would seem unstable under a preconditioner "
+    'of nearly zero. Give loss_options=LossOptions(mode="train").'
+)
 
 
 @dataclass
@@ -75,6 +81,11 @@ class StabilityInstrument:
       time before (largest principal angle), and by how many at most, by Davis and Kahan (HPL
       eq. 7; see `turn_bound`). Where a spectrum is measured, in its row only.
     - ``num_hvps``: products that this took; ``loss``: the mean loss on the probe.
+
+    Where BatchNorm is measured by its running statistics, under an optimizer that scales each
+    entry, there is no sharpness, threshold and ratio: training does not feel a bias before it, so
+    that its preconditioner is nearly zero, but the measured loss does. What the optimizer meets is
+    measured with ``LossOptions(mode="train")``.
 
     The leading vectors are those of a whole spectrum of the session where there is one; else
     Lanczos starts from those last found. It ends at a residual of ``tol`` times the value, or after
@@ -134,6 +145,21 @@ def _trains(session: Session) -> bool:
     return session.training is not None and bool(session.training.optimizers)
 
 
+def _norms_differ(session: Session) -> bool:
+    """Return whether norms use other statistics in the session than in training.
+
+    Those whose weights are not trained count as frozen in evaluation mode, in training too.
+    """
+    options = session.loss_options
+    if options is not None and options.mode == "train":
+        return False
+    norms = (one for one in session.model.modules() if isinstance(one, _NormBase))
+    return any(
+        one.track_running_stats and all(part.requires_grad for part in one.parameters())
+        for one in norms
+    )
+
+
 class _Measurement:
     """One measurement of a `StabilityInstrument`: its parts, and what they have found."""
 
@@ -168,10 +194,15 @@ class _Measurement:
             gradient *= self.mask
         update = self._update(last, gradient)
         stepping = stepping_of(session, session.training.optimizers, self.names)
+        if not isinstance(stepping, str) and not stepping.is_plain and _norms_differ(session):
+            stepping = _NORMS
         if isinstance(stepping, str):
             self.missing.append(stepping)
         self._sharpness(found, None if isinstance(stepping, str) else stepping, gradient)
         self._subspace(found, gradient, update)
+        for name in [key for key, value in self.values.items() if not math.isfinite(value)]:
+            del self.values[name]  # a step beyond what the precision holds
+            self.missing.append(f"stability/{name} is not finite.")
         self.values["num_hvps"] = self._spent()
         if len(self.values) == 1:
             return Absent(tuple(self.missing))
