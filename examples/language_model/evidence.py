@@ -37,6 +37,14 @@ Found = dict[tuple[str, str], Movement]
 """How a statistic and a monitored number move, by both names."""
 
 
+def add_row(path: Path, held: dict[str, Any], row: dict[str, Any]) -> None:
+    """Add a measurement to what a run holds, and replace its file as a whole."""
+    held["rows"].append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(held))
+    path.with_suffix(".part").replace(path)
+
+
 def summary(spectrum: HessianSpectrum) -> dict[str, Any]:
     """Return what is kept of a spectrum."""
     return {

@@ -26,7 +26,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from evidence import print_findings, summary
+from evidence import add_row, print_findings, summary
 from torch import Tensor, nn
 
 from lightning_hessian import hessian_spectrum
@@ -193,10 +193,7 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
         row["train_loss"], row["test_loss"] = (mean_loss(model, b) for b in (seen, unseen))
         is_end = step in (scale.steps[form][0], scale.steps[form][-1])
         row |= measured(model, form, scale, probe, is_end)
-        held["rows"].append(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(held))
-        path.with_suffix(".part").replace(path)
+        add_row(path, held, row)
         took = time.monotonic() - begun
         print(f"step {step}: test loss {row['test_loss']:.4f}, {took:.0f} s", flush=True)
 

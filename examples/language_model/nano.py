@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence import print_findings, summary
+from evidence import add_row, print_findings, summary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -211,10 +211,7 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
         row["train_loss"], row["test_loss"] = (mean_loss(model, b) for b in on_device[1:])
         row |= measured(model, size, on_device[0], arguments.pooled)
         held |= {"size": arguments.size, "seed": seed}
-        held["rows"].append(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(held))
-        path.with_suffix(".part").replace(path)
+        add_row(path, held, row)
         took = time.monotonic() - begun
         print(f"step {step}: test loss {row['test_loss']:.4f}, {took:.0f} s", flush=True)
 

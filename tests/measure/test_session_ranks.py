@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.launching import JOBS
-
-JOB = JOBS / "gradient_ranks.py"
+from support.launching import two_ranks_are_alike
 
 
 @pytest.mark.parametrize("kind", ["data", "fsdp2", "fsdp1", "tensor"])
 def test_two_ranks_have_the_gradient_of_one_process(kind: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(JOB.parents[2]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(JOB), kind]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (said, complained) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, complained
-        assert said.strip().endswith("alike")
+    two_ranks_are_alike("gradient_ranks.py", kind, tmp_path)

@@ -25,6 +25,27 @@ def run_torchrun(job: str, file: Path) -> Any:
     return json.loads(file.read_text())
 
 
+def two_ranks_are_alike(job: str, kind: str, folder: Path) -> None:
+    """Runs a job in two processes that meet in a file; each of them says "alike" at its end."""
+    paths = os.pathsep.join([str(JOBS.parents[1]), str(JOBS.parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(JOBS / job), kind, str(rank), "2", str(folder / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, (said, complained) in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, complained
+        assert said.strip().endswith("alike")
+
+
 def run(folder: Path, **job: Any) -> list[dict[str, Any]]:
     """Runs a job on its ranks; returns what each of them saw."""
     done = launch(folder, **job)
