@@ -5,27 +5,16 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import wandb
+from support.runs import ended
 
 from lightning_hessian.cli.digits import run_demo
 from lightning_hessian.cli.main import main
-from lightning_hessian.histories.offline_run import read_offline_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def finished_run(folder: Path):
-    """Returns the run once wandb has written its end, which may take a moment after `finish`."""
-    deadline = time.monotonic() + 20
-    while True:
-        run = read_offline_run(folder)
-        if run.exit_code is not None or time.monotonic() > deadline:
-            return run
-        time.sleep(0.2)
 
 
 def test_the_demo_logs_every_epoch_in_one_row_and_draws_the_spectrum(tmp_path, capsys):
@@ -36,7 +25,7 @@ def test_the_demo_logs_every_epoch_in_one_row_and_draws_the_spectrum(tmp_path, c
     assert figure.read_bytes().startswith(b"\x89PNG")
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert str(folder) in printed
-    rows = finished_run(folder).rows
+    rows = ended(folder).rows
     measured = [row for row in rows if "hessian/d_ks" in row]
     assert len(measured) == 4
     assert all("val_loss" in row and "hessian/lambda_1" in row for row in measured)

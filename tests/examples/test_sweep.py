@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.runs import ended
 
 from lightning_hessian import load_runs
 
@@ -30,6 +31,7 @@ def test_a_run_of_the_sweep_can_be_reported(sweep, own_wandb, tmp_path, monkeypa
     assert len({trial.run_id for trial in sweep.TRIALS}) == 24
     assert not sweep.finished(trial, tmp_path)
     sweep.train(trial, tmp_path)
+    ended(next((tmp_path / "wandb").glob("offline-run-*")))
     (run,) = load_runs(tmp_path, cache=False)
     assert sweep.finished(trial, tmp_path)
     assert run.name == trial.run_id

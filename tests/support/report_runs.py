@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_hessian.histories.offline_run import read_offline_run
+from support.runs import ended
 
 
 @contextlib.contextmanager
@@ -25,10 +24,7 @@ def recording(folder: Path, **arguments: Any) -> Iterator[Any]:
     finally:
         file = Path(run.dir).parent / f"run-{run.id}.wandb"
         run.finish()
-        # The service may still have the file in its buffer, on a busy machine.
-        end = time.monotonic() + 20
-        while time.monotonic() < end and read_offline_run(file).exit_code is None:
-            time.sleep(0.05)
+        ended(file)
 
 
 def logged(seed: int, count: int = 30) -> list[dict[str, float]]:

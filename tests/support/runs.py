@@ -78,12 +78,18 @@ def wandb_logger(folder: Path, **arguments: Any) -> Any:
     )
 
 
-def finished(logger: Any, folder: Path) -> OfflineRun:
-    """Ends the run and reads it, once wandb has written its end."""
-    logger.experiment.finish()
+def ended(path: Path) -> OfflineRun:
+    """Reads a run once wandb has written its end, which may take a moment after `finish`."""
     deadline = time.monotonic() + 20
-    while (run := read_offline_run(folder)).exit_code is None and time.monotonic() < deadline:
+    while (run := read_offline_run(path)).exit_code is None and time.monotonic() < deadline:
         time.sleep(0.05)
+    return run
+
+
+def finished(logger: Any, folder: Path) -> OfflineRun:
+    """Ends the run and reads it."""
+    logger.experiment.finish()
+    run = ended(folder)
     assert run.exit_code == 0
     assert run.complete
     assert not run.problems
