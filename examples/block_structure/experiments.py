@@ -17,13 +17,19 @@ from typing import Any
 import class_maps
 import four_layers
 import hbs_size
+import optimizer_gap
+import rare_classes
 import torch
+import two_losses
 from records import save
 
 EXPERIMENTS: dict[str, Any] = {
     "hbs_size": hbs_size,
     "class_maps": class_maps,
     "four_layers": four_layers,
+    "optimizer_gap": optimizer_gap,
+    "rare_classes": rare_classes,
+    "two_losses": two_losses,
 }
 
 
