@@ -67,7 +67,7 @@ def save(
     files[0].write_text(json.dumps(rounded(content), indent=1) + "\n")
     for suffix, figure in outcome.figures.items():
         files.append(figures / f"{name}{suffix}.png")
-        files[-1].write_bytes(render(figure, dpi=80))
+        files[-1].write_bytes(render(figure, dpi=70))
     return files
 
 
