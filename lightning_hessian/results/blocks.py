@@ -86,10 +86,13 @@ class BlockStructure(Shown):
 
         Both triangles are counted, so that the shares add up to 1. For the two layers of a
         one-hidden-layer network these are H_ww, H_wv and H_vv, of which training makes the
-        middle one vanish (HBS, dynamic force).
+        middle one vanish (HBS, dynamic force). Empty where H is zero, as it is with the squared
+        error where no neuron is active: there are no shares of nothing.
         """
         squared = np.square(self.frobenius)
         found: dict[tuple[str, str], float] = {}
+        if not squared.any():
+            return found
         order = list(dict.fromkeys(self.groups))
         member = np.array([order.index(group) for group in self.groups])
         for a, first in enumerate(order):
@@ -112,4 +115,6 @@ class BlockStructure(Shown):
         count, on = len(inside), float(np.trace(inside))
         if count < 2 or on <= 0:
             return None
-        return float(inside.sum() - on) / (count - 1) / on
+        # Not the sum less the trace, which rounding can leave below zero.
+        off = float(inside[~np.eye(count, dtype=bool)].sum())
+        return off / (count - 1) / on

@@ -241,7 +241,7 @@ def block_scalars(blocks: BlockStructure, partition: object = None) -> dict[str,
         "block_heterogeneity": blocks.mean_heterogeneity,
         **group_ratios(blocks, partition),
     }
-    if len(set(blocks.groups)) == 2:
+    if len(set(blocks.groups)) == 2 and blocks.families:
         shares = blocks.families.values()
         names = ("block_share_ww", "block_share_wv", "block_share_vv")
         scalars |= dict(zip(names, shares, strict=True))

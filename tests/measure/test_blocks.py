@@ -19,6 +19,7 @@ from lightning_hessian.probe.partition import Blocks, Partition, partition
 from lightning_hessian.results import BlockStructure
 from lightning_hessian.solvers.block_norms import least_products
 from lightning_hessian.statistics.heterogeneity import transformed_densities
+from lightning_hessian.tracking.scalars import block_scalars
 
 NETWORKS = (
     "mlp", "convolution", "batch_norm", "batch_norm_in_training", "tied_embedding",
@@ -183,6 +184,34 @@ def test_families_of_two_layers():
     assert found.group_ratio("0") == pytest.approx(expected)
     with pytest.raises(ValueError, match="no group '1'; the groups are 0, 2"):
         found.group_ratio("1")
+
+
+def half_squared_distance(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    outputs = net(batch[0])
+    return (outputs - nn.functional.one_hot(batch[1], outputs.shape[1])).square().sum(1).mean() / 2
+
+
+def test_no_class_meets_another_under_the_squared_error():
+    """HBS case 3: H_vv is exactly block-diagonal, so rounding must not make a ratio of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 7, bias=False))
+    batch = (torch.randn(30, 5), torch.arange(30) % 7)
+    found = block_structure(net, half_squared_distance, [batch], blocks="neuron")
+    assert found.group_ratio("2") == 0.0
+    assert found.group_ratio("0") > 0
+
+
+def test_no_shares_of_a_hessian_that_is_zero():
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-1.0)  # no neuron is active
+    batch = (torch.randn(8, 3), torch.arange(8) % 2)
+    found = block_structure(net, half_squared_distance, [batch], blocks="neuron")
+    assert not found.frobenius.any()
+    assert found.families == {}
+    assert found.group_ratio("0") is None
+    assert not [name for name in block_scalars(found) if "share" in name or "ratio" in name]
 
 
 def test_ratios_are_by_row():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -73,6 +74,19 @@ def test_case_4_hidden_cross_entropy():
     expected = by_autograd(cross_entropy, W, V, hidden=True)
     found = theory.hidden_cross_entropy_hessian(X, LABELS, W, V)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+def test_no_matrix_of_classes_for_each_sample():
+    """At N = 5000, C = 500 (HBS) the C x C matrices of all samples would take 10 GB."""
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.standard_normal((200, 3)), rng.integers(200, size=200)
+    tracemalloc.start()
+    theory.hidden_cross_entropy_hessian(
+        inputs, labels, rng.standard_normal((2, 3)), rng.standard_normal((200, 2))
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * 200 * 200 * 8 / 6
 
 
 @pytest.mark.parametrize("case", [3, 4])
