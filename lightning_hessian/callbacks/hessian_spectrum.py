@@ -56,9 +56,9 @@ class HessianSpectrumCallback(MeasurementCallback):
     validations between whole measurements too; see `StabilityInstrument`. From four
     measurements on also, under ``correlation/``, ``pearson_<statistic>_<monitor>``, its
     interval ``pearson_low_...`` and ``pearson_high_...``, ``spearman_...``, ``differences_...`` (r
-    of first differences), ``num_points_...`` and ``num_points``. A statistic that cannot be
-    computed is absent, and a warning says why. Figures are ``figures/hessian_<name>``, spectra
-    ``spectra/hessian``.
+    of first differences) and ``num_points``, the number of measurements behind them; pairs with
+    fewer have ``num_points_...`` of their own. A statistic that cannot be computed is absent, and
+    a warning says why. Figures are ``figures/hessian_<name>``, spectra ``spectra/hessian``.
 
     Training is not touched: the weights of a run with and without the callback are the same bits.
 

@@ -11,7 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +263,12 @@ def _card(question: str, numbers: str, says: str) -> dict[str, str]:
 
 
 def _panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the charts of the dashboard's sections that have points, and of other layers."""
-    plans = {name: list(panels) for name, panels in sections(monitors).items()}
-    known = {
-        key for panels in plans.values() for p in panels if isinstance(p, Lines) for key in p.keys
+    """Return the charts of the dashboard's sections that have points."""
+    logged = list(dict.fromkeys(key for row in rows for key in row))
+    plans = {
+        name: [_expanded(p, logged) if isinstance(p, Lines) else p for p in panels]
+        for name, panels in sections(monitors).items()
     }
-    for key in sorted({key for row in rows for key in row if key.startswith("layers/")} - known):
-        plans.setdefault("Layers", []).append(Lines(key.partition("/")[2], (key,)))
     drawn = []
     for heading, panels in plans.items():
         charts = [_chart(rows, panel, monitors) for panel in panels if isinstance(panel, Lines)]
@@ -279,10 +278,17 @@ def _panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]
     return drawn
 
 
+def _expanded(panel: Lines, logged: Sequence[str]) -> Lines:
+    """Return a panel with the keys that its pattern matches."""
+    if not panel.pattern:
+        return panel
+    return replace(panel, keys=tuple(key for key in logged if re.fullmatch(panel.pattern, key)))
+
+
 def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[str, Any]:
     x = "step" if panel.x == STEP else panel.x
     series = []
-    for key, label in zip(panel.keys, _labels(panel.keys, monitors), strict=True):
+    for key, label in zip(panel.keys, _labels(panel, monitors), strict=True):
         points = [(row[x], row[key]) for row in rows if x in row and key in row]
         points = [point for point in points if all(map(math.isfinite, point))]
         if points:
@@ -298,11 +304,15 @@ def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[s
     }
 
 
-def _labels(keys: Sequence[str], monitors: Sequence[str]) -> list[str]:
+def _labels(panel: Lines, monitors: Sequence[str]) -> list[str]:
     """Return what the legend calls keys: without their section, if they share it.
 
-    Of correlations with one metric only the statistic is left, and which end of an interval it is.
+    Of correlations with one metric only the statistic is left, and which end of an interval it is;
+    of one statistic of the layers, the layer.
     """
+    keys = panel.keys
+    if panel.pattern:
+        return [key.removeprefix(panel.pattern.removesuffix(".*")) for key in keys]
     if len({key.partition("/")[0] for key in keys}) > 1:
         return list(keys)
     names = [key.partition("/")[2] or key for key in keys]

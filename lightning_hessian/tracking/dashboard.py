@@ -25,6 +25,13 @@ GAP_KEY = "hessian/gap"
 _AGAINST = ("d_ks", "s_hat", "lambda_1", "block_off_diagonal_ratio")
 """The statistics that a monitored metric is drawn over."""
 
+_OF_LAYERS = {
+    "lambda_1": "Largest eigenvalue of each layer",
+    "s_hat": "Slope of each layer",
+    "d_ks": "KS distance of each layer",
+}
+"""The statistics of layers that have a panel: those of the figure over the depth."""
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -32,19 +39,21 @@ class Lines:
 
     Attributes:
         title: Of the panel.
-        keys: What is drawn.
+        keys: What is drawn; none where a pattern says it.
         x: Over what.
         log: Whether the vertical axis is logarithmic.
         bounds: Of the vertical axis.
         level: Where the live page draws a dashed line across; W&B has none.
+        pattern: What the whole keys have to match, where only a run knows them: a regex.
     """
 
     title: str
-    keys: tuple[str, ...]
+    keys: tuple[str, ...] = ()
     x: str = STEP
     log: bool = False
     bounds: tuple[float | None, float | None] = (None, None)
     level: float | None = None
+    pattern: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,13 @@ def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[P
             Figures("Does the verdict hang on K?", ("figures/hessian_cutoff",)),
             Figures("Eigengaps", ("figures/hessian_eigengaps",)),
             Figures("Spectral density", ("figures/hessian_density",)),
+        ),
+        "Layers": (
+            *(
+                Lines(title, log=name == "lambda_1", pattern=f"layers/{name}_.*")
+                for name, title in _OF_LAYERS.items()
+            ),
+            Figures("Layers over the depth", ("figures/hessian_layers",)),
         ),
         "Blocks": (
             Lines("Off-diagonal ratio", ("hessian/block_off_diagonal_ratio",)),
@@ -232,7 +248,7 @@ def build_workspace(
         if isinstance(plan, Lines):
             return wr.LinePlot(
                 title=plan.title, x=plan.x, y=list(plan.keys), log_y=plan.log or None,
-                range_y=plan.bounds,
+                range_y=plan.bounds, metric_regex=plan.pattern or None,
             )  # fmt: skip
         if isinstance(plan, Runs):
             return wr.ScatterPlot(title=plan.title, x=plan.x, y=plan.y, regression=True)

@@ -87,15 +87,17 @@ def correlation_scalars(
     """Return the logged keys of correlations; empty where there are none.
 
     For each pair ``pearson_<pair>`` with its 95 % interval ``pearson_low_<pair>`` and
-    ``pearson_high_<pair>``, ``spearman_<pair>``, ``differences_<pair>`` (Pearson's r of first
-    differences) and ``num_points_<pair>``, and once ``num_points``, the number of points behind
-    the weakest, all under ``correlation/``. A pair is ``<statistic>_<monitor>``; a ``prefix``
-    stands before the name of each statistic, and before ``num_points``. What is undefined (the
-    differences of four points) is absent.
+    ``pearson_high_<pair>``, ``spearman_<pair>`` and ``differences_<pair>`` (Pearson's r of first
+    differences), and once ``num_points``, the number of points behind each of them, all under
+    ``correlation/``. Pairs that have fewer points than others have ``num_points_<pair>`` of their
+    own. A pair is ``<statistic>_<monitor>``; a ``prefix`` stands before the name of each
+    statistic, and before ``num_points``. What is undefined (the differences of four points) is
+    absent.
     """
     if not correlations:
         return {}
-    scalars: dict[str, float] = {}
+    most = max(correlation.num_points for correlation in correlations.values())
+    scalars: dict[str, float] = {f"correlation/{prefix}num_points": float(most)}
     for (statistic, monitor), correlation in correlations.items():
         pair = f"{prefix}{key_part(statistic)}_{key_part(monitor)}"
         low, high = correlation.interval
@@ -105,14 +107,14 @@ def correlation_scalars(
             "pearson_high": high,
             "spearman": correlation.spearman,
             "differences": correlation.r_differences,
-            "num_points": correlation.num_points,
         }
+        if correlation.num_points < most:
+            found["num_points"] = correlation.num_points
         scalars |= {
             f"correlation/{name}_{pair}": float(value)
             for name, value in found.items()
             if math.isfinite(value)
         }
-    scalars[f"correlation/{prefix}num_points"] = min(c.num_points for c in correlations.values())
     return scalars
 
 

@@ -100,6 +100,14 @@ class Speaks(Regression):
         return loss
 
 
+class LogsAnError(Regression):
+    """Logs a second metric, which nothing but `monitor` could choose."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("val_error", self.loss(batch).sqrt())
+
+
 class Run:
     """A run that was trained with all loggers: its history, and what each of them recorded."""
 
@@ -145,7 +153,7 @@ def _tensorboard_rows(folder: str) -> list[Row]:
 def measured(tmp_path_factory: pytest.TempPathFactory, own_wandb: None) -> Any:
     callback = small_callback(num_eigenvalues=8)
     run = Run(tmp_path_factory.mktemp("measured"), [callback])
-    run.history = callback.history
+    run.history, run.correlations = callback.history, callback.correlations()
     assert len(run.history) == EPOCHS
     return run
 
@@ -213,12 +221,34 @@ def test_keys_are_those_of_the_contract(measured: Any) -> None:
     others = statistics - ALWAYS - SOMETIMES
     assert all(name.startswith("block_") for name in others)
     correlations = {key for key in keys if key.startswith("correlation/")}
-    kinds = ("pearson", "pearson_low", "pearson_high", "spearman", "differences", "num_points")
+    kinds = ("pearson", "pearson_low", "pearson_high", "spearman", "differences")
     expected = {
         f"correlation/{kind}_{name.replace('/', '_')}_{monitor}"
         for name in CORRELATED for kind in kinds for monitor in ("val_loss", "gap")
     }  # fmt: skip
-    assert correlations == expected | {"correlation/num_points"}
+    fewer = {
+        f"correlation/num_points_{name.replace('/', '_')}_{monitor}"
+        for (name, monitor), found in measured.correlations.items()
+        if found.num_points < len(measured.history)
+    }
+    assert correlations == expected | fewer | {"correlation/num_points"}
+
+
+def test_correlations_are_with_what_monitor_names_and_with_nothing_else(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    callback = small_callback(num_eigenvalues=4, monitor="val_error", figures=4)
+    trainer = make_trainer(callback, max_epochs=4, logger=CSVLogger(tmp_path))
+    trainer.fit(LogsAnError(), train_loader(), val_loader())
+    last = _csv_rows(trainer.logger)[-1]
+    assert {"val_loss", "val_error"} <= set().union(*_csv_rows(trainer.logger))
+    found = {key for key in last if key.startswith("correlation/")} - {"correlation/num_points"}
+    assert len(found) >= 4 * (len(CORRELATED) - 1)
+    assert all(key.endswith("_val_error") for key in found)
+    drawn = {file.name.partition("_step_")[0] for file in Path(tmp_path).rglob("*.png")}
+    assert {name for name in drawn if name.startswith("hessian_scatter")} == {
+        "hessian_scatter_val_error"
+    }
 
 
 def test_statistics_follow_from_one_another(measured: Any) -> None:

@@ -149,14 +149,26 @@ def test_repeated_steps_and_layers(trained: Any) -> None:
     rows = [
         {"trainer/global_step": 4, "hessian/d_ks": 9.0, "val_loss": 1.0},
         {"trainer/global_step": 4, "hessian/d_ks": 0.5, "val_loss": 2.0},
-        {"trainer/global_step": 8, "hessian/d_ks": float("nan"), "layers/d_ks_head": 0.25},
+        {
+            "trainer/global_step": 8,
+            "hessian/d_ks": float("nan"),
+            "layers/d_ks_head": 0.25,
+            "layers/d_ks_layers_07": 0.5,
+            "layers/s_hat_head": 2.0,
+        },
     ]
     run = dataclasses.replace(trained[2], rows=rows)
     first = measurements(run)[0]
     assert (first["step"], first["d_ks"]) == (4.0, 0.5)
     data = data_of(live_page(run, ["val_loss"]))
     (layer,) = [part for part in data["sections"] if part["name"] == "Layers"]
-    assert layer["charts"][0]["series"][0]["points"] == [[8.0, 0.25]]
+    assert {chart["title"]: chart["series"] for chart in layer["charts"]} == {
+        "Slope of each layer": [{"key": "head", "points": [[8.0, 2.0]]}],
+        "KS distance of each layer": [
+            {"key": "head", "points": [[8.0, 0.25]]},
+            {"key": "layers_07", "points": [[8.0, 0.5]]},
+        ],
+    }
 
 
 def test_a_damaged_spectrum_is_named_and_the_rest_shown(trained: Any) -> None:

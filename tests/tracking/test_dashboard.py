@@ -37,7 +37,7 @@ pytest.importorskip("wandb_workspaces")
 
 GOLDEN = Path(__file__).with_name("workspace_golden.json")
 SECTIONS = [
-    "Generalization", "Sharpness", "Stability", "Spectrum", "Blocks", "Gradients", "Cost",
+    "Generalization", "Sharpness", "Stability", "Spectrum", "Layers", "Blocks", "Gradients", "Cost",
 ]  # fmt: skip
 KEY = "0123456789abcdef" * 2 + "01234567"
 
@@ -102,7 +102,8 @@ def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
         on_error="raise",
     )
     logger = wandb_logger(tmp_path)
-    train(tmp_path, [measuring(), gradients], logger)
+    layers = {"first": "net.0.*", "head": "net.2.*", "weights": "*weight"}
+    train(tmp_path, [measuring(layers=layers), gradients], logger)
     run = finished(logger, tmp_path)
     logged = {re.sub(r"\.path$", "", key) for row in run.rows for key in row}
     # Neurons have ratios that layers have not, and the turn of ten vectors a bound by the next.
@@ -120,6 +121,10 @@ def test_every_key_of_the_dashboard_is_logged(tmp_path: Path) -> None:
         for panel in panels:
             if isinstance(panel, (Lines, Figures)):
                 missing = set(panel.keys) - logged
+                if isinstance(panel, Lines) and panel.pattern:
+                    found = [key for key in logged if re.fullmatch(panel.pattern, key)]
+                    start = panel.pattern.removesuffix(".*")
+                    missing |= layers.keys() - {key.removeprefix(start) for key in found}
                 assert not missing, f"{heading}, {panel.title}: {missing}"
 
 

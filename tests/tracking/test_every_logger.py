@@ -62,10 +62,11 @@ def assert_scalars(rows: dict[int, dict[str, float]], callback: Any) -> None:
             f"pearson_high_{pair}": found.interval[1],
             f"spearman_{pair}": found.spearman,
             f"differences_{pair}": found.r_differences,
-            f"num_points_{pair}": found.num_points,
         }
         for name, value in expected.items():
             assert last[f"correlation/{name}"] == pytest.approx(value, rel=1e-6)
+        of_all = last["correlation/num_points"]
+        assert last.get(f"correlation/num_points_{pair}", of_all) == found.num_points
 
 
 def assert_spectra(found: list[tuple[int, Any]], callback: Any) -> None:
