@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_hessian.callbacks.compat import tell
 from lightning_hessian.callbacks.guard import Guard
 from lightning_hessian.callbacks.pairing import GAP
 from lightning_hessian.callbacks.surroundings import log_step
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.history import correlation_scalars
 from lightning_hessian.tracking.loggers import own_folder
+from lightning_hessian.tracking.metrics_file import own_metrics
 from lightning_hessian.tracking.panels import Drawings, Panels
 
 
@@ -42,6 +44,8 @@ class HandOver:
             # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
             sync_dist=trainer.world_size > 1,
         )
+        if trainer.is_global_zero:
+            self._write(trainer, logged)
 
     def log_aside(
         self, trainer: Any, scalars: Mapping[str, float], metrics: Mapping[str, Any]
@@ -61,6 +65,33 @@ class HandOver:
         for logger in trainer.loggers:
             what = f"logging the statistics to {type(logger).__name__}"
             self._attempt(what, logger.log_metrics, row, log_step(trainer))
+        self._write(trainer, logged)
+        self._write(trainer, {}, metrics)
+
+    def _write(
+        self, trainer: Any, values: Mapping[str, float], metrics: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write into the table of a fit that has no logger; say once where it is.
+
+        Of the ``metrics`` those are left out that are statistics: Lightning keeps them in float32,
+        and those of measurements before, too.
+        """
+        if trainer.loggers or trainer.state.fn != "fit":
+            return
+        table = self._attempt("finding a folder", own_metrics, trainer)
+        if table is None:
+            return
+        if metrics is None:
+            table.statistics.update(values)
+        known = table.statistics
+        found = {name: float(v) for name, v in (metrics or {}).items() if name not in known}
+        is_new = not table.path.exists()
+        self._panels.write_row(table, log_step(trainer), {**found, **values})
+        if is_new and table.path.exists():
+            tell(
+                f"Without a logger, the statistics go to {table.path}: "
+                f"`lightning-hessian report {table.path.parent}` reads them."
+            )
 
     def _keys(self, scalars: Mapping[str, float]) -> dict[str, float]:
         """Return statistics by logged name."""
@@ -74,10 +105,12 @@ class HandOver:
         trainer: Any,
         row: Mapping[str, float],
         correlations: Callable[[], Mapping[tuple[str, str], Correlation]],
+        metrics: Mapping[str, Any],
     ) -> None:
         """Log the correlations of all measurements, and the gap of the last, ``row``.
 
-        It is called on rank zero once the metrics of the same validation were logged.
+        It is called on rank zero once the metrics of the same validation were logged; ``metrics``
+        are these, for the table of a run without logger.
         """
         found = self._attempt("correlating", correlations) or {}
         scalars = correlation_scalars(found, self._correlation_prefix)
@@ -88,6 +121,8 @@ class HandOver:
         for logger in trainer.loggers if scalars else ():
             what = f"logging correlations to {type(logger).__name__}"
             self._attempt(what, logger.log_metrics, scalars, log_step(trainer))
+        if not trainer.loggers:
+            self._write(trainer, {"epoch": row["epoch"], **scalars}, metrics)
 
     def add_spectrum(
         self, trainer: Any, step: int, identity: str, code: Callable[[], str | None]

@@ -103,7 +103,8 @@ class HessianSpectrumCallback(MeasurementCallback):
             where the network ends.
         significance: Level of the Kolmogorov-Smirnov test.
         figures: Figures are drawn at the first measurement, at every so many after it, and of the
-            last when training ends, and the spectrum of each is logged; None for neither.
+            last when training ends, and the spectrum of each is logged; None for neither, and in a
+            run without logger for no files at all.
         progress: Whether a measurement longer than a second shows a bar beside Lightning's.
         on_error: ``"warn"`` and train on, or ``"raise"``, when a measurement fails.
         seed: Of everything random here.

@@ -353,13 +353,13 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         for topic, reason in {**missing, **incomparable(self._history.rows)}.items():
             self._warn_once(topic, reason)
         if trainer.is_global_zero:
-            self._guard.attempt("handing over the results", self._hand_over, trainer)
+            self._guard.attempt("handing over the results", self._hand_over, trainer, fresh)
         self._guard.settle(self._ranks)
 
-    def _hand_over(self, trainer: Any) -> None:
+    def _hand_over(self, trainer: Any, metrics: Mapping[str, Any]) -> None:
         """Give the loggers what is known only now: correlations, the spectrum, figures."""
         row = self._history.rows[-1]
-        self._handover.pair(trainer, row, self.correlations)
+        self._handover.pair(trainer, row, self.correlations, metrics)
         self._handover.add_spectrum(trainer, int(row["step"]), self._identity, self.spectrum_code)
         self._draw(trainer)
 

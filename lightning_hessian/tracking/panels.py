@@ -13,6 +13,7 @@ from lightning_hessian.linear.rng import preserved_rng
 from lightning_hessian.results import FloatArray
 from lightning_hessian.results.base import text_of
 from lightning_hessian.tracking.loggers import Adapter, Picture, adapter, write_picture, write_text
+from lightning_hessian.tracking.metrics_file import NAME, MetricsFile
 from lightning_hessian.tracking.spectra import decode_spectrum
 from lightning_hessian.tracking.style import render
 
@@ -35,7 +36,8 @@ class Panels:
         prefix: Of the measurement, ``"hessian"``; keys are ``figures/<prefix>_<name>`` and
             ``spectra/<prefix>``.
         every: Figures are drawn at the first measurement, at every so many after it, and of the
-            last when training ends; None for no figures and no spectra.
+            last when training ends; None for no figures and no spectra, and without a logger for
+            no files at all.
 
     Raises:
         ValueError: ``every`` is below 1.
@@ -133,6 +135,12 @@ class Panels:
             self.define(loggers, [key])
             places = self._folders(loggers, "text", folder)
             self._hand_text("a spectrum", key, code, log_step, loggers, places)
+
+    def write_row(self, table: MetricsFile, step: int, values: Mapping[str, float]) -> None:
+        """Write values into the table of a run without logger, where files are wanted."""
+        if self.every is not None:
+            with self._aside():
+                self._try(f"writing {NAME}", table.add, step, values)
 
     def is_due(self, num_measurements: int, last: bool = False) -> bool:
         """Return whether the last measurement is to be drawn now: always where training ends."""
