@@ -49,14 +49,15 @@ def panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]]
 def panels_of_many(rows: Sequence[Sequence[Row]], monitors: Sequence[str]) -> list[dict[str, Any]]:
     """Return the same of several runs: a series for each run, which it names by its place.
 
-    Charts of more than two metrics are left out. Of the second metric the line is dashed.
+    Charts of more than two metrics, and of correlations, are left out. Of the second metric the
+    line is dashed.
     """
     drawn = []
     together = [row for of_run in rows for row in of_run]
     for heading, plan in _plans(together, monitors).items():
         charts = []
         for panel in plan:
-            if isinstance(panel, Lines) and len(panel.keys) <= _MOST_KEYS:
+            if isinstance(panel, Lines) and _suits_many(panel):
                 charts.append(_chart_of_many(rows, panel, monitors))
             elif isinstance(panel, Runs):
                 charts.append(_last_values(rows, panel))
@@ -64,6 +65,10 @@ def panels_of_many(rows: Sequence[Sequence[Row]], monitors: Sequence[str]) -> li
         if charts:
             drawn.append({"name": heading, "charts": charts})
     return drawn
+
+
+def _suits_many(panel: Lines) -> bool:
+    return len(panel.keys) <= _MOST_KEYS and not panel.keys[0].startswith("correlation/")
 
 
 def _plans(rows: Sequence[Row], monitors: Sequence[str]) -> dict[str, list[Any]]:
@@ -111,6 +116,7 @@ def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[s
     for key, label in zip(panel.keys, _labels(panel.keys, monitors), strict=True):
         points = [(row[x], row[key]) for row in rows if x in row and key in row]
         points = [point for point in points if all(map(math.isfinite, point))]
+        points = [point for point in points if point[1] > 0 or not panel.log]
         if points:
             shown = evenly_chosen(points, _MOST_POINTS)
             series.append({"key": label, "logged": key, "points": shown})
