@@ -34,6 +34,7 @@ examples:
   lightning-hessian report wandb/offline-run-20260101_120000-abc
   lightning-hessian report logs/version_0 spectra_of_version_0
   lightning-hessian report --live wandb/offline-run-20260101_120000-abc spectra_of_abc
+  lightning-hessian report --live logs/
   lightning-hessian report logs/ --monitor val_loss --monitor val_acc --out report
   lightning-hessian report ada/digits --filter config.optimizer=adam --group width
   lightning-hessian report sweep_output --group optimizer --size num_parameters --at best
@@ -74,8 +75,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--no-cache", action="store_true", help="read every run again, keep nothing")
     text = "processes (one for each core)"
     add("--workers", type=read_as(int, num_workers), metavar="N", help=text)
-    live = parser.add_argument_group("watching one local run that is still training")
-    live.add_argument("--live", action="store_true", help="write the report again as rows come in")
+    live = parser.add_argument_group("watching runs on this machine that are still training")
+    live.add_argument("--live", action="store_true", help="write a page again as rows come in")
     seconds: dict[str, Any] = {"type": read_as(float, live_interval), "metavar": "SECONDS"}
     live.add_argument("--interval", **seconds, default=10.0, help="how often (%(default)g)")
     live.add_argument("--once", action="store_true", help="with --live: look once, then stop")
@@ -126,21 +127,16 @@ def run(options: argparse.Namespace) -> None:
 def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
     from lightning_hessian.reports.live import follow
 
-    folder, *beside = map(Path, options.runs)
-    if not folder.is_dir() or len(beside) > 1:
+    folders = [Path(name) for name in options.runs]
+    absent = [str(folder) for folder in folders if not folder.is_dir()]
+    if absent:
         raise ValueError(
-            "--live takes one folder of a run on this machine, and after it, where a sidecar "
-            "measures beside the run, that of its spectra."
+            f"--live reads folders of runs on this machine, and {', '.join(absent)} is none."
         )
     page_file = options.out if options.out.suffix == ".html" else options.out / "live.html"
     check_file(page_file, "--out")
     page = follow(
-        folder,
-        options.out,
-        monitor=monitors,
-        interval=options.interval,
-        once=options.once,
-        sidecar=beside[0] if beside else None,
+        folders, options.out, monitor=monitors, interval=options.interval, once=options.once
     )
     print(f"Report: {page}")
 

@@ -52,7 +52,9 @@ def identities_beside(folder: Path) -> tuple[str, ...]:
     return identities_in(rows)
 
 
-def each_run_once(table: RunTable, statistics: Sequence[str], monitors: Sequence[str]) -> RunTable:
+def each_run_once(
+    table: RunTable, statistics: Sequence[str], monitors: Sequence[str], *, warn: bool = True
+) -> RunTable:
     """Return the table with every run once, and warn of those that were there several times.
 
     Two records are one run where they have an identity in common and nothing against it, or where
@@ -65,6 +67,7 @@ def each_run_once(table: RunTable, statistics: Sequence[str], monitors: Sequence
         table: The runs.
         statistics: Keys of statistics.
         monitors: Keys of monitored metrics.
+        warn: Whether copies are warned of; `RunTable.copies` names them in any case.
     """
     keys = (tuple(statistics), tuple(monitors))
     runs = list(table.runs)
@@ -93,7 +96,7 @@ def each_run_once(table: RunTable, statistics: Sequence[str], monitors: Sequence
     told = [_sentence(*group) for group in groups if len(group) > 1]
     if not told and not apart:
         return table
-    if told:
+    if told and warn:
         more = f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
         count = "1 run" if len(groups) == 1 else f"{len(groups)} runs"
         named = "; ".join(told[:_NAMED])

@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from lightning_hessian.results import UnreadableFileError, bounds
 from lightning_hessian.results.outside import Problems, open_regular, printable, reason, unreadable
 
 _HEADER = struct.Struct("<QI")
+_TEXT = "/text_summary"
 _SHORT = 4096
 """Bytes of an event that is checked first, and decoded then."""
 
@@ -34,15 +36,7 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         UnreadableFileError: The file is beyond the bounds.
         OSError: It cannot be opened.
     """
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped,unused-ignore]
-        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import (  # type: ignore[import-untyped,unused-ignore]
-            masked_crc32c,
-        )
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "event files are read with tensorboard: pip install tensorboard"
-        ) from error
+    masked_crc32c, event_of = _tensorboard()
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
 
     rows: list[dict[str, Any]] = []
@@ -53,7 +47,7 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
             # Checksums in Python take 0.1 s a megabyte. Pictures are long and hold no scalars.
             matches = len(payload) > _SHORT or masked_crc32c(payload) == checksum
             try:
-                event = Event.FromString(payload) if matches else Event()
+                event = event_of(payload) if matches else event_of(b"")
                 scalars = dict(_scalars(event, offset, problems))
             except DecodeError:
                 problems.append(f"the event at byte {offset} is no Event, left out")
@@ -68,6 +62,63 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
             if num_values > bounds.NUM_VALUES:
                 raise UnreadableFileError(f"{path} holds more than {bounds.NUM_VALUES} values")
     return rows, problems.told()
+
+
+@dataclass(frozen=True)
+class EventPanels:
+    """What an event file holds beside scalars.
+
+    Attributes:
+        texts: By tag (without TensorBoard's ``/text_summary``), (step, text) as they were written.
+        pictures: The bytes of the last picture of each tag.
+    """
+
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+
+def read_panels(path: Path, panels: EventPanels) -> None:
+    """Add the texts and the last pictures of an event file to those of the files before it.
+
+    What `read_events` tells of damage is not told again.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard is not installed.
+        UnreadableFileError: The file is beyond the bounds.
+        OSError: It cannot be opened.
+    """
+    masked_crc32c, event_of = _tensorboard()
+    from google.protobuf.message import DecodeError
+
+    with open_regular(path, bounds.RUN_FILE_BYTES) as file, unreadable(path):
+        for _, payload, _ in _records(file, masked_crc32c, Problems()):
+            try:
+                event = event_of(payload)
+            except DecodeError:
+                continue
+            for value in event.summary.value:
+                if len(value.tag) > bounds.KEY_LENGTH:
+                    continue
+                if value.WhichOneof("value") == "image":
+                    panels.pictures[value.tag] = value.image.encoded_image_string
+                elif value.tag.endswith(_TEXT) and value.tensor.string_val:
+                    text = value.tensor.string_val[0].decode(errors="replace")
+                    found = panels.texts.setdefault(value.tag.removesuffix(_TEXT), [])
+                    found.append((event.step, text))
+
+
+def _tensorboard() -> tuple[Callable[[bytes], int], Callable[[bytes], Any]]:
+    """Return TensorBoard's checksum and its parser of events."""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped,unused-ignore]
+        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import (  # type: ignore[import-untyped,unused-ignore]
+            masked_crc32c,
+        )
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "event files are read with tensorboard: pip install 'lightning-hessian[tensorboard]'"
+        ) from error
+    return masked_crc32c, Event.FromString
 
 
 def _records(

@@ -1,7 +1,7 @@
-"""A page that shows an offline W&B run while it goes on: one HTML file, no server, no network.
+"""A page that shows runs while they go on: one HTML file, no server, no network.
 
 The page holds its data, its charts are drawn by the browser. `follow` writes it anew every few
-seconds, and it reloads itself until the run has ended.
+seconds, and it reloads itself until the runs have ended.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from lightning_hessian.histories.offline_run import OfflineRun, find_run_file, read_offline_run
-from lightning_hessian.histories.run_table import RunRecord, columns_of
-from lightning_hessian.histories.sidecars import is_at_work, with_sidecar
-from lightning_hessian.histories.spectra import spectra_of
+from lightning_hessian.histories.marks import MARK, read_mark
+from lightning_hessian.histories.run_table import RunRecord
 from lightning_hessian.histories.transaction_log import EmptyRunError
-from lightning_hessian.reports.media import figures_of
+from lightning_hessian.reports.live_charts import panels, rows_of
+from lightning_hessian.reports.live_many import runs_page
+from lightning_hessian.reports.live_runs import LiveRun, Look, look_at
 from lightning_hessian.reports.numbers import finite, within_row
 from lightning_hessian.reports.pages import render
-from lightning_hessian.reports.report import logged_statistics, resolved_monitors
-from lightning_hessian.reports.verdicts import GAP, answer_within, judged, ranked, which_goes_with
+from lightning_hessian.reports.report import (
+    DEFAULT_STATISTICS,
+    logged_statistics,
+    resolved_monitors,
+)
+from lightning_hessian.reports.verdicts import answer_within, judged, ranked, which_goes_with
 from lightning_hessian.reports.within import WithinRun, within_run
 from lightning_hessian.results import ArgumentError
 from lightning_hessian.results.arguments import (
@@ -37,23 +40,18 @@ from lightning_hessian.results.arguments import (
 from lightning_hessian.results.base import nearest
 from lightning_hessian.results.escaping import visible
 from lightning_hessian.results.output import atomic_write
-from lightning_hessian.results.path_arguments import path_name
-from lightning_hessian.tracking.dashboard import Lines, sections
-from lightning_hessian.tracking.history import Row, key_part
-from lightning_hessian.tracking.loggers import STEP
+from lightning_hessian.results.path_arguments import path_name, paths
+from lightning_hessian.tracking.history import Row
 from lightning_hessian.tracking.style import evenly_chosen
 
 _MOST_SPECTRA = 40
-_MOST_POINTS = 400
-"""A chart of a thousand pixels shows no more."""
 
-_KIND = re.compile(r"^(pearson|differences|spearman|num_points)_")
 _OURS = re.compile(r"(hessian|layers|gradient|stability|correlation)/")
 
 
 @checked(
     {
-        "folder": path_name,
+        "folder": paths("Give the folder of a run, or of many, or a list of these."),
         "out": path_name,
         "monitor": monitor_names,
         "interval": live_interval,
@@ -62,7 +60,7 @@ _OURS = re.compile(r"(hessian|layers|gradient|stability|correlation)/")
     }
 )
 def follow(
-    folder: Path,
+    folder: Path | Sequence[Path],
     out: Path,
     *,
     monitor: Sequence[str],
@@ -70,93 +68,118 @@ def follow(
     once: bool = False,
     sidecar: Path | None = None,
 ) -> Path:
-    """Write the page of an offline run, again and again until the run has ended; return its path.
+    """Write the page of one run or many, again and again until all have ended; return its path.
 
-    wandb writes to the disk when 32 KiB have come together and every 15 seconds, so that a shorter
-    interval shows nothing sooner. A file that is still empty is waited for.
+    Read are offline W&B runs, and the folders of Lightning's CSVLogger and TensorBoardLogger, in a
+    folder and all below it, and what a run without logger leaves. Where there are several, they
+    stand side by side, up to 24. A run that two loggers wrote is there once.
+
+    W&B writes to the disk every 15 seconds, `CSVLogger` every 100 rows unless its
+    ``flush_logs_every_n_steps`` says otherwise, TensorBoard every two minutes: a shorter interval
+    shows nothing sooner. A file that is still empty is waited for. W&B's files say when a run has
+    ended; of the others, ten minutes without a change count as the end.
 
     Args:
-        folder: The run folder, or one with a single run below it.
+        folder: A run folder, or one with runs below it, or several.
         out: The file (``.html``), or a folder for ``live.html``; made if missing.
         monitor: The monitored metrics, as they are logged.
         interval: Seconds between two readings.
-        once: Write the page once, of the run as it is now.
-        sidecar: The folder of spectra that `lightning-hessian measure --follow` measures beside the
+        once: Write the page once, of the runs as they are now.
+        sidecar: The folder of spectra that `lightning-hessian measure --follow` measures beside a
             run; they stand in the rows of the same steps, and the page goes on until the sidecar
-            has ended, too.
+            has ended, too. Such folders may stand among the others as well.
 
     Raises:
         FileNotFoundError: There is no run at ``folder``.
-        ValueError: There are several, or the file is none of W&B's; ``interval`` is not positive;
-            ``sidecar`` is that of another run.
+        ValueError: A file cannot be read; ``interval`` is not positive; ``sidecar`` is that of
+            another run.
+        ModuleNotFoundError: Event files are TensorBoard's, and it is not installed.
     """
-    folder, out = Path(folder), Path(out)
-    beside = None if sidecar is None else Path(sidecar)
-    if beside is not None and not beside.is_dir():
-        raise ArgumentError("sidecar", str(beside), "Give the folder that a sidecar writes to.")
+    places = [folder] if isinstance(folder, (str, Path)) else list(folder)
+    places = [Path(place) for place in places]
+    if sidecar is not None:
+        places.append(Path(sidecar))
+        _check_sidecar(places[-1])
+    out = Path(out)
     page = out if out.suffix == ".html" else out / "live.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            run = read_offline_run(folder)
+            seen = look_at(places, DEFAULT_STATISTICS, monitor)
         except EmptyRunError as error:  # it has just begun
             if once:
                 raise
             warnings.warn(f"{error}. Waiting for its first rows.", stacklevel=2)
             time.sleep(interval)
             continue
-        ended = run.exit_code is not None and (beside is None or not is_at_work(beside))
-        if beside is not None:
-            run = with_sidecar(run, beside)
-        text = live_page(
-            run,
-            monitor,
-            media=find_run_file(folder).parent / "files",
-            refresh=None if ended or once else interval,
-        )
+        if sidecar is not None:
+            _check_owner(places[-1], seen)
+        ended = seen.ended or once
+        refresh = None if ended else interval
+        if len(seen.runs) == 1:
+            text = live_page(seen.runs[0], monitor, refresh=refresh, notes=seen.notes)
+        else:
+            text = runs_page(seen, monitor, places, refresh=refresh)
         with atomic_write(page) as file:
             file.write(text.encode(errors="replace"))
-        if ended or once:
+        if ended:
             return page
         time.sleep(interval)
 
 
+def _check_sidecar(folder: Path) -> None:
+    """Raise ValueError where a folder is none of a sidecar's."""
+    if not folder.is_dir():
+        raise ArgumentError("sidecar", str(folder), "Give the folder that a sidecar writes to.")
+    if read_mark(folder) is None:
+        raise ValueError(
+            f"{folder} is no folder of a sidecar: it has no {MARK}. Give the --out of `measure "
+            "--follow`."
+        )
+
+
+def _check_owner(folder: Path, seen: Look) -> None:
+    """Raise ValueError where a sidecar measures beside none of the runs."""
+    mark = read_mark(folder)
+    if mark is None or not mark.run_id:
+        return
+    offline = [run.record.run_id for run in seen.runs if run.record.kind == "offline"]
+    if offline and mark.run_id not in offline:
+        raise ValueError(
+            f"{folder} was measured beside {mark.run_id}, not beside {', '.join(offline)}."
+        )
+
+
 def live_page(
-    run: OfflineRun,
+    run: LiveRun,
     monitors: Sequence[str],
     *,
-    media: Path | None = None,
     refresh: float | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
-    """Return the page of a run.
+    """Return the page of one run.
 
     Args:
-        run: What was read.
+        run: As it is now.
         monitors: The monitored metrics, as they are logged.
-        media: The run's ``files`` folder; the last figure of each kind is taken from it.
         refresh: Seconds after which the page reloads itself; None for never.
+        notes: What is to be told beside the notes of the run.
     """
-    record = _record(run)
-    rows, measured = _rows(record), measurements(run)
+    record = run.record
+    rows, measured = rows_of(record), measurements(record)
     watched = resolved_monitors(monitors, record.columns)
     pairs = within_run(record, logged_statistics(record.columns, watched), watched)
-    figures, left_out = figures_of(run.rows, media)
-    notes = [*run.problems, *_missing(rows, watched), *left_out]
-    try:
-        spectra = spectra_of(run, notes).get("hessian", [])
-    except ValueError as error:
-        spectra = []
-        notes.append(f"the spectra cannot be shown: {error}")
     data = {
-        "name": run.name or run.run_id,
+        "name": record.name,
         "project": run.project,
-        "run": run.run_id,
-        "status": _status(run),
+        "run": record.run_id if record.kind == "offline" else record.source,
+        "kind": record.kind,
+        "status": run.status,
         "read": time.strftime("%Y-%m-%d %H:%M:%S"),
         "refresh": refresh,
         "measurements": len(measured),
         "step": int(rows[-1]["step"]) if rows else None,
-        "notes": notes,
+        "notes": [*run.notes, *notes, *missing(rows, watched)],
         "cards": cards(measured, pairs, watched),
         "correlations": [
             within_row(pair) | {"statistic": pair.statistic.removeprefix("hessian/")}
@@ -167,31 +190,16 @@ def live_page(
         "which": [asdict(found) for found in which_goes_with(pairs)],
         "spectra": [
             {"step": step, "values": [float(f"{v:.4g}") for v in found.leading]}
-            for step, found in evenly_chosen(spectra, _MOST_SPECTRA)
+            for step, found in evenly_chosen(run.spectra, _MOST_SPECTRA)
         ],
-        "sections": _panels([_with_gap(row) for row in rows], monitors),
+        "sections": panels(rows, monitors),
         "latest": measured[-1] if measured else {},
-        "figures": figures,
+        "figures": run.figures,
     }
     return render("live.html", data=finite(data, visible))
 
 
-def _record(run: OfflineRun) -> RunRecord:
-    steps, columns = columns_of(run.rows)
-    return RunRecord(run.run_id, run.name, run.run_id, "offline", {}, steps, columns)
-
-
-def _rows(record: RunRecord) -> list[Row]:
-    """Return the rows of a run, one for each step, with what it logged there."""
-    rows = []
-    for place, step in enumerate(record.steps.tolist()):
-        values = {key: float(column[place]) for key, column in record.columns.items()}
-        logged = {key: value for key, value in values.items() if not math.isnan(value)}
-        rows.append({"step": step, **logged})
-    return rows
-
-
-def measurements(run: OfflineRun) -> list[Row]:
+def measurements(record: RunRecord) -> list[Row]:
     """Return one row for each measurement of the Hessian, with statistics by their bare names.
 
     Beside them stand the step and what else was logged in the same row, by its full name. Of steps
@@ -199,7 +207,7 @@ def measurements(run: OfflineRun) -> list[Row]:
     """
     return [
         {key.removeprefix("hessian/"): value for key, value in row.items()}
-        for row in _rows(_record(run))
+        for row in rows_of(record)
         if any(key.startswith("hessian/") for key in row)
     ]
 
@@ -262,75 +270,7 @@ def _card(question: str, numbers: str, says: str) -> dict[str, str]:
     return {"question": question, "numbers": numbers, "says": says}
 
 
-def _panels(rows: Sequence[Row], monitors: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the charts of the dashboard's sections that have points."""
-    logged = list(dict.fromkeys(key for row in rows for key in row))
-    plans = {
-        name: [_expanded(p, logged) if isinstance(p, Lines) else p for p in panels]
-        for name, panels in sections(monitors).items()
-    }
-    drawn = []
-    for heading, panels in plans.items():
-        charts = [_chart(rows, panel, monitors) for panel in panels if isinstance(panel, Lines)]
-        charts = [chart for chart in charts if chart["series"]]
-        if charts:
-            drawn.append({"name": heading, "charts": charts})
-    return drawn
-
-
-def _expanded(panel: Lines, logged: Sequence[str]) -> Lines:
-    """Return a panel with the keys that its pattern matches."""
-    if not panel.pattern:
-        return panel
-    return replace(panel, keys=tuple(key for key in logged if re.fullmatch(panel.pattern, key)))
-
-
-def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[str, Any]:
-    x = "step" if panel.x == STEP else panel.x
-    series = []
-    for key, label in zip(panel.keys, _labels(panel, monitors), strict=True):
-        points = [(row[x], row[key]) for row in rows if x in row and key in row]
-        points = [point for point in points if all(map(math.isfinite, point))]
-        if points:
-            series.append({"key": label, "points": evenly_chosen(points, _MOST_POINTS)})
-    return {
-        "title": panel.title,
-        "x": "optimizer step" if x == "step" else x,
-        "lines": x == "step",
-        "log": panel.log,
-        "bounds": panel.bounds,
-        "level": panel.level,
-        "series": series,
-    }
-
-
-def _labels(panel: Lines, monitors: Sequence[str]) -> list[str]:
-    """Return what the legend calls keys: without their section, if they share it.
-
-    Of correlations with one metric only the statistic is left, and which end of an interval it is;
-    of one statistic of the layers, the layer.
-    """
-    keys = panel.keys
-    if panel.pattern:
-        return [key.removeprefix(panel.pattern.removesuffix(".*")) for key in keys]
-    if len({key.partition("/")[0] for key in keys}) > 1:
-        return list(keys)
-    names = [key.partition("/")[2] or key for key in keys]
-    if not keys[0].startswith("correlation/"):
-        return names
-    for monitor in monitors:
-        end = f"_{key_part(monitor)}"
-        if all(name.endswith(end) for name in names):
-            return [_KIND.sub("", name.removesuffix(end)) for name in names]
-    return names
-
-
-def _with_gap(row: Row) -> Row:
-    """Return a row that has the gap under the name by which it is asked for, too."""
-    return row if "gap" in row or GAP not in row else {**row, "gap": row[GAP]}
-
-
-def _missing(rows: Sequence[Row], monitors: Sequence[str]) -> list[str]:
+def missing(rows: Sequence[Row], monitors: Sequence[str]) -> list[str]:
     """Return a sentence for each monitored metric that no row has."""
     known = sorted({key for row in rows for key in row if not _OURS.match(key)} - {"step", "epoch"})
     return [
@@ -339,9 +279,3 @@ def _missing(rows: Sequence[Row], monitors: Sequence[str]) -> list[str]:
         for name in monitors
         if rows and not any(name in row for row in rows)
     ]
-
-
-def _status(run: OfflineRun) -> str:
-    if run.exit_code is None:
-        return "running, or cut off"
-    return "finished" if run.exit_code == 0 else f"ended with exit code {run.exit_code}"

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+Pictures = list[dict[str, str]]
+"""Each with its ``name``, and its ``data`` as an address."""
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 MOST_BYTES = 4 * 2**20
 """Of one figure; ours have below 0.2 MiB, and a page holds all of them."""
@@ -21,15 +24,38 @@ MOST_FIGURES = 40
 """On one page; a run with every statistic and layer has about fifteen."""
 
 
-def figures_of(
-    rows: Sequence[Mapping[str, Any]], media: Path | None
-) -> tuple[list[dict[str, str]], list[str]]:
+def figures_of(rows: Sequence[Mapping[str, Any]], media: Path | None) -> tuple[Pictures, list[str]]:
     """Return the last figure of each kind, and a sentence for each that was left out."""
     paths: dict[str, str] = {}
     for row in rows:
         for key, value in row.items():
             if key.startswith("figures/") and key.endswith(".path") and isinstance(value, str):
                 paths[key.removeprefix("figures/").removesuffix(".path")] = value
+    return _shown(paths, media)
+
+
+def figures_beside(folder: Path) -> tuple[Pictures, list[str]]:
+    """Return the last figure of each kind in ``<folder>/figures``, where files stand in."""
+    paths: dict[str, str] = {}
+    place = folder / "figures"
+    for file in sorted(place.glob("*_step_*.png")) if place.is_dir() else ():
+        paths[file.stem.rpartition("_step_")[0]] = file.name
+    return _shown(paths, place)
+
+
+def shown_figures(contents: Mapping[str, bytes]) -> tuple[Pictures, list[str]]:
+    """Return PNG files by name as a page holds them, and a sentence for each left out."""
+    found, left_out = [], []
+    for name, content in list(contents.items())[:MOST_FIGURES]:
+        try:
+            found.append(_picture(name, _checked(content)))
+        except ValueError as error:
+            left_out.append(f"the figure {name!r} is left out: {error}")
+    return found, left_out
+
+
+def _shown(paths: Mapping[str, str], media: Path | None) -> tuple[Pictures, list[str]]:
+    """Return figures by their paths in a folder."""
     found, left_out = [], []
     if len(paths) > MOST_FIGURES:
         left_out.append(f"{len(paths) - MOST_FIGURES} figures are left out of {len(paths)}")
@@ -40,9 +66,13 @@ def figures_of(
             left_out.append(f"the figure {name!r} is left out: {_why(error)}")
             continue
         if content is not None:
-            data = base64.b64encode(content).decode("ascii")
-            found.append({"name": name.replace("_", " "), "data": f"data:image/png;base64,{data}"})
+            found.append(_picture(name, content))
     return found, left_out
+
+
+def _picture(name: str, content: bytes) -> dict[str, str]:
+    data = base64.b64encode(content).decode("ascii")
+    return {"name": name.replace("_", " "), "data": f"data:image/png;base64,{data}"}
 
 
 def read_png(folder: Path, path: str) -> bytes | None:
@@ -72,6 +102,11 @@ def read_png(folder: Path, path: str) -> bytes | None:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ValueError("it is no regular file")
         content = file.read(MOST_BYTES + 1)
+    return _checked(content)
+
+
+def _checked(content: bytes) -> bytes:
+    """Return what is a PNG file of moderate size."""
     if len(content) > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
     if not content.startswith(_PNG):

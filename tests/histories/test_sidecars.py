@@ -21,7 +21,6 @@ from support.runs import finished, wandb_logger
 from lightning_hessian.cli.main import main
 from lightning_hessian.histories.load import load_runs
 from lightning_hessian.histories.offline_run import read_offline_run
-from lightning_hessian.histories.sidecars import with_sidecar
 from lightning_hessian.reports.live import follow
 
 EPOCHS = 4
@@ -115,20 +114,39 @@ def test_the_live_page_shows_what_was_measured_beside_the_run(place, tmp_path):
 
 def test_the_live_page_of_a_sidecar_that_has_measured_nothing_or_another_run(place, tmp_path):
     run = read_offline_run(place / "online")
+    beside, out = tmp_path / "beside", tmp_path / "page.html"
+    beside.mkdir()
+    how = {"monitor": ["val_loss"], "sidecar": beside, "once": True}
     with pytest.raises(ValueError, match="no folder of a sidecar"):
-        with_sidecar(run, tmp_path)
+        follow(place / "online", out, **how)
     mark = {"run_id": run.run_id, "folder": "", "split": "train", "ended": False}
-    (tmp_path / "sidecar.json").write_text(json.dumps(mark))
-    assert with_sidecar(run, tmp_path).rows == run.rows
-    (tmp_path / "sidecar.json").write_text(json.dumps({**mark, "run_id": "another"}))
+    (beside / "sidecar.json").write_text(json.dumps(mark))
+    data = data_of(follow(place / "online", out, **how).read_text())
+    assert (data["run"], data["measurements"]) == (run.run_id, 0)
+    (beside / "sidecar.json").write_text(json.dumps({**mark, "run_id": "another"}))
     with pytest.raises(ValueError, match="beside another"):
-        with_sidecar(run, tmp_path)
+        follow(place / "online", out, **how)
 
 
-def test_the_page_is_of_one_run_and_ends_with_its_sidecar(place, tmp_path, capsys):
-    how = ["report", "--live", "--out", str(tmp_path / "page.html")]
-    folders = [str(place / name) for name in ("online", "wandb", "csv")]
-    assert main([*how, *folders[:2]]) == 0  # both have ended
+def test_the_page_ends_with_its_sidecar(place, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    how = ["report", "--live", "--out", str(page)]
+    assert main([*how, str(place / "online"), str(place / "wandb")]) == 0  # both have ended
     assert "page.html" in capsys.readouterr().out
-    assert main([*how, *folders]) == 2
-    assert "--live takes one folder" in capsys.readouterr().err
+    assert data_of(page.read_text())["measurements"] == EPOCHS
+    assert main([*how, str(place / "online"), str(place / "nowhere")]) == 2
+    assert "--live reads folders of runs on this machine" in capsys.readouterr().err
+
+
+def test_the_page_of_a_csv_run_and_of_both_its_loggers_with_their_sidecars(place, tmp_path):
+    page = tmp_path / "page.html"
+    how = ["report", "--live", "--once", "--out", str(page)]
+    assert main([*how, str(place / "logs"), str(place / "csv")]) == 0
+    data = data_of(page.read_text())
+    rows = measured(place / "csv")
+    assert data["latest"]["trace"] == pytest.approx(rows[11]["hessian/trace"])
+    assert [spectrum["step"] for spectrum in data["spectra"]] == sorted(rows)
+    assert main([*how, *(str(place / name) for name in ("logs", "csv", "online", "wandb"))]) == 0
+    both = data_of(page.read_text())  # one fit, whose two loggers each had a sidecar
+    assert (both["measurements"], both["latest"]["trace"]) == (EPOCHS, data["latest"]["trace"])
+    assert any("the same run as" in note for note in both["notes"])

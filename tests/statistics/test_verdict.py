@@ -18,6 +18,7 @@ from lightning_hessian.histories.run_table import RunRecord, RunTable, columns_o
 from lightning_hessian.reports.compose import compose
 from lightning_hessian.reports.document import to_html, to_markdown
 from lightning_hessian.reports.live import live_page
+from lightning_hessian.reports.live_runs import offline_run
 from lightning_hessian.reports.numbers import write_csv
 from lightning_hessian.reports.report import correlation_report
 from lightning_hessian.statistics.verdict import answer, corrected, movement, verdict, which_of_two
@@ -80,7 +81,7 @@ def test_every_surface_says_the_same_of_a_run(kind, seed, count, tmp_path):
         _print_correlations(report)
         demo = " ".join(out.getvalue().split())
     run = OfflineRun("id", "project", "run", {}, rows, {}, complete=True, exit_code=0)
-    page = live_page(run, ["val_loss", "gap"])
+    page = live_page(offline_run(run), ["val_loss", "gap"])
     data = json.loads(re.search(r"^const data = (.*);$", page, flags=re.MULTILINE)[1])
     document = compose(report)
     written = plain(to_markdown(document))
