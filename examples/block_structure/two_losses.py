@@ -143,5 +143,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
         axes.set_xscale("symlog", linthresh=1)
         axes.set(xlabel="step", ylabel=label, ylim=(0, None))
         quiet_grid(axes)
-    panels[0].legend(frameon=False, fontsize="x-small")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False,
+                  fontsize="small")  # fmt: skip
     return figure
