@@ -54,6 +54,7 @@ def measure(settings: Settings, data_dir: Path | None = None) -> Outcome:
             {
                 "step": step,
                 "loss": found.loss,
+                "norm": float(np.linalg.norm(found.frobenius)),
                 "share_off": found.off_diagonal_share,
                 "share_between_layers": share_between(found),
                 **{f"ratio_{i}": found.group_ratio(group) for i, group in enumerate(groups, 1)},

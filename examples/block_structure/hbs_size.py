@@ -50,7 +50,8 @@ def measure(settings: Settings, data_dir: Path | None = None) -> Outcome:
         found = block_structure(
             net, cross_entropy, [batch], blocks=links(settings.neurons), hvp="autograd"
         )
-        rows.append({"step": step, **families(found, settings.neurons)})
+        row = {"step": step, **families(found, settings.neurons)}
+        rows.append({**row, "norm_of_errors": norm_of_errors(net, batch)})
         if step in (stops[0], stops[-1]):
             when = "at initialisation" if step == 0 else f"after {step} steps"
             ends[when], figure = every_block(net, batch, f"|H| {when}")
@@ -86,6 +87,22 @@ def families(found: BlockStructure, neurons: int) -> dict[str, float]:
     }
 
 
+def norm_of_errors(net: nn.Sequential, batch: Batch) -> float:
+    """Return the norm of the first of the two terms of H_wv in HBS's formula.
+
+    a_i = -mean of (delta_yc - p_c) 1(w_i x > 0) x, which stands in the i-th column alone, and of
+    which HBS says that it is O(optimality gap). Both triangles are counted, as in `families`.
+    """
+    inputs, labels = batch
+    with torch.no_grad():
+        errors = net(inputs).softmax(1) - nn.functional.one_hot(labels, net[2].out_features)
+        active = (net[0](inputs) > 0).float()
+        squares = [
+            ((inputs * gate[:, None]).T @ errors / len(inputs)).square().sum() for gate in active.T
+        ]
+    return float((2 * torch.stack(squares).sum()).sqrt())
+
+
 def every_block(net: nn.Sequential, batch: Batch, title: str) -> tuple[dict[str, Any], Any]:
     """Measure all blocks by probes, and compute them by HBS's formulas; return both, and |H|."""
     found = block_structure(net, cross_entropy, [batch], blocks="neuron", hvp="autograd")
@@ -105,6 +122,11 @@ def every_block(net: nn.Sequential, batch: Batch, title: str) -> tuple[dict[str,
             )
         },
         "one_over_C_minus_1": 1 / (len(weights[1]) - 1),
+        **{
+            f"share_{name}_formula": share
+            for name, share in zip(("ww", "wv", "vv"), expected.families.values(), strict=True)
+        },
+        "norm_formula": float(np.linalg.norm(expected.frobenius)),
         "diagonal_error": relative_error(
             np.diagonal(found.frobenius), np.diagonal(expected.frobenius)
         ),

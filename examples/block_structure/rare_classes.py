@@ -9,7 +9,7 @@ Gaussian classes, balanced or with frequencies 1 / k. HBS gives no setting; this
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Settings:
     inputs: int = 32
     samples: int = 4096
     spread: float = 0.5  # standard deviation of the classes' means in each input; noise has 1
-    steps: int = 500
+    budgets: tuple[int, ...] = (10, 30, 100, 500)  # steps that both optimizers may take
     early: int = 10  # steps after which blocks are measured too
     sgd_rates: tuple[float, ...] = half_decades(-2, 2)
     adam_rates: tuple[float, ...] = half_decades(-3.5, -0.5)
@@ -46,14 +46,15 @@ class Settings:
 
 def measure(settings: Settings, data_dir: Path | None = None) -> Outcome:
     """Train on balanced and on imbalanced labels; measure blocks at the start, early, at last."""
-    gaps, rows, traces = [], [], {}
+    gaps: list[dict[str, Any]] = []
+    rows, traces = [], {}
     for labels in ("balanced", "1 / k"):
         counts = class_counts(settings, balanced=labels == "balanced")
         batch = class_batch(settings, counts)
-        chosen, grids = gap(settings, batch, cross_entropy)
-        gaps.append({"labels": labels, **chosen, "by_rate": grids})
-        blocks = blocks_along(settings, batch, cross_entropy, chosen)
-        for when, found in blocks.items():
+        chosen = gap(settings, batch, cross_entropy)
+        gaps += [{"labels": labels, **one} for one in chosen]
+        rates = {name: chosen[-1][name]["rate"] for name in OPTIMIZERS}
+        for when, found in blocks_along(settings, batch, rates).items():
             trace, largest = trace_and_largest(found)
             rows.append(
                 {
@@ -67,11 +68,7 @@ def measure(settings: Settings, data_dir: Path | None = None) -> Outcome:
                 }
             )
             traces[f"{labels}, {when}"] = {"counts": counts, "trace": trace, "largest": largest}
-    lines = [
-        *as_table(rows),
-        "",
-        *as_table([in_a_line(one) for one in gaps]),
-    ]
+    lines = [*as_table(rows), "", *as_table([in_a_line(one) for one in gaps])]
     numbers = {"gaps": gaps, "blocks": rows, "by_class": traces}
     return Outcome(numbers, {"": draw(gaps, traces)}, lines)
 
@@ -93,34 +90,42 @@ def class_batch(settings: Settings, counts: NDArray[np.int64]) -> Batch:
     return settings.spread * means[labels] + noise, labels
 
 
-def gap(settings: Settings, batch: Batch, loss_fn: Loss) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return SGD and Adam at their best rates, with the losses of groups of classes; and all."""
-    chosen: dict[str, Any] = {}
-    grids: dict[str, dict[float, float]] = {}
+def gap(settings: Settings, batch: Batch, loss_fn: Loss) -> list[dict[str, Any]]:
+    """Return SGD and Adam at the best rate of each, for each number of steps allowed to both.
+
+    One number of steps would tell too little: in the end both may have found the same minimum.
+    """
+    found: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for name, rates in (("SGD", settings.sgd_rates), ("Adam", settings.adam_rates)):
-        ends = {rate: train(settings, batch, loss_fn, name, rate, settings.steps) for rate in rates}
-        with torch.no_grad():
-            grids[name] = {rate: float(loss_fn(net, batch)) for rate, net in ends.items()}
-        one = best(grids[name])
-        chosen[name] = {**asdict(one), **by_group(settings, ends[one.rate], batch, loss_fn)}
-    return chosen, grids
+        found[name] = {rate: [] for rate in rates}
+        for rate, along in found[name].items():
+            net = linear(settings)
+            optimizer = OPTIMIZERS[name](net.parameters(), rate)
+            for _ in trained(net, loss_fn, batch, optimizer, list(settings.budgets)):
+                along.append(by_group(settings, net, batch, loss_fn))
+    rows = []
+    for i, steps in enumerate(settings.budgets):
+        row: dict[str, Any] = {"steps": steps}
+        for name, by_rate in found.items():
+            one = best({rate: along[i]["loss"] for rate, along in by_rate.items()})
+            row[name] = {**asdict(one), **by_rate[one.rate][i]}
+            row[f"{name}_by_rate"] = {rate: along[i]["loss"] for rate, along in by_rate.items()}
+        rows.append(row)
+    return rows
 
 
-def train(
-    settings: Settings, batch: Batch, loss_fn: Loss, optimizer: str, rate: float, steps: int
-) -> nn.Module:
-    """Return the linear model after so many steps."""
-    net = relu_network((settings.inputs, settings.classes), settings.seed)
-    next(trained(net, loss_fn, batch, OPTIMIZERS[optimizer](net.parameters(), rate), [steps]))
-    return net
+def linear(settings: Settings) -> nn.Sequential:
+    """Return the linear model with its first weights."""
+    return relu_network((settings.inputs, settings.classes), settings.seed)
 
 
 def by_group(settings: Settings, net: nn.Module, batch: Batch, loss_fn: Loss) -> dict[str, Any]:
-    """Return the loss and the accuracy for groups of classes, from frequent to rare."""
+    """Return loss and accuracy, and the loss of groups of classes, from frequent to rare."""
     inputs, labels = batch
     group = labels * settings.groups // settings.classes
     losses, accuracies = [], []
     with torch.no_grad():
+        loss = float(loss_fn(net, batch))
         right = net(inputs).argmax(1) == labels
         for number in range(settings.groups):
             inside = group == number
@@ -128,6 +133,7 @@ def by_group(settings: Settings, net: nn.Module, batch: Batch, loss_fn: Loss) ->
         for number in range(settings.classes):
             accuracies.append(float(right[labels == number].float().mean()))
     return {
+        "loss": loss,
         "loss_of_groups": losses,
         "accuracy": float(right.float().mean()),
         "accuracy_of_classes": float(np.mean(accuracies)),
@@ -135,21 +141,27 @@ def by_group(settings: Settings, net: nn.Module, batch: Batch, loss_fn: Loss) ->
 
 
 def blocks_along(
-    settings: Settings, batch: Batch, loss_fn: Loss, chosen: dict[str, Any]
+    settings: Settings, batch: Batch, rates: dict[str, float]
 ) -> dict[str, BlockStructure]:
     """Return the blocks of the classes at the start, and early and at last with each optimizer."""
     found = {}
-    stops = {"at initialisation": ("SGD", 0)}
-    for name in chosen:
-        for steps in (settings.early, settings.steps):
-            stops[f"{name}, step {steps}"] = (name, steps)
-    for when, (name, steps) in stops.items():
-        net = train(settings, batch, loss_fn, name, chosen[name]["rate"], steps)
-        full = block_structure(
-            net, loss_fn, [batch], blocks="class", densities=True, exact=True, hvp="autograd"
-        )
-        found[when] = replace(full, matrix=None)
+    for name, rate in rates.items():
+        net = linear(settings)
+        optimizer = OPTIMIZERS[name](net.parameters(), rate)
+        for step in trained(
+            net, cross_entropy, batch, optimizer, [0, settings.early, settings.budgets[-1]]
+        ):
+            when = f"{name}, step {step}" if step else "at initialisation"
+            if when not in found:
+                found[when] = blocks_of_classes(net, cross_entropy, batch)
     return found
+
+
+def blocks_of_classes(net: nn.Module, loss_fn: Loss, batch: Batch) -> BlockStructure:
+    """Return all blocks of the last layer, exactly, with all eigenvalues of the diagonal ones."""
+    return block_structure(
+        net, loss_fn, [batch], blocks="class", densities=True, exact=True, hvp="autograd"
+    )
 
 
 def trace_and_largest(blocks: BlockStructure) -> tuple[FloatArray, FloatArray]:
@@ -168,7 +180,7 @@ def slope(counts: NDArray[np.int64], values: FloatArray) -> float | None:
 
 def in_a_line(one: dict[str, Any]) -> dict[str, Any]:
     """Return what is shown of a pair of optimizers."""
-    shown: dict[str, Any] = {"labels": one["labels"]}
+    shown: dict[str, Any] = {"labels": one["labels"], "steps": one["steps"]}
     for name in OPTIMIZERS:
         found = one[name]
         shown |= {
@@ -182,7 +194,7 @@ def in_a_line(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(gaps: list[dict[str, Any]], traces: dict[str, dict[str, Any]]) -> Any:
-    """Draw the trace of each block over the frequency, and the losses of groups of classes."""
+    """Draw the trace of each block over the frequency, and the losses over the steps."""
     figure, (left, right) = new_figure(9.6, 4.0, ncols=2)
     imbalanced = {name: one for name, one in traces.items() if name.startswith("1 / k")}
     for i, (name, one) in enumerate(imbalanced.items()):
@@ -191,12 +203,13 @@ def draw(gaps: list[dict[str, Any]], traces: dict[str, dict[str, Any]]) -> Any:
                     label=label)  # fmt: skip
     left.set(xlabel="samples of the class", ylabel="trace of its diagonal block")
     left.legend(frameon=False, fontsize="small")
-    for i, found in enumerate(gaps):
+    for i, labels in enumerate(("balanced", "1 / k")):
+        chosen = [one for one in gaps if one["labels"] == labels]
         for name, line in (("SGD", "-"), ("Adam", "--")):
-            losses = found[name]["loss_of_groups"]
-            right.plot(range(1, len(losses) + 1), losses, line, color=COLOURS[i], marker=MARKERS[i],
-                       label=f"{found['labels']}: {name}")  # fmt: skip
-    right.set(xlabel="group of classes, from frequent to rare", ylabel="loss after training")
+            steps, losses = zip(*((one["steps"], one[name]["loss"]) for one in chosen), strict=True)
+            right.plot(steps, losses, line, color=COLOURS[i], marker=MARKERS[i],
+                       label=f"{labels}: {name}")  # fmt: skip
+    right.set(xscale="log", xlabel="steps", ylabel="loss at the best learning rate")
     right.legend(frameon=False, fontsize="small")
     quiet_grid(left)
     quiet_grid(right)

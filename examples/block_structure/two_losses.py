@@ -24,6 +24,7 @@ from gaussian import (
     trained,
 )
 from images import load_images
+from rates import OPTIMIZERS
 from records import Outcome, as_table
 
 from lightning_hessian import block_structure
@@ -66,7 +67,7 @@ def measure(settings: Settings, data_dir: Path | None = None) -> Outcome:
         {"labels": kind, "loss": loss, **row}
         for kind in ("balanced", "1 / k")
         for loss in LOSSES
-        for row in [linear_model(settings.imbalanced, loss, balanced=kind == "balanced")]
+        for row in linear_models(settings.imbalanced, loss, balanced=kind == "balanced")
     ]
     lines = [*as_table(rows), "", *as_table([in_a_line(row) for row in linear])]
     return Outcome({"hidden_layer": rows, "linear": linear}, {"": draw(rows)}, lines)
@@ -81,17 +82,14 @@ def along_training(settings: Settings, batch: Batch, loss: str) -> list[dict[str
     for step in trained(net, LOSSES[loss], batch, optimizer,
                         log_steps(settings.steps, settings.measured)):  # fmt: skip
         found = block_structure(net, LOSSES[loss], [batch], blocks="neuron", hvp="autograd")
-        by_class = block_structure(
-            net, LOSSES[loss], [batch], blocks="class", densities=True, exact=True, hvp="autograd"
-        )
-        ww, wv, vv = found.families.values()
+        by_class = rare_classes.blocks_of_classes(net, LOSSES[loss], batch)
+        # No shares where H is zero: with the squared error, once no neuron is active.
+        shares = list(found.families.values()) or [None] * 3
         rows.append(
             {
                 "step": step,
                 "value": found.loss,
-                "share_ww": ww,
-                "share_wv": wv,
-                "share_vv": vv,
+                **dict(zip(("share_ww", "share_wv", "share_vv"), shares, strict=True)),
                 "ratio_ww": found.group_ratio(found.groups[0]),
                 "ratio_vv": found.group_ratio(found.groups[-1]),
                 "class_heterogeneity": by_class.mean_heterogeneity,
@@ -100,24 +98,28 @@ def along_training(settings: Settings, batch: Batch, loss: str) -> list[dict[str
     return rows
 
 
-def linear_model(settings: rare_classes.Settings, loss: str, *, balanced: bool) -> dict[str, Any]:
-    """Return both optimizers at their best, and how the blocks of classes differ at the end."""
+def linear_models(
+    settings: rare_classes.Settings, loss: str, *, balanced: bool
+) -> list[dict[str, Any]]:
+    """Return both optimizers at their best, and how the blocks of classes differ, for each budget.
+
+    The blocks are those that Adam has reached with its best rate.
+    """
     counts = rare_classes.class_counts(settings, balanced=balanced)
     batch = rare_classes.class_batch(settings, counts)
-    chosen, grids = rare_classes.gap(settings, batch, LOSSES[loss])
-    net = rare_classes.train(
-        settings, batch, LOSSES[loss], "Adam", chosen["Adam"]["rate"], settings.steps
-    )
-    blocks = block_structure(
-        net, LOSSES[loss], [batch], blocks="class", densities=True, exact=True, hvp="autograd"
-    )
-    return {
-        "heterogeneity": blocks.mean_heterogeneity,
-        "off_diagonal_ratio": blocks.off_diagonal_ratio,
-        "slope_of_trace": rare_classes.slope(counts, rare_classes.trace_and_largest(blocks)[0]),
-        **chosen,
-        "by_rate": grids,
-    }
+    rows = rare_classes.gap(settings, batch, LOSSES[loss])
+    for row in rows:
+        net = rare_classes.linear(settings)
+        optimizer = OPTIMIZERS["Adam"](net.parameters(), row["Adam"]["rate"])
+        next(trained(net, LOSSES[loss], batch, optimizer, [row["steps"]]))
+        blocks = rare_classes.blocks_of_classes(net, LOSSES[loss], batch)
+        trace, _ = rare_classes.trace_and_largest(blocks)
+        row |= {
+            "heterogeneity": blocks.mean_heterogeneity,
+            "off_diagonal_ratio": blocks.off_diagonal_ratio,
+            "slope_of_trace": rare_classes.slope(counts, trace),
+        }
+    return rows
 
 
 def in_a_line(row: dict[str, Any]) -> dict[str, Any]:
@@ -141,5 +143,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
         axes.set_xscale("symlog", linthresh=1)
         axes.set(xlabel="step", ylabel=label, ylim=(0, None))
         quiet_grid(axes)
-    panels[0].legend(frameon=False, fontsize="x-small")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False,
+                  fontsize="small")  # fmt: skip
     return figure

@@ -119,9 +119,10 @@ class BlockEstimate:
         """Return the mean off the diagonal over the mean on it, with its standard error."""
         size = len(self.frobenius)
         on = float(np.trace(self.frobenius))
-        off = float(self.frobenius.sum()) - on
         if size == 1 or on <= 0:
             return None, None
+        # Not the sum less the trace, which rounding can leave below zero.
+        off = float(self.frobenius[~np.eye(size, dtype=bool)].sum())
         d_on, d_off = _on_and_off(self.change)
         leaving_out = (off + d_off) / (on + d_on) / (size - 1)
         return off / on / (size - 1), float(np.sqrt(self._variance(leaving_out).sum()))

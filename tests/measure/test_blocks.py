@@ -199,6 +199,8 @@ def test_no_class_meets_another_under_the_squared_error():
     found = block_structure(net, half_squared_distance, [batch], blocks="neuron")
     assert found.group_ratio("2") == 0.0
     assert found.group_ratio("0") > 0
+    classes = block_structure(net, half_squared_distance, [batch], blocks="class")
+    assert classes.off_diagonal_ratio == classes.off_diagonal_ratio_std_error == 0.0
 
 
 def test_no_shares_of_a_hessian_that_is_zero():
