@@ -295,7 +295,7 @@ def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[s
             series.append({"key": label, "points": evenly_chosen(points, _MOST_POINTS)})
     return {
         "title": panel.title,
-        "x": "optimizer step" if x == "step" else x,
+        "x": "training step" if x == "step" else x,
         "lines": x == "step",
         "log": panel.log,
         "bounds": panel.bounds,
