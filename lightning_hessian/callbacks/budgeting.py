@@ -115,8 +115,8 @@ class Budgeting:
             return False
         if self._step != trainer.global_step:
             tell(
-                f"{self._name}: the last validation, at step {self._step}, was not measured: the "
-                f"run went on to step {trainer.global_step} and ended before another."
+                f"{self._name}: the last validation was not measured: the run went on for "
+                f"{trainer.global_step - self._step} more steps and ended before another."
             )
             return False
         self._has_ended = True

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_hessian.callbacks.compat import tell
 from lightning_hessian.callbacks.guard import Guard
 from lightning_hessian.callbacks.pairing import GAP
-from lightning_hessian.callbacks.surroundings import log_step
+from lightning_hessian.callbacks.surroundings import validation_step
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.history import correlation_scalars
 from lightning_hessian.tracking.loggers import own_folder
@@ -45,17 +45,20 @@ class HandOver:
             sync_dist=trainer.world_size > 1,
         )
         if trainer.is_global_zero:
-            self._write(trainer, logged)
+            self._write(trainer, validation_step(trainer), logged)
 
     def log_aside(
-        self, trainer: Any, scalars: Mapping[str, float], metrics: Mapping[str, Any]
+        self,
+        trainer: Any,
+        step: int,
+        scalars: Mapping[str, float],
+        metrics: Mapping[str, Any],
     ) -> None:
-        """Log statistics between batches, or after training has ended, in a row of their own.
-
-        Its step is that of Lightning's metrics and of ``LearningRateMonitor``.
+        """Log statistics between batches, or after training has ended.
 
         Args:
             trainer: On rank zero.
+            step: Of the row in which loggers have the batch, or the validation, before.
             scalars: By name, as in `log`.
             metrics: Of the validation that they belong to, to stand in the same row.
         """
@@ -64,12 +67,16 @@ class HandOver:
         row = {name: float(value) for name, value in metrics.items()} | logged
         for logger in trainer.loggers:
             what = f"logging the statistics to {type(logger).__name__}"
-            self._attempt(what, logger.log_metrics, row, log_step(trainer))
-        self._write(trainer, logged)
-        self._write(trainer, {}, metrics)
+            self._attempt(what, logger.log_metrics, row, step)
+        self._write(trainer, step, logged)
+        self._write(trainer, step, {}, metrics)
 
     def _write(
-        self, trainer: Any, values: Mapping[str, float], metrics: Mapping[str, Any] | None = None
+        self,
+        trainer: Any,
+        step: int,
+        values: Mapping[str, float],
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         """Write into the table of a fit that has no logger; say once where it is.
 
@@ -86,7 +93,7 @@ class HandOver:
         known = table.statistics
         found = {name: float(v) for name, v in (metrics or {}).items() if name not in known}
         is_new = not table.path.exists()
-        self._panels.write_row(table, log_step(trainer), {**found, **values})
+        self._panels.write_row(table, step, {**found, **values})
         if is_new and table.path.exists():
             tell(
                 f"Without a logger, the statistics go to {table.path}: "
@@ -120,9 +127,9 @@ class HandOver:
             self._panels.define(trainer.loggers, scalars)
         for logger in trainer.loggers if scalars else ():
             what = f"logging correlations to {type(logger).__name__}"
-            self._attempt(what, logger.log_metrics, scalars, log_step(trainer))
+            self._attempt(what, logger.log_metrics, scalars, int(row["step"]))
         if not trainer.loggers:
-            self._write(trainer, {"epoch": row["epoch"], **scalars}, metrics)
+            self._write(trainer, int(row["step"]), {"epoch": row["epoch"], **scalars}, metrics)
 
     def add_spectrum(
         self, trainer: Any, step: int, identity: str, code: Callable[[], str | None]
@@ -132,10 +139,10 @@ class HandOver:
         ``code`` returns the spectrum as a text, or None where there is none.
         """
         folder = self._attempt("finding a folder", own_folder, trainer)
-        self._panels.add_identity(identity, log_step(trainer), trainer.loggers, folder)
+        self._panels.add_identity(identity, step, trainer.loggers, folder)
         text = self._attempt("encoding the spectrum", code)
         if text is not None:
-            self._panels.add_spectrum(text, step, log_step(trainer), trainer.loggers, folder)
+            self._panels.add_spectrum(text, step, trainer.loggers, folder)
 
     def draw(
         self,
@@ -155,5 +162,5 @@ class HandOver:
             paired: Drawings = self._attempt("correlating", correlations) or {}
             measured: Drawings = self._attempt("drawing figures", drawings) or {}
             folder = self._attempt("finding a folder", own_folder, trainer)
-            self._panels.draw({**measured, **paired}, log_step(trainer), trainer.loggers, folder)
+            self._panels.draw({**measured, **paired}, trainer.loggers, folder)
         return self._panels.seconds - before

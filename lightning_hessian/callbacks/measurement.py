@@ -22,7 +22,9 @@ from lightning_hessian.callbacks.surroundings import (
     AVERAGED,
     averages_weights,
     refuse_surroundings,
+    trained_step,
     trainer_ranks,
+    validation_step,
     without_validation,
 )
 from lightning_hessian.callbacks.updates import RecordsUpdates
@@ -85,6 +87,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         self._history = History()
         self._identity = uuid.uuid4().hex  # drawn by the system: no seed of training moves
         self._num_validations = 0
+        self._last_step: int | None = None  # optimizer steps before the last whole measurement
         self._pending: dict[str, float] | None = None
         self._clock: float | None = None
         self._pairs = Pairs(self.monitors, isinstance(data, str) and data == "train")
@@ -112,7 +115,10 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """One dict for each measurement, in float64: step, epoch, statistics, monitored metrics."""
+        """One dict for each measurement, in float64: step, epoch, statistics, monitored metrics.
+
+        The step is that of the loggers' row: n - 1 after n optimizer steps.
+        """
         return [dict(row) for row in self._history.rows]
 
     def correlations(self) -> dict[tuple[str, str], Correlation]:
@@ -132,6 +138,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         return {
             "history": self.history,
             "num_validations": self._num_validations,
+            "last_step": self._last_step,
             "identity": self._identity,
             "account": self._budgeting.account.state_dict(),
             **self._panels.state_dict(),
@@ -147,6 +154,9 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         number = state_dict["num_validations"]
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ValueError(f"num_validations={number!r} is no count.")
+        last_step = state_dict["last_step"]
+        if isinstance(last_step, bool) or not isinstance(last_step, int | None):
+            raise ValueError(f"last_step={last_step!r} is no count.")
         identity = state_dict.get("identity", self._identity)
         if not isinstance(identity, str):
             raise ValueError(f"identity={identity!r} is no text.")
@@ -154,6 +164,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         self._panels.load_state_dict(state_dict)
         self._budgeting.account = account
         self._history, self._num_validations, self._identity = history, number, identity
+        self._last_step = last_step
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, before anything is trained."""
@@ -226,6 +237,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         self._pending = None
         if not self._enabled or trainer.sanity_checking:
             return
+        self._step = validation_step(trainer)
         started = time.monotonic()
         if self._clock is not None:
             self._budgeting.account.earn(started - self._clock)
@@ -277,9 +289,9 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         """
         by_steps = self._steps.whole_by_steps(trainer)
         if by_steps:
-            rows = self._history.rows
-            if trainer.global_step == 0 or (rows and rows[-1]["step"] == trainer.global_step):
+            if trainer.global_step in (0, self._last_step):
                 return
+            self._step = trained_step(trainer)
             wanted = self._budgeting.ends_by_steps(trainer)
         else:
             wanted = self._budgeting.catches_up(trainer)
@@ -299,6 +311,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
 
     def _measure_at_step(self, trainer: Any, pl_module: Any, few: bool, whole_one: bool) -> None:
         """Measure between two batches what is due there and paid for, and log it."""
+        self._step = trained_step(trainer)
         started = time.monotonic()
         if self._clock is not None:
             self._budgeting.account.earn(started - self._clock)
@@ -321,7 +334,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
 
     def _note_measured(self, trainer: Any, scalars: Mapping[str, float]) -> None:
         self._steps.measured = trainer.global_step
-        self.note(trainer.global_step, scalars)
+        self.note(self._step, scalars)
         self._update.forget()
 
     def _log_aside(
@@ -330,8 +343,9 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         """Log in a row that Lightning does not write."""
         if trainer.is_global_zero:
             self._guard.attempt(
-                "logging the statistics", self._handover.log_aside, trainer, scalars, metrics
-            )
+                "logging the statistics",
+                self._handover.log_aside, trainer, self._step, scalars, metrics,
+            )  # fmt: skip
         self._guard.settle(self._ranks)
 
     def _pair_at_step(self, trainer: Any, pending: Mapping[str, float]) -> None:
@@ -348,7 +362,8 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         found = self._guard.attempt("pairing", self._pairs.of, fresh, pending)
         monitored: dict[str, float] = found[0] if found else {}
         missing: dict[str, str] = found[1] if found else {}
-        place = {"step": trainer.global_step, "epoch": epoch}
+        self._last_step = trainer.global_step
+        place = {"step": self._step, "epoch": epoch}
         self._history.add({**place, **pending, **monitored})
         for topic, reason in {**missing, **incomparable(self._history.rows)}.items():
             self._warn_once(topic, reason)
@@ -378,12 +393,10 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
     def _is_due(self, trainer: Any) -> bool:
         """Return what rank zero's schedule says, on all ranks; False where that fails."""
         self._num_validations += 1
-        rows = self._history.rows
-        last_step = int(rows[-1]["step"]) if rows else None
 
         def ask() -> bool:
             step = trainer.global_step
-            return bool(self.schedule.is_due(self._num_validations, step, last_step))
+            return bool(self.schedule.is_due(self._num_validations, step, self._last_step))
 
         due = bool(self._guard.attempt("the schedule", ask))
         self._guard.settle(self._ranks)

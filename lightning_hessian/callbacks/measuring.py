@@ -84,6 +84,7 @@ class Measuring:
         self._known_of_few = Knowledge()
         self._last_work = 0  # products of the measurement before
         self._warned: set[str] = set()
+        self._step = 0  # of the row that loggers have for what is measured now
 
     def check(self, pl_module: Any) -> None:
         """Raise ValueError where the arguments do not fit the module; called before training."""
@@ -259,7 +260,7 @@ class Measuring:
         failure = self._to_be_told(failure)
         if trainer.is_global_zero:
             warnings.warn(
-                f"No {self.prefix} statistics at step {trainer.global_step}, training goes on: "
+                f"No {self.prefix} statistics at step {self._step}, training goes on: "
                 f"{sentence(failure)}",
                 stacklevel=2,
             )
@@ -313,7 +314,7 @@ class Measuring:
             return
         scalars, absent = found
         line = self._guard.attempt(
-            "the line of the progress bar", summary_line, self.prefix, trainer.global_step, scalars
+            "the line of the progress bar", summary_line, self.prefix, self._step, scalars
         )
         self._progress.close(line)
         self._tell_absent(trainer, absent)
@@ -323,7 +324,7 @@ class Measuring:
         for reason in absent if trainer.is_global_zero else ():
             if reason not in self._warned:  # what is so every time is told once
                 self._warned.add(reason)
-                warnings.warn(f"Step {trainer.global_step}: {reason}", stacklevel=2)
+                warnings.warn(f"Step {self._step}: {reason}", stacklevel=2)
 
     def _warn_of_cost(self, seconds: float) -> None:
         """Warn once of a measurement that takes long, where no budget bounds it."""

@@ -120,9 +120,10 @@ class EveryNTrainSteps:
 
     Between validations the instruments of at most ten products (`StabilityInstrument`, one's own)
     are measured right after the n-th, 2 n-th, ... optimizer step, before the next batch, within the
-    budget. Their numbers go to the loggers, in the row that ``LearningRateMonitor`` writes to; they
-    are no metrics of the Trainer's, and ``callback.history`` has whole measurements only. With
-    several optimizers ``trainer.global_step`` counts the steps of each.
+    budget. Their numbers go to the loggers, in the row of the batch that made the step (n - 1:
+    Lightning counts rows from 0); they are no metrics of the Trainer's, and ``callback.history``
+    has whole measurements only. With several optimizers ``trainer.global_step`` counts the steps
+    of each.
 
     Whole measurements are made at validations. A fit without any has them by steps too, within the
     budget, and the last one when training has ended.

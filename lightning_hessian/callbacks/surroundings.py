@@ -64,10 +64,19 @@ def training_in(trainer: Any, update: Mapping[str, Tensor] | None = None) -> Tra
     return Training(optimizers, update) if optimizers else None
 
 
-def log_step(trainer: Any) -> int:
-    """Return the step that Lightning's own epoch-end metrics are logged with."""
+def validation_step(trainer: Any) -> int:
+    """Return the step of the row in which Lightning logs the metrics of this validation."""
     found: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return found
+
+
+def trained_step(trainer: Any) -> int:
+    """Return the step of the row of the last batch that stepped, between batches or at the end.
+
+    Lightning counts rows from 0, so after n steps this is n - 1, as it is in a validation right
+    after the n-th step. By the time of these hooks its count is one further.
+    """
+    return max(0, validation_step(trainer) - 1)
 
 
 def without_validation(name: str) -> str:

@@ -131,7 +131,7 @@ def _chart(rows: Sequence[Row], panel: Lines, monitors: Sequence[str]) -> dict[s
             series.append({"key": label, "logged": key, "points": shown})
     return {
         "title": panel.title,
-        "x": "optimizer step" if x == "step" else x,
+        "x": "training step" if x == "step" else x,
         "lines": x == "step",
         "log": panel.log,
         "bounds": panel.bounds,

@@ -227,7 +227,7 @@ def emergence_plot(
         marker = "o" if len(values) == 1 else None
         axes.plot(ranks, values, marker=marker, color=colours(norm(step)), lw=1.1, alpha=0.9)
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=f"Hessian {EIGENVALUE}")
-    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="optimizer step", shrink=0.9)
+    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="training step", shrink=0.9)
     quiet_grid(axes)
     few_ticks(axes)
     told = f"{len(spectra)} measurement{'s' if len(spectra) > 1 else ''}"

@@ -94,9 +94,7 @@ class Panels:
                 self._try(f"defining the keys of {type(logger).__name__}", define, logger, new)
                 self._defined.update((id(logger), key) for key in new)
 
-    def add_identity(
-        self, identity: str, log_step: int, loggers: Sequence[Any], folder: Path
-    ) -> None:
+    def add_identity(self, identity: str, step: int, loggers: Sequence[Any], folder: Path) -> None:
         """Tell the loggers, once, which fit this is, so that its records are known for one run."""
         if self.every is None or identity == self._identity:
             return
@@ -112,10 +110,10 @@ class Panels:
                 if not adapter(logger).readable_texts
             ]
             what = "the identity of the run"
-            self._hand_text(what, key, identity, log_step, readable, dict.fromkeys(places))
+            self._hand_text(what, key, identity, step, readable, dict.fromkeys(places))
 
     def add_spectrum(
-        self, code: str, step: int, log_step: int, loggers: Sequence[Any], folder: Path | None
+        self, code: str, step: int, loggers: Sequence[Any], folder: Path | None
     ) -> None:
         """Keep a spectrum, the text of `encode_spectrum`, and hand it over.
 
@@ -134,7 +132,7 @@ class Panels:
         with self._aside():
             self.define(loggers, [key])
             places = self._folders(loggers, "text", folder)
-            self._hand_text("a spectrum", key, code, log_step, loggers, places)
+            self._hand_text("a spectrum", key, code, step, loggers, places)
 
     def write_row(self, table: MetricsFile, step: int, values: Mapping[str, float]) -> None:
         """Write values into the table of a run without logger, where files are wanted."""
@@ -148,9 +146,7 @@ class Panels:
             return False
         return last or (num_measurements - 1) % self.every == 0
 
-    def draw(
-        self, drawings: Drawings, log_step: int, loggers: Sequence[Any], folder: Path | None
-    ) -> None:
+    def draw(self, drawings: Drawings, loggers: Sequence[Any], folder: Path | None) -> None:
         """Draw the figures of the last measurement and hand them over, as `add_spectrum` does."""
         if self._undrawn is None:
             return
@@ -170,7 +166,7 @@ class Panels:
             self.define([logger for logger, _ in takers], [picture.key for picture in pictures])
             for logger, hand_over in takers:
                 what = f"logging figures to {type(logger).__name__}"
-                self._try(what, hand_over, logger, pictures, log_step)
+                self._try(what, hand_over, logger, pictures, step)
             for place in folders:
                 for picture in pictures:
                     self._try("writing figures", write_picture, place, picture)
@@ -192,17 +188,15 @@ class Panels:
         what: str,
         key: str,
         value: str,
-        log_step: int,
+        step: int,
         loggers: Sequence[Any],
         places: Iterable[Path],
     ) -> None:
         """Give a text to the loggers that take texts, and write it to the places."""
         for logger, take in _takers(loggers, "text"):
-            self._try(
-                f"logging {what} to {type(logger).__name__}", take, logger, key, value, log_step
-            )
+            self._try(f"logging {what} to {type(logger).__name__}", take, logger, key, value, step)
         for place in places:
-            self._try(f"writing {what}", write_text, place, key, value, log_step)
+            self._try(f"writing {what}", write_text, place, key, value, step)
 
     def _folders(self, loggers: Sequence[Any], what: str, default: Path | None) -> list[Path]:
         """Return the folders, each once, of the loggers for whom files stand in."""

@@ -56,7 +56,7 @@ def stability_plot(points: Sequence[tuple[int, float, float]]) -> Figure:
     above.set_ylabel("sharpness / threshold")
     above.set_ylim(bottom=min(0.0, *ratios), top=max(1.2, 1.05 * max(ratios)))
     below.plot(steps, losses, color=COLOURS[1], marker=marker)
-    below.set(xlabel="optimizer step", ylabel="loss on the probe")
+    below.set(xlabel="training step", ylabel="loss on the probe")
     if min(losses) > 0:
         below.set_yscale("log")
     quiet_grid(above)

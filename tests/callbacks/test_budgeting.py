@@ -285,12 +285,12 @@ def costly(**arguments: Any) -> HessianSpectrumCallback:
 def fit(
     make_trainer: MakeTrainer, callback: Any, *others: Any, module: Any = None, **arguments: Any
 ) -> list[int]:
-    """Trains epochs of four steps, and returns the steps of the measurements."""
+    """Trains epochs of four steps, and returns how many were made at each measurement."""
     trainer = make_trainer(*others, callback, **{"max_epochs": 6, **arguments})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module or Slow(), train_loader(), val_loader())
-    return [int(row["step"]) for row in callback.history]
+    return [int(row["step"]) + 1 for row in callback.history]
 
 
 def test_a_run_that_pays_for_none_has_the_last(
@@ -368,6 +368,9 @@ def test_an_end_that_nobody_foresaw_is_caught_up_in_one_row(
     (late,) = [one for one in found if one["hessian/lambda_1"] and one["val_loss"]]
     assert float(late["hessian/lambda_1"]) == pytest.approx(row["lambda_1"], rel=1e-5)
     assert float(late["val_loss"]) == pytest.approx(row["val_loss"], rel=1e-5)
+    assert int(late["step"]) == row["step"]
+    of_it = [one for one in found if int(one["step"]) == row["step"] and one["val_loss"]]
+    assert len(of_it) == 2  # that of Lightning, and this one
 
 
 def test_a_validation_that_cannot_be_caught_up_is_told(
@@ -383,8 +386,7 @@ def test_a_validation_that_cannot_be_caught_up_is_told(
     with caplog.at_level(logging.INFO):
         steps = fit(make_trainer, callback, module=Stops(), check_val_every_n_epoch=3)
     assert steps == []
-    assert "the last validation, at step 12, was not measured" in caplog.text
-    assert "the run went on to step 15" in caplog.text
+    assert "the last validation was not measured: the run went on for 3 more steps" in caplog.text
 
 
 def test_weights_are_the_same_when_the_last_is_caught_up(make_trainer: MakeTrainer) -> None:
@@ -483,7 +485,7 @@ def test_a_few_products_are_measured_between_whole_measurements(
         ends.append([parameter.detach().clone() for parameter in module.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     (callback,), (cheap,) = callbacks, instruments or []
-    assert [int(row["step"]) for row in callback.history] == [16]  # the whole one, at the end
+    assert [int(row["step"]) for row in callback.history] == [15]  # the whole one, at the end
     with open(next((tmp_path / "1").rglob("metrics.csv"))) as file:
         rows = list(csv.DictReader(file))
     logged = [float(row["cheap/gradient"]) for row in rows if row["cheap/gradient"]]
@@ -503,7 +505,7 @@ def test_what_is_absent_among_them_is_told_once(make_trainer: MakeTrainer) -> No
         warnings.simplefilter("always")
         trainer.fit(Slower(), train_loader(), val_loader())
     (said,) = [str(w.message) for w in caught if "no length" in str(w.message)]
-    assert said == "Step 4: There is no length at all."  # between whole measurements
+    assert said == "Step 3: There is no length at all."  # between whole measurements
 
 
 def test_a_failure_among_them_is_told_and_training_goes_on(make_trainer: MakeTrainer) -> None:
@@ -514,4 +516,4 @@ def test_a_failure_among_them_is_told_and_training_goes_on(make_trainer: MakeTra
     with pytest.warns(UserWarning, match="No statistics of stability: .*no length today"):
         trainer.fit(Slow(), train_loader(), val_loader())
     assert trainer.global_step == 24
-    assert [int(row["step"]) for row in callback.history] == [24]
+    assert [int(row["step"]) for row in callback.history] == [23]

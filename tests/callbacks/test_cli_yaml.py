@@ -141,7 +141,7 @@ def test_a_schedule_object(package: str, tmp_path: Path) -> None:
     entry = {"class_path": "lightning_hessian.HessianSpectrumCallback", "init_args": arguments}
     callback = _callback(_run(package, tmp_path, [entry]))
     assert callback.schedule == AtSteps([5])
-    assert [row["step"] for row in callback.history] == [8]
+    assert [row["step"] for row in callback.history] == [7]
 
 
 def test_an_unknown_argument_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,8 +169,7 @@ def test_statistics_stand_in_the_row_of_the_monitor(measured: Any, logger: str) 
     assert len(rows) == EPOCHS
     _assert_history(rows, measured.history)
     step = "trainer/global_step" if logger == "wandb" else "step"
-    # Lightning counts the steps of its rows from 0, the optimizer's are counted from 1.
-    assert [row[step] for row in rows] == [row["step"] - 1 for row in measured.history]
+    assert [row[step] for row in rows] == [row["step"] for row in measured.history]
 
 
 @pytest.mark.parametrize("logger", ["wandb", "csv", "tensorboard"])

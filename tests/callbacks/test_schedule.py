@@ -21,10 +21,10 @@ MakeTrainer = Callable[..., Any]
 
 
 def _fit(make_trainer: MakeTrainer, callback: Any, **arguments: Any) -> list[int]:
-    """Trains six epochs of four steps, and returns the steps of the measurements."""
+    """Trains six epochs of four steps, and returns how many were made at each measurement."""
     trainer = make_trainer(callback, **{"max_epochs": 6, **arguments})
     trainer.fit(Regression(), train_loader(), val_loader())
-    return [int(row["step"]) for row in callback.history]
+    return [int(row["step"]) + 1 for row in callback.history]
 
 
 class WhenTheStepDoubles:

@@ -90,7 +90,7 @@ def test_instruments_of_few_products_at_every_n_steps(
     monitor = LearningRateMonitor(logging_interval="step")
     _fit(make_trainer, callback, module, monitor, logger=logger, log_every_n_steps=1)
     whole = [4, 8, 12, 16, 20, 24]
-    assert [row["step"] for row in callback.history] == whole
+    assert [row["step"] + 1 for row in callback.history] == whole
     # What is due at a step that a validation was measured at is not measured again.
     wanted = sorted({*whole, *range(n, 24, n)})
     assert [step for step, _ in norm.rows] == wanted
@@ -98,15 +98,13 @@ def test_instruments_of_few_products_at_every_n_steps(
         assert found == pytest.approx(module.norms[step], rel=1e-6)
     logged = {int(float(row["own/step"])): row for row in _rows(logger) if row["own/step"]}
     assert list(logged) == wanted
-    # The loggers' step counts batches that were trained on: the one that the learning rate, which
-    # is logged before the next batch, stands at.
-    rates = {int(row["step"]) for row in _rows(logger) if row["lr-SGD"]}
+    # The loggers count rows from 0: the row of the batch that made the step.
+    losses = {int(row["step"]) for row in _rows(logger) if row["train_loss"]}
     for step, row in logged.items():
         assert bool(row["hessian/lambda_1"]) == (step in whole)
         assert row["stability/ratio"]
-        if step not in whole:
-            assert int(row["step"]) == step
-            assert int(row["step"]) in rates
+        assert int(row["step"]) == step - 1
+        assert int(row["step"]) in losses
 
 
 def test_the_update_is_that_of_the_step(make_trainer: MakeTrainer) -> None:
@@ -237,10 +235,10 @@ def test_whole_measurements_by_steps_and_at_the_end(
     said = _said(lambda: trainer.fit(Watched(), train_loader()))
     assert not [text for text in said if "measures nothing" in text]
     assert [step for step, _ in norm.rows] == few
-    assert [row["step"] for row in callback.history] == whole
+    assert [row["step"] + 1 for row in callback.history] == whole
     assert callback.history[-1]["epoch"] == 5
     logged = [row for row in _rows(logger) if row.get("hessian/lambda_1")]
-    assert [int(row["step"]) for row in logged] == whole
+    assert [int(row["step"]) + 1 for row in logged] == whole
     for row in callback.history:
         assert math.isfinite(row["train_loss"])
         assert "stability/update_curvature" in row  # that of the last step too
@@ -254,7 +252,7 @@ def test_a_share_of_the_time_without_validation(make_trainer: MakeTrainer) -> No
     )
     trainer = make_trainer(callback, max_epochs=6)
     trainer.fit(Watched(), train_loader())
-    assert [row["step"] for row in callback.history] == [24]
+    assert [row["step"] + 1 for row in callback.history] == [24]
     assert callback._budgeting.account.skipped == 4
     assert callback._budgeting.account.made == 1
 
@@ -265,20 +263,20 @@ def test_gradients_by_steps(make_trainer: MakeTrainer) -> None:
         every_n_validations=EveryNTrainSteps(10), monitor="train_loss",
     )  # fmt: skip
     make_trainer(callback, max_epochs=6).fit(Watched(), train_loader())
-    assert [row["step"] for row in callback.history] == [10, 20, 24]
+    assert [row["step"] + 1 for row in callback.history] == [10, 20, 24]
 
 
 def test_a_resumed_fit_goes_on_counting(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     first = small_callback(every_n_validations=EveryNTrainSteps(5), time_budget=None)
     trainer = make_trainer(first, max_epochs=3)
     trainer.fit(Watched(), train_loader())
-    assert [row["step"] for row in first.history] == [5, 10, 12]
+    assert [row["step"] + 1 for row in first.history] == [5, 10, 12]
     trainer.save_checkpoint(tmp_path / "three.ckpt")
     second = small_callback(every_n_validations=EveryNTrainSteps(5), time_budget=None)
     make_trainer(second, max_epochs=5).fit(
         Watched(), train_loader(), ckpt_path=tmp_path / "three.ckpt"
     )
-    assert [row["step"] for row in second.history] == [5, 10, 12, 15, 20]
+    assert [row["step"] + 1 for row in second.history] == [5, 10, 12, 15, 20]
 
 
 def test_a_failure_at_a_step_is_told_and_training_goes_on(make_trainer: MakeTrainer) -> None:
@@ -294,7 +292,7 @@ def test_a_failure_at_a_step_is_told_and_training_goes_on(make_trainer: MakeTrai
     said = _said(lambda: trainer.fit(Watched(), train_loader()))
     assert trainer.global_step == 12
     assert [text for text in said if "a slip" in text]
-    assert [row["step"] for row in callback.history] == [12]
+    assert [row["step"] + 1 for row in callback.history] == [12]
 
 
 def test_misuse() -> None:

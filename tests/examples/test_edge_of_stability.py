@@ -43,7 +43,7 @@ def test_a_table_and_a_figure(example, tmp_path, monkeypatch, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
     for name in ("gd", "sgd"):
         rows = found["rows"][name]
-        assert rows["step"].tolist() == [15, 30, 40]  # and the whole one, when training has ended
+        assert rows["step"].tolist() == [14, 29, 39]  # and the whole one, when training has ended
         np.testing.assert_allclose(rows["stability/threshold"], 40.0)  # 2 / 0.05
         np.testing.assert_allclose(rows["stability/ratio"], rows["stability/sharpness"] / 40)
         assert np.isfinite(rows["stability/loss"]).all()

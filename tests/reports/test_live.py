@@ -52,7 +52,7 @@ def test_the_page_holds_the_numbers_of_the_run(trained: Any, tmp_path: Path) -> 
     assert (data["status"], data["refresh"], data["measurements"]) == ("finished", None, 6)
     charts = {c["title"]: c for part in data["sections"] for c in part["charts"]}
     (line,) = charts["Largest eigenvalue"]["series"]
-    expected = [[row["step"] - 1, row["lambda_1"]] for row in history]
+    expected = [[row["step"], row["lambda_1"]] for row in history]
     np.testing.assert_allclose(line["points"], expected, rtol=1e-6)
     (scatter,) = charts["val_loss over d_ks, in a run"]["series"]
     np.testing.assert_allclose(

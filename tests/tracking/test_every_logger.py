@@ -96,9 +96,7 @@ def names_at(measurement: int) -> set[str]:
 def assert_files(folder: Path) -> None:
     """The pictures of each drawn measurement."""
     found = {path.name for path in (folder / "figures").iterdir()}
-    expected = {
-        f"{name}_step_{2 * i:08}.png" for i in DRAWN for name in names_at(i)
-    }  # named by the optimizer's steps
+    expected = {f"{name}_step_{2 * i - 1:08}.png" for i in DRAWN for name in names_at(i)}
     assert found == expected
     for path in (folder / "figures").glob("*.png"):
         assert_picture(path.read_bytes())
@@ -121,8 +119,7 @@ def assert_wandb(run: Any, folder: Path, callback: Any) -> None:
     assert_spectra(read_spectra(folder)["hessian"], callback)
     steps = [row["trainer/global_step"] for row in run.rows if "trainer/global_step" in row]
     assert steps == sorted(steps)
-    # The last is drawn when training ends: one step later, by Lightning's count.
-    assert list(pictures) == [2 * i - 1 for i in DRAWN[:-1]] + [12]
+    assert list(pictures) == [2 * i - 1 for i in DRAWN]
     (files,) = folder.glob("wandb/offline-run-*/files")
     for measurement, shown in zip(DRAWN, pictures.values(), strict=True):
         assert {key for key, _ in shown} == {f"figures/{n}" for n in names_at(measurement)}
@@ -189,7 +186,7 @@ def tensorboard_holds(logger: Any, callback: Any) -> None:
     assert_spectra(spectra, callback)
     assert set(tags["images"]) == {f"figures/{name}" for name in names_at(6)}
     images = events.Images("figures/hessian_rank")
-    assert [image.step for image in images] == [1, 5, 9, 12]
+    assert [image.step for image in images] == [1, 5, 9, 11]
     for image in images:
         assert_picture(image.encoded_image_string)
 
@@ -245,7 +242,7 @@ def test_mlflow_with_a_file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     codes = [(int(re.findall(r"\d+", p.name)[-1]), p.read_text()) for p in texts]
     assert_spectra([(step, decode_spectrum(code)) for step, code in codes], callback)
     shown = {path.name for path in (store / "artifacts" / "figures").iterdir()}
-    assert shown == {f"{n}_step_{2 * i:08}.png" for i in DRAWN for n in names_at(i)}
+    assert shown == {f"{n}_step_{2 * i - 1:08}.png" for i in DRAWN for n in names_at(i)}
     for path in (store / "artifacts" / "figures").iterdir():
         assert_picture(path.read_bytes())
 
@@ -313,8 +310,8 @@ def test_comet_offline(tmp_path: Path) -> None:
                     texts[about["step"]] = decode_spectrum(content.decode())
     assert_scalars(scalars_by_step(metrics), callback)
     assert_spectra(sorted(texts.items()), callback)
-    assert list(shown) == [1, 5, 9, 12]
-    assert shown[12] == {f"figures/{name}" for name in names_at(6)}
+    assert list(shown) == [1, 5, 9, 11]
+    assert shown[11] == {f"figures/{name}" for name in names_at(6)}
 
 
 def test_a_run_that_logs_nothing_writes_nothing(tmp_path: Path) -> None:

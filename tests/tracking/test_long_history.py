@@ -24,7 +24,7 @@ def test_what_is_not_due_is_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(panels_module, "decode_spectrum", lambda code: decoded.append(code))
     panels = Panels("hessian", 10)
     for count in range(2, 10):
-        panels.add_spectrum(_code(count), count, count, [], tmp_path)
+        panels.add_spectrum(_code(count), count, [], tmp_path)
         assert not panels.is_due(count)
     assert decoded == []
     assert panels.is_due(11)
@@ -34,7 +34,7 @@ def test_spectra_kept_are_bounded_and_span_the_run(tmp_path):
     panels = Panels("hessian", 10)
     code = _code(0)
     for step in range(3000):
-        panels.add_spectrum(code, step, step, [], tmp_path)
+        panels.add_spectrum(code, step, [], tmp_path)
     steps = [step for step, _ in panels.spectra]
     assert 100 < len(panels.state_dict()["spectra"]) == len(steps) <= 400
     assert steps[0] == 0

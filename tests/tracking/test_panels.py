@@ -26,8 +26,9 @@ from lightning_hessian.tracking.loggers import ADAPTERS, adapter
 
 
 def drawn_at(folder: str | Path) -> list[int]:
+    """Returns after how many steps a figure was drawn; its file counts them from 0."""
     found = Path(folder).glob("figures/hessian_rank_step_*.png")
-    return sorted(int(path.stem.rpartition("_")[2]) for path in found)
+    return sorted(int(path.stem.rpartition("_")[2]) + 1 for path in found)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_correlations_cadence_and_emergence_survive_a_resume(tmp_path: Path) -> 
     path = str(tmp_path / "checkpoints" / "last.ckpt")
     torch.load(path, weights_only=True)  # the state is primitives and tensors alone
     train(tmp_path, [second], logger, epochs=5, ckpt_path=path)
-    assert [row["step"] for row in second.history] == list(range(2, 21, 2))
+    assert [row["step"] for row in second.history] == list(range(1, 20, 2))
     assert second.history[:4] == first.history
     for (statistic, monitor), found in second.correlations().items():
         x, y = ([row[key] for row in second.history] for key in (statistic, monitor))
@@ -167,7 +168,7 @@ def test_correlations_cadence_and_emergence_survive_a_resume(tmp_path: Path) -> 
         assert found.spearman == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-9)
     # Measurements 5 to 10 are new; of every third the seventh and the tenth are due.
     assert drawn_at(logger.log_dir) == [14, 20]
-    assert [step for step, _ in second._panels.spectra] == list(range(2, 21, 2))
+    assert [step for step, _ in second._panels.spectra] == list(range(1, 20, 2))
     assert len(read_spectra(logger.log_dir)["hessian"]) == 6
 
 
@@ -199,8 +200,8 @@ def test_gradients_have_figures_and_spectra_too(tmp_path: Path) -> None:
     train(tmp_path, [small_callback(figures=None), gradients], logger)
     names = {path.name for path in Path(logger.log_dir, "figures").glob("*.png")}
     assert names == {f"gradient_{name}_step_{step:08}.png" for name, step in [
-        ("spectra", 2), ("spectra", 10), ("spectra", 12), ("scatter_val_loss", 10),
-        ("scatter_val_loss", 12), ("scatter_gap", 10), ("scatter_gap", 12)]}  # fmt: skip
+        ("spectra", 1), ("spectra", 9), ("spectra", 11), ("scatter_val_loss", 9),
+        ("scatter_val_loss", 11), ("scatter_gap", 9), ("scatter_gap", 11)]}  # fmt: skip
     found = read_spectra(logger.log_dir)["gradient"]
     assert gradients.last_structure is not None
     np.testing.assert_allclose(
