@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from lightning_hessian.tracking.charts import Chart
+
 STEP = "trainer/global_step"
 """The step metric that `WandbLogger` writes into each of its rows."""
 
@@ -45,6 +47,7 @@ class Adapter:
         define: ``define(logger, keys)``, called before a key is first logged.
         pictures: ``pictures(logger, pictures, step)``.
         text: ``text(logger, key, value, step)``.
+        chart: ``chart(logger, chart, step)``, of one that the dashboard draws; nothing stands in.
         folder: ``folder(logger)``, where its run keeps files; None if it is not known.
         takes_files: Whether files stand in for what is None above.
         readable_texts: Whether a report can read the texts back; else a file in ``folder`` holds
@@ -54,6 +57,7 @@ class Adapter:
     define: Callable[[Any, Iterable[str]], None] | None = None
     pictures: Callable[[Any, list[Picture], int], None] | None = None
     text: Callable[[Any, str, str, int], None] | None = None
+    chart: Callable[[Any, Chart, int], None] | None = None
     folder: Callable[[Any], str | Path | None] = lambda logger: (
         getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
     )
@@ -140,6 +144,21 @@ def _wandb_text(logger: Any, key: str, value: str, step: int) -> None:
     logger.experiment.log({_prefixed(logger, key): value, STEP: step})
 
 
+def _wandb_chart(logger: Any, chart: Chart, step: int) -> None:
+    import wandb
+
+    columns = ["x", "line", "y"]
+    rows = [[float(x), name, float(y)] for name, points in chart.lines.items() for x, y in points]
+    # A preset of W&B's: a Vega spec of our own would have to be saved on the server first.
+    plot = wandb.plot_table(
+        "wandb/lineseries/v0",
+        wandb.Table(columns=columns, data=rows),
+        fields={"step": "x", "lineKey": "line", "lineVal": "y"},
+        string_fields={"title": chart.title, "xname": chart.x},
+    )
+    logger.experiment.log({_prefixed(logger, chart.key): plot, STEP: step})
+
+
 # TensorBoard ----------------------------------------------------------------------------------
 
 
@@ -183,7 +202,7 @@ def _comet_text(logger: Any, key: str, value: str, step: int) -> None:
 
 
 ADAPTERS: Mapping[str, Adapter] = {
-    "WandbLogger": Adapter(_wandb_define, _wandb_pictures, _wandb_text),
+    "WandbLogger": Adapter(_wandb_define, _wandb_pictures, _wandb_text, _wandb_chart),
     "TensorBoardLogger": Adapter(
         pictures=_tensorboard_pictures, text=_tensorboard_text, readable_texts=False
     ),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_hessian.linear.rng import preserved_rng
 from lightning_hessian.results import FloatArray
 from lightning_hessian.results.base import text_of
+from lightning_hessian.tracking.charts import rank_chart
 from lightning_hessian.tracking.loggers import Adapter, Picture, adapter, write_picture, write_text
 from lightning_hessian.tracking.metrics_file import NAME, MetricsFile
 from lightning_hessian.tracking.spectra import decode_spectrum
@@ -167,11 +168,25 @@ class Panels:
             for logger, hand_over in takers:
                 what = f"logging figures to {type(logger).__name__}"
                 self._try(what, hand_over, logger, pictures, step)
+            self._draw_chart(step, loggers)
             for place in folders:
                 for picture in pictures:
                     self._try("writing figures", write_picture, place, picture)
 
     # Inside ----------------------------------------------------------------------------------
+
+    def _draw_chart(self, step: int, loggers: Iterable[Any]) -> None:
+        """Give the last spectrum to the loggers that draw charts themselves."""
+        takers = _takers(loggers, "chart")
+        if not takers or step not in self._codes:
+            return
+        leading = decode_spectrum(self._codes[step]).leading
+        chart = self._try("preparing a chart", rank_chart, self.prefix, leading, step)
+        if chart is None:
+            return
+        for logger, hand_over in takers:
+            self.define([logger], [f"{chart.key}_table"])
+            self._try(f"logging a chart to {type(logger).__name__}", hand_over, logger, chart, step)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

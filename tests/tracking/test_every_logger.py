@@ -16,6 +16,7 @@ from support.runs import (
     csv_rows,
     finished,
     measuring,
+    measuring_rank_only,
     tensorboard_events,
     train,
     wandb_logger,
@@ -167,6 +168,47 @@ def test_every_key_is_defined_by_its_name_on_the_right_step(tmp_path: Path) -> N
     assert not any("*" in name for name in defined)
 
 
+@pytest.mark.usefixtures("own_wandb")
+def test_wandb_draws_a_rank_plot_itself(tmp_path: Path) -> None:
+    import powerlaw
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from lightning_hessian.histories.transaction_log import TransactionLog
+
+    callback, logger = measuring_rank_only(figures=2, num_eigenvalues=24), wandb_logger(tmp_path)
+    train(tmp_path, [callback], logger)
+    run = finished(logger, tmp_path)
+    key = "charts/hessian_rank"
+    logged = [row for row in run.rows if f"{key}_table.path" in row]
+    pictures = [row for row in run.rows if "figures/hessian_rank.path" in row]
+    steps = [[row["trainer/global_step"] for row in rows] for rows in (logged, pictures)]
+    assert steps[0] == steps[1] == [1, 5, 9, 12]
+    (files,) = tmp_path.glob("wandb/offline-run-*/files")
+    table = json.loads((files / logged[-1][f"{key}_table.path"]).read_text())
+    assert table["columns"] == ["x", "line", "y"]
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for x, name, y in table["data"]:
+        lines[name].append((x, y))
+    assert list(lines) == ["step 12", "fitted power law"]
+    leading = callback.last_spectrum.leading
+    expected = np.log10([np.arange(1, len(leading) + 1), leading]).T
+    np.testing.assert_allclose(lines["step 12"], expected, atol=1e-6)
+    fit = powerlaw.Fit(leading, xmin=leading.min(), verbose=0)
+    (x0, y0), (x1, y1) = lines["fitted power law"]
+    assert (x0, x1) == (0, pytest.approx(np.log10(len(leading))))
+    assert y1 == pytest.approx(np.log10(leading.min()), abs=1e-6)
+    assert (y0 - y1) / (x1 - x0) == pytest.approx(1 / (fit.power_law.alpha - 1), rel=1e-4)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    shown = []
+    with file.open("rb") as opened:
+        for _, payload in TransactionLog(opened):
+            for item in Record.FromString(payload).config.update:
+                if tuple(item.nested_key) == ("_wandb", "visualize", key):
+                    shown.append(json.loads(item.value_json)["panel_config"])
+    assert shown[-1]["panelDefId"] == "wandb/lineseries/v0"
+    assert shown[-1]["fieldSettings"] == {"step": "x", "lineKey": "line", "lineVal": "y"}
+
+
 # The others -----------------------------------------------------------------------------------
 
 
@@ -316,6 +358,7 @@ def test_comet_offline(tmp_path: Path) -> None:
 
 def test_a_run_that_logs_nothing_writes_nothing(tmp_path: Path) -> None:
     train(tmp_path, [measuring(figures=None)], False)
+    assert not list(tmp_path.rglob("metrics.csv"))
     train(tmp_path, [measuring()], True, epochs=1, fast_dev_run=True, val_check_interval=None)
     assert not list(tmp_path.rglob("*.png"))
     assert not list(tmp_path.rglob("*.jsonl"))
