@@ -189,9 +189,9 @@ class Measuring:
             costs = {one.name: float(one.cost(session)) for one in self.instruments}
             total = sum(costs.values())
             seconds = self.expected_seconds(session, total)
-            self._few = tuple(one for one in self.instruments if costs[one.name] <= FEW_PRODUCTS)
+            self._few = _of_few_products(self.instruments, session)
             if self._few:  # a product for each batch, or two, where all is ready at once
-                few = sum(costs[one.name] for one in self._few)
+                few = sum(_cost_between(one, session) for one in self._few)
                 self._budgeting.account.estimate_of_few = seconds * (few + 1) / total
         most = _ADVICE.get(max(costs, key=costs.__getitem__), "the cost of your instruments")
         advice = f"num_batches ({self.num_batches}) or {most.format(**vars(self))}"
@@ -211,9 +211,7 @@ class Measuring:
                 else:
                     session = self.session(pl_module, self._batches[: self._ranks.world])
                     with session, session.ranks.together():
-                        self._few = tuple(
-                            one for one in self.instruments if one.cost(session) <= FEW_PRODUCTS
-                        )
+                        self._few = _of_few_products(self.instruments, session)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
             failure = error
         account.pay(time.monotonic() - begun)
@@ -342,3 +340,13 @@ class Measuring:
         if topic not in self._warned and self._ranks.rank == 0:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=3)
+
+
+def _cost_between(instrument: Instrument, session: Session) -> float:
+    """Return the products of a measurement between whole ones; by ``cost_between`` where it is."""
+    return float(getattr(instrument, "cost_between", instrument.cost)(session))
+
+
+def _of_few_products(instruments: Sequence[Instrument], session: Session) -> tuple[Instrument, ...]:
+    """Return the instruments that are measured between whole measurements too."""
+    return tuple(one for one in instruments if _cost_between(one, session) <= FEW_PRODUCTS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.linear.operator import SymmetricOperator
+from lightning_hessian.linear.preconditioned import PreconditionedOperator
 from lightning_hessian.linear.shards import Shard
 
 NUM_LEADING = 10
@@ -46,6 +47,27 @@ class Leading:
         whole = float(shard.norm(vector.to(shard.ranks.device))) ** 2
         return min(1.0, float(within.square().sum()) / whole) if whole > 0 else None
 
+    def under(self, operator: PreconditionedOperator) -> Tensor:
+        """Return about where the leading eigenvector of R A R is, A the operator of these pairs.
+
+        It is that of R V^T diag(values) V R, with the eigenvectors V that are known in the place of
+        all. With B = R V^T it is B D e, D the roots of the values and e the leading eigenvector of
+        D B^T B D, of order k. So it takes no product with A. All ranks call it together.
+
+        Args:
+            operator: R A R, for a positive sign.
+
+        Returns:
+            A vector [n_local] of any length, zero where R or all values are.
+        """
+        shard = operator.shard
+        vectors = self.vectors.to(operator.device, operator.dtype)
+        rows = torch.stack([operator.through(vector) for vector in vectors])
+        roots = torch.tensor(self.values, dtype=torch.float64).clamp(min=0).sqrt()
+        gram = roots[:, None] * _summed(rows @ rows.T, shard) * roots
+        weights = shard.ranks.broadcast(roots * torch.linalg.eigh(gram)[1][:, -1])
+        return weights.to(rows) @ rows
+
     def angle_to(self, other: Leading, shard: Shard) -> float:
         """Return the largest principal angle between two spans, in degrees.
 
@@ -70,7 +92,9 @@ def turn_bound(before: Leading, now: Leading, operator: SymmetricOperator) -> fl
     latter of H. HPL eq. 7 says the same of one eigenvector and a change E of H, with 2 norm(E)
     and the gaps beside it; R is what of E the span feels, so that E itself need not be known.
 
-    It takes k products. All ranks call it together.
+    It takes at most k products, begun with the last vector, which turns most. The gap only falls
+    and norm(R) only grows as vectors join, so that a closed gap ends it: often after one product.
+    All ranks call it together.
 
     Returns:
         Degrees; 90, which says nothing, where the gap is closed; None where lambda_{k+1} is not
@@ -81,14 +105,23 @@ def turn_bound(before: Leading, now: Leading, operator: SymmetricOperator) -> fl
     if now.beyond is None or len(before.vectors) != len(now.vectors):
         return None
     shard = operator.shard
-    vectors = before.vectors.to(operator.device, operator.dtype)
-    products = torch.stack([operator.matvec(vector) for vector in vectors])
-    middle = _summed(vectors @ products.T, shard)
-    middle = (middle + middle.T) / 2
-    rest = products - middle.to(products.device, products.dtype) @ vectors
-    residual = math.sqrt(max(0.0, float(torch.linalg.eigvalsh(_summed(rest @ rest.T, shard))[-1])))
-    gap = float(torch.linalg.eigvalsh(middle)[0]) - now.beyond
-    return math.degrees(math.asin(residual / gap)) if gap > residual else 90.0
+    vectors = before.vectors.to(operator.device, operator.dtype).flip(0)
+    middle = torch.zeros(len(vectors), 0, dtype=torch.float64)
+    rest = vectors[:0]
+    gap, residual = math.inf, 0.0
+    for row, vector in enumerate(vectors):
+        product = operator.matvec(vector)
+        column = _summed(vectors @ product, shard)
+        rest = torch.cat([rest, (product - column.to(product) @ vectors)[None]])
+        middle = torch.cat([middle, column[:, None]], dim=1)
+        inner = middle[: row + 1]  # the part of M on the vectors so far
+        least = torch.linalg.eigvalsh((inner + inner.T) / 2)[0]
+        square = torch.linalg.eigvalsh(_summed(rest @ rest.T, shard))[-1].clamp(min=0)
+        found = shard.ranks.broadcast(torch.stack([least - now.beyond, square.sqrt()]))
+        gap, residual = found.tolist()
+        if gap <= residual:
+            return 90.0
+    return math.degrees(math.asin(residual / gap))
 
 
 def kept(vectors: Tensor, most: int, operator: SymmetricOperator) -> Tensor:

@@ -127,7 +127,16 @@ class StabilityInstrument:
         self._forget()
 
     def cost(self, session: Session) -> int:
-        """Return how many products a measurement takes at most, once it has been made."""
+        """Return how many products the next measurement takes at most, by what it starts from."""
+        if not _trains(session):
+            return 0
+        most = self._most(beside=session.leading is not None)
+        span = self._memory.leading
+        # Beside a whole spectrum the bound of the drift takes a product for each vector before.
+        return most + (len(span.vectors) if span is not None and len(span.vectors) > 1 else 0)
+
+    def cost_between(self, session: Session) -> int:
+        """Return how many products one takes at most that starts where another has ended."""
         return self.max_products if _trains(session) else 0
 
     def measure(self, session: Session, allowance: Allowance | None) -> Scalars | Absent:
@@ -135,6 +144,11 @@ class StabilityInstrument:
         if not _trains(session):
             return Absent(())
         return _Measurement(self, session, allowance or UNBOUNDED).made()
+
+    def _most(self, *, beside: bool) -> int:
+        """Return the bound on products but those of the drift, beside a whole spectrum or not."""
+        cold = beside or self._memory.plain is None
+        return self.max_products * (_COLD if cold else 1)
 
     def _forget(self) -> None:
         self._memory.plain = self._memory.stepped = self._memory.leading = None
@@ -184,9 +198,7 @@ class _Measurement:
         found = session.leading
         if found is not None and found.names != self.names:
             found = None
-        self.bound = self.of.max_products
-        if found is not None or self.memory.plain is None:
-            self.bound *= _COLD
+        self.bound = self.of._most(beside=found is not None)
         if self.allowance.products_left is not None:
             self.bound = min(self.bound, self.allowance.products_left)
         gradient = session.gradient()
@@ -258,7 +270,7 @@ class _Measurement:
         operator = stepping.operator(self.hessian)
         near = self.memory.stepped
         if found is not None:  # the same whatever was found between whole spectra
-            near = operator.through(found.vectors[0].to(gradient))
+            near = found.under(operator) if operator.sign > 0 else None
         start = self._start(near, operator.through(gradient))
         pair = self._pair(operator, start, "sharpness", reserved)
         if pair is not None:

@@ -312,6 +312,29 @@ def test_the_account_is_kept(trained: Problem) -> None:
     assert np.median(counts[1:]) <= 8
 
 
+def test_what_it_will_take_is_told_before(trained: Problem) -> None:
+    """From nothing, beside a whole spectrum, and with the bound of the drift since the last one."""
+    module = copy.deepcopy(trained.module)
+    instrument, told, taken = StabilityInstrument(max_products=10), [], []
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    for _ in range(3):
+        module.zero_grad()
+        loss_of(trained, module)().backward()
+        optimizer.step()
+        update = {name: torch.ones_like(p) for name, p in module.named_parameters()}
+        training, allowance = Training((optimizer,), update), Allowance()
+        with Session(module, trained.loss_fn, trained.batches, training=training) as session:
+            session.spend_from(allowance)
+            if told:
+                SpectrumInstrument(num_eigenvalues=13, trace_probes=0).measure(session, allowance)
+            told.append(instrument.cost(session))
+            assert instrument.cost_between(session) == 10
+            taken.append(instrument.measure(session, allowance).scalars()["num_hvps"])
+    assert told == [30, 30, 40]
+    assert all(spent <= most for spent, most in zip(taken, told, strict=True))
+    assert taken[1] <= 10  # it starts from the vectors of the spectrum
+
+
 def test_what_the_bound_cuts_off_is_told_with_its_residual(trained: Problem) -> None:
     module = copy.deepcopy(trained.module)
     sgd = torch.optim.SGD(module.parameters(), lr=0.1)
