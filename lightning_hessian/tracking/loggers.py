@@ -201,6 +201,44 @@ def _comet_text(logger: Any, key: str, value: str, step: int) -> None:
     logger.experiment.log_text(value, step=step, metadata={"key": key})
 
 
+# Trackio, SwanLab -----------------------------------------------------------------------------
+
+
+def _images_at_step(logger: Any, pictures: list[Picture], step: int) -> None:
+    from PIL import Image
+
+    for picture in pictures:
+        image = Image.open(io.BytesIO(picture.png)).convert("RGB")
+        logger.log_image(picture.key, [image], step, caption=[f"step {picture.step}"])
+
+
+def _trackio_text(logger: Any, key: str, value: str, step: int) -> None:
+    logger.log_text(key, value, step)
+
+
+def _swanlab_text(logger: Any, key: str, value: str, step: int) -> None:
+    logger.log_text(key, [value], step)
+
+
+# Aim ------------------------------------------------------------------------------------------
+
+
+def _aim_pictures(logger: Any, pictures: list[Picture], step: int) -> None:
+    from aim import Image
+    from PIL import Image as Pillow
+
+    for picture in pictures:
+        image = Pillow.open(io.BytesIO(picture.png)).convert("RGB")
+        shown = Image(image, caption=f"step {picture.step}")
+        logger.experiment.track(shown, name=picture.key, step=step)
+
+
+def _aim_text(logger: Any, key: str, value: str, step: int) -> None:
+    from aim import Text
+
+    logger.experiment.track(Text(value), name=key, step=step)
+
+
 ADAPTERS: Mapping[str, Adapter] = {
     "WandbLogger": Adapter(_wandb_define, _wandb_pictures, _wandb_text, _wandb_chart),
     "TensorBoardLogger": Adapter(
@@ -208,6 +246,9 @@ ADAPTERS: Mapping[str, Adapter] = {
     ),
     "MLFlowLogger": Adapter(pictures=_mlflow_pictures, text=_mlflow_text),
     "CometLogger": Adapter(pictures=_comet_pictures, text=_comet_text),
+    "TrackioLogger": Adapter(pictures=_images_at_step, text=_trackio_text),
+    "SwanLabLogger": Adapter(pictures=_images_at_step, text=_swanlab_text),
+    "AimLogger": Adapter(pictures=_aim_pictures, text=_aim_text),
     "CSVLogger": Adapter(folder=lambda logger: logger.log_dir),
     "DummyLogger": Adapter(takes_files=False),  # that of fast_dev_run
 }
