@@ -173,7 +173,8 @@ def draw(rows: list[dict[str, Any]], curves: dict[str, dict[str, dict[float, Any
     left.set(xlabel="mean Jensen-Shannon distance of the layers' spectra",
              ylabel="loss of SGD - loss of Adam")  # fmt: skip
     left.legend(frameon=False, fontsize="small")
-    right.set(xlabel="learning rate (SGD solid, Adam dashed)", ylabel="loss after training")
+    right.set(xlabel="learning rate (SGD solid, Adam dashed)", ylabel="loss after training",
+              ylim=(None, 3))  # fmt: skip
     quiet_grid(left)
     quiet_grid(right)
     return figure
