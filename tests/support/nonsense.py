@@ -40,6 +40,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "memory": {"10**12": BOUND},
     "memory_budget": {"10**12": BOUND},
     "clip_norm": {"10**12": BOUND},
+    "momentum": {"0": "the default"},
     "num_steps": {"10**12": "no more than there are parameters are taken"},
     "density_steps": {"10**12": "no more than there are parameters are taken"},
     "every_n_validations": {"10**12": "a validation that does not come in this run"},
