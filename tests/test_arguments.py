@@ -87,6 +87,7 @@ NET = Net()
 BATCHES = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(2)]
 MEASURED = {"model": NET, "loss_fn": _loss, "batches": BATCHES}
 MATRICES = {"inputs": [[1.0, 2.0]], "W": [[1.0, 1.0]], "V": [[1.0], [2.0]]}
+ZIPF = {"num_eigenvalues": 5, "slope": 1.0}
 
 
 def _checked(callback: type) -> Callable[..., Any]:
@@ -187,6 +188,16 @@ DOCUMENTED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "theory.marchenko_pastur": (theory.marchenko_pastur, {"x": [1.0], "ratio": 0.5}),
     "theory.marchenko_pastur_edges": (theory.marchenko_pastur_edges, {"ratio": 0.5}),
     "theory.semicircle": (theory.semicircle, {"x": [1.0]}),
+    "theory.max_entropy_density": (theory.max_entropy_density, {"x": [1.0], "beta": 2.0}),
+    "theory.zipf_eigenvalues": (theory.zipf_eigenvalues, ZIPF),
+    "theory.zipf_eigengaps": (theory.zipf_eigengaps, ZIPF),
+    "theory.eigengaps_of_values": (
+        theory.eigengaps_of_values, {"eigenvalues": [3.0, 2.0, 1.0], "slope": 1.0},
+    ),
+    "theory.approximate_eigengaps": (theory.approximate_eigengaps, ZIPF),
+    "theory.eigenvector_bound": (
+        theory.eigenvector_bound, {**ZIPF, "perturbation": 0.1, "lambda_1": 1.0},
+    ),
     "PowerLawMetric": (PowerLawMetric, {}),
     "losses.linear_cross_entropy": (
         linear_cross_entropy,

@@ -233,7 +233,8 @@ class Bench:
                 module, _decayed(measure.weight_decay), [(self.data.inputs, self.data.labels)],
                 num_gradients=measure.count, batch_size=measure.batch_size,
                 tests=bool(wanted & {"dimension", "iteration"}), clip_norm=measure.clip_norm,
-                preconditioner=measure.preconditioner, mode=measure.mode, seed=self.settings.seed,
+                preconditioner=measure.preconditioner, momentum=measure.momentum,
+                mode=measure.mode, seed=self.settings.seed,
                 num_eigenvalues=max(row.measure.k for row in group),
             )  # fmt: skip
             for row in group:

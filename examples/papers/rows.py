@@ -106,6 +106,7 @@ class Gradients:
         clip_norm: Of each mini-batch's gradient.
         preconditioner: None or ``"adam"``.
         weight_decay: Of a term weight_decay / 2 norm(theta)^2 of the loss.
+        momentum: Of SGD, whose buffers stand in the place of the gradients.
         mode: ``"train"`` for batch normalisation by the mini-batch.
     """
 
@@ -117,6 +118,8 @@ class Gradients:
     preconditioner: str | None = None
     weight_decay: float = 0.0
     mode: Literal["eval", "train"] = "eval"
+    # Not in the repr, whose hash names the results that were made before there was momentum.
+    momentum: float = field(default=0.0, repr=False)
 
     @property
     def run(self) -> Gradients:
@@ -180,7 +183,9 @@ class Row:
     @property
     def definition(self) -> str:
         """What was trained and measured, in short: a result of another one is out of date."""
-        return _short_hash((self.network, self.epoch, self.measure))
+        momentum = getattr(self.measure, "momentum", 0.0)
+        late = (momentum,) if momentum else ()
+        return _short_hash((self.network, self.epoch, self.measure, *late))
 
 
 def _short_hash(value: object) -> str:

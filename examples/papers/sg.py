@@ -247,6 +247,9 @@ def _lenet_on_cifar() -> list[Row]:
          Gradients(100, "covariance", weight_decay=5e-4), _spectrum("0.0107", "1.300"),
          "At fixed parameters weight decay adds one vector to all gradients, and their covariance "
          "cannot change; what the paper did besides is not said."),
+        ("10", "CIFAR-10 LeNet Random Momentum", CIFAR_10, "Random",
+         Gradients(100, "covariance", momentum=0.9), _spectrum("0.00806", "1.262"),
+         "The buffers of SGD with momentum 0.9 at fixed parameters; the paper does not say how."),
         ("10", "CIFAR-10 LeNet Random Adam", CIFAR_10, "Random",
          Gradients(100, "covariance", preconditioner="adam"), _spectrum("0.0634"),
          "Gradients over sqrt(v), v the mean of their squares; the paper does not say how."),

@@ -65,6 +65,7 @@ class GradientStructureCallback(MeasurementCallback):
             for all.
         clip_norm: Scale gradients of a larger norm down to it.
         preconditioner: ``"adam"``, or None; see `gradient_structure`.
+        momentum: Of SGD, 0 for none; see `gradient_structure`.
         time_budget: Share of the training time (``0.05``), a `Budget` of seconds, or None; as in
             `HessianSpectrumCallback`.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
@@ -112,6 +113,7 @@ class GradientStructureCallback(MeasurementCallback):
         max_tested: int | None = 10_000,
         clip_norm: float | None = None,
         preconditioner: str | None = None,
+        momentum: float = 0.0,
         time_budget: float | Budget | None = None,
         mode: Mode = "eval",
         memory_budget: float | None = None,
@@ -142,6 +144,7 @@ class GradientStructureCallback(MeasurementCallback):
                     max_tested=max_tested,
                     clip_norm=clip_norm,
                     preconditioner=preconditioner,
+                    momentum=momentum,
                     mode=mode,
                     significance=significance,
                     memory_budget=memory_budget,

@@ -115,6 +115,7 @@ RULES: dict[str, Rule] = {
     "max_tested": optional(_positive, "for all"),
     "clip_norm": optional(real_number("Give a positive norm.", above=0.0), "for no clipping"),
     "preconditioner": one_of(None, "adam"),
+    "momentum": real_number("Give 0 for none, or a number below 1.", least=0.0, below=1.0),
     "num_eigenvectors": whole_number(),
     "significance": significance_level,
     "memory_budget": optional(memory, "half of what is free"),

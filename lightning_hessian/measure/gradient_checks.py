@@ -24,6 +24,16 @@ def check_number(num_gradients: int, tests: bool, memory_budget: float | None) -
         raise ArgumentError("num_gradients", num_gradients, too_many(num_gradients, most))
 
 
+def check_momentum(momentum: float, preconditioner: str | None) -> None:
+    """Check that momentum stands alone: Adam's own first moment is another average."""
+    if momentum and preconditioner is not None:
+        raise ArgumentError(
+            "momentum",
+            momentum,
+            f"It is SGD's, and preconditioner={preconditioner!r} is not. Give one of them.",
+        )
+
+
 def gram_bytes(num_gradients: int) -> int:
     """Return the bytes of the inner products of T gradients."""
     return 8 * num_gradients**2

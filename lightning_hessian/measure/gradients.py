@@ -23,6 +23,7 @@ from lightning_hessian.measure.gradient_checks import (
     check_alike,
     check_count,
     check_enough,
+    check_momentum,
     check_number,
     check_space,
     gram_bytes,
@@ -33,6 +34,7 @@ from lightning_hessian.measure.gradient_tests import entry_tests
 from lightning_hessian.measure.session import Session
 from lightning_hessian.operators.gradients.gram import combinations, gram_matrix, spectra
 from lightning_hessian.operators.gradients.history import GradientHistory
+from lightning_hessian.operators.gradients.momentum import apply_momentum, weights_of_gradients
 from lightning_hessian.operators.gradients.ranks import DealtGradients
 from lightning_hessian.operators.gradients.rows import (
     GradientRows,
@@ -67,6 +69,7 @@ def gradient_structure(
     max_tested: int | None = None,
     clip_norm: float | None = None,
     preconditioner: str | None = None,
+    momentum: float = 0.0,
     num_eigenvectors: int = 0,
     mode: Mode = "eval",
     significance: float = 0.05,
@@ -100,6 +103,9 @@ def gradient_structure(
         clip_norm: Scale gradients of a larger norm down to it.
         preconditioner: ``"adam"`` multiplies each gradient by ``1 / (sqrt(v) + 1e-8)``, where v
             is the mean of the T squared (clipped) gradients.
+        momentum: beta of SGD, at least 0 and below 1. In the place of each (clipped) gradient
+            stands the buffer ``m_t = momentum m_{t-1} + g_t`` of `torch.optim.SGD` after
+            mini-batch t, ``m_1 = g_1``. Not together with a preconditioner.
         num_eigenvectors: How many eigenvectors of the covariance to return.
         mode: ``"eval"`` (dropout off, BatchNorm by its running statistics) or ``"train"``.
         significance: Level of the tests.
@@ -116,7 +122,8 @@ def gradient_structure(
 
     Raises:
         ValueError: A parameter selection without match, data that do not make T mini-batches,
-            fewer than 2 gradients (20 with tests), an unknown mode or preconditioner.
+            fewer than 2 gradients (20 with tests), an unknown mode or preconditioner, a
+            preconditioner and momentum at once.
         MeasurementError: A gradient that is NaN or infinite, a loss without gradient, too little
             memory, or time was up at once. Where a rank failed all raise it, as a `RankError`.
 
@@ -186,6 +193,7 @@ class GradientsInstrument:
     max_tested: int | None = None
     clip_norm: float | None = None
     preconditioner: str | None = None
+    momentum: float = 0.0
     num_eigenvectors: int = 0
     mode: Mode = "eval"
     significance: float = 0.05
@@ -197,6 +205,7 @@ class GradientsInstrument:
     def __post_init__(self) -> None:
         table = {**GRADIENT_RULES, "directory": optional(existing_folder, "the system's folder")}
         check_fields(self, {one.name: table[one.name] for one in fields(self) if one.init})
+        check_momentum(self.momentum, self.preconditioner)
         if self.num_gradients is not None:
             check_number(self.num_gradients, self.tests, self.memory_budget)
 
@@ -251,11 +260,13 @@ class GradientsInstrument:
             count = len(gram)
             check_count(count, minibatches.total, self.tests, ranks)
             noise = self._noise(gram, minibatches, ranks)
+            if self.momentum:
+                apply_momentum(gradients, gram, self.momentum)
             found = spectra(
                 gram, self.num_eigenvalues, space.size, self.num_eigenvectors, ranks=ranks
             )
             del gram
-            vectors = None if found.weights is None else combinations(gradients, found.weights)
+            vectors = None if found.weights is None else self._vectors(gradients, found.weights)
         dimension_tests, iteration_tests = (
             entry_tests(gradients, self.max_tested, self.significance, seed)
             if isinstance(gradients, GradientHistory)
@@ -281,6 +292,12 @@ class GradientsInstrument:
             noise_scale=noise,
             eigenvectors=vectors,
         )
+
+    def _vectors(self, gradients: GradientRows, weights: Tensor) -> Tensor:
+        """Return the eigenvectors [k, n] that are combined of the rows by ``weights`` [k, T]."""
+        if self.momentum and not isinstance(gradients, GradientHistory):
+            weights = weights_of_gradients(weights, self.momentum)
+        return combinations(gradients, weights)
 
     def _noise(self, gram: Tensor, minibatches: MiniBatches, ranks: Ranks) -> NoiseScale:
         """Return the noise scale of the gradients with these inner products [T, T]."""

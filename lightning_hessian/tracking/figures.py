@@ -17,6 +17,7 @@ from lightning_hessian.statistics.power_law import (
 )
 from lightning_hessian.statistics.significance import critical_value
 from lightning_hessian.statistics.subspace import num_outliers
+from lightning_hessian.statistics.theory import approximate_eigengaps, eigengaps_of_values
 from lightning_hessian.tracking.style import (
     COLOURS,
     EIGENVALUE,
@@ -151,6 +152,62 @@ def eigengap_plot(
         quiet_grid(axes)
         axes.legend(loc="lower left", frameon=False, fontsize="small")
     few_ticks(left)
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def eigengap_theory_plot(
+    eigenvalues: ArrayLike,
+    residuals: ArrayLike | None = None,
+    *,
+    significance: float = 0.05,
+    title: str | None = None,
+) -> Figure:
+    """Return the gaps by rank beside those of the fitted power law, log-log (HPL eq. 11 to 14).
+
+    Left the measured gaps, those that the law expects below each measured eigenvalue (eq. 12),
+    those of the law itself (eq. 11) and their approximation for s near 1 (eq. 13). Right how far
+    an eigenvector may turn, as a bound on the sine of the angle over the norm of what is added to
+    the Hessian: with the measured gaps (eq. 7), and after eq. 13 (eq. 14).
+
+    Args:
+        eigenvalues: lambda_k, real [K], those that a power law is fitted to.
+        residuals: Their residual bounds [K]: gaps below them are not drawn; see `eigengaps`.
+        significance: Level of the fit.
+        title: Of the figure.
+
+    Raises:
+        ValueError: As `eigengaps`, or there are too few positive eigenvalues for a fit.
+    """
+    found = eigengaps(eigenvalues, residuals, significance=significance)
+    fit = fit_power_law(eigenvalues, significance=significance)
+    values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())[::-1][: fit.num_values]
+    law = line_of(fit, np.arange(1, len(values) + 1))
+    gaps, drawn = found.gaps[: len(values) - 1], found.fitted[: len(values) - 1]
+    ranks = np.arange(1, len(gaps) + 1)
+    approximate = approximate_eigengaps(len(values), fit.slope, float(law.sum()))
+    figure, (left, right) = new_figure(9.0, 4.3, ncols=2)
+    left.scatter(ranks[drawn], gaps[drawn], s=12, color=COLOURS[0], alpha=0.6, label="measured")
+    expected = eigengaps_of_values(values, fit.slope)
+    left.plot(ranks, expected, color=COLOURS[2], lw=1.2, label=r"from each $\lambda_k$ (12)")
+    label = f"of the law, $\\hat s$ = {fit.slope:.2f} (11)"
+    left.plot(ranks, eigengaps_of_values(law, fit.slope), color=COLOURS[1], lw=1.2, label=label)
+    left.plot(ranks, approximate, "--", color="0.4", lw=1.1, label="for $s$ near 1 (13)")
+    left.set_ylabel(r"gap $\delta_k$ (loss / parameter$^2$)")
+    # The smaller of the gaps above and below; the first eigenvalue has none above.
+    nearest, known = np.r_[np.inf, gaps[:-1]], np.r_[True, drawn[:-1]] & drawn
+    turned = 2 / np.minimum(nearest, gaps)[known]
+    right.scatter(
+        ranks[known], turned, s=12, color=COLOURS[0], alpha=0.6, label="measured gaps (7)"
+    )
+    right.plot(ranks, 2 / approximate, "--", color="0.4", lw=1.1, label="for $s$ near 1 (14)")
+    right.set_ylabel(r"bound on $\sin\langle u_k, \tilde u_k\rangle\,/\,\Vert\epsilon M\Vert$")
+    for axes, where in ((left, "lower left"), (right, "lower right")):
+        axes.set(xscale="log", yscale="log", xlabel="rank $k$ of the eigenvalue")
+        quiet_grid(axes)
+        few_ticks(axes)
+        axes.legend(loc=where, frameon=False, fontsize="small")
     if title:
         figure.suptitle(title, fontsize="medium")
     return figure

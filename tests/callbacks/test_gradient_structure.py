@@ -200,10 +200,11 @@ def test_a_loader_with_too_few_batches_is_drawn_from_anew(make_trainer: MakeTrai
     assert callback.last_structure.batch_size is None
 
 
-def test_it_agrees_with_the_front_door(make_trainer: MakeTrainer) -> None:
+@pytest.mark.parametrize("variant", [{"preconditioner": "adam"}, {"momentum": 0.9}])
+def test_it_agrees_with_the_front_door(make_trainer: MakeTrainer, variant: dict[str, Any]) -> None:
     options: dict[str, Any] = {
-        "num_gradients": 60, "batch_size": 4, "clip_norm": 0.5, "preconditioner": "adam",
-        "mode": "train", "num_eigenvalues": 12, "seed": 5,
+        "num_gradients": 60, "batch_size": 4, "clip_norm": 0.5, "mode": "train",
+        "num_eigenvalues": 12, "seed": 5, **variant,
     }  # fmt: skip
     callback, model = _callback(data=_in_order(), **options), _model()
     make_trainer(callback).fit(model, *_loaders())

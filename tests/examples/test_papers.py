@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import doctest
 import gzip
 import importlib
@@ -39,7 +40,7 @@ with (ROOT / "tests" / "statistics" / "hpl_tables.csv").open(newline="") as file
 
 
 def test_every_row_has_a_name_of_its_own():
-    assert len({row.id for row in run.ROWS}) == len(run.ROWS) == 182
+    assert len({row.id for row in run.ROWS}) == len(run.ROWS) == 183
     assert all(row.id.startswith((f"hpl-{row.table}-", "hpl-28-")) for row in hpl.ROWS)
     assert all(row.id.startswith(f"sg-{row.table}-") for row in sg.ROWS)
 
@@ -306,6 +307,15 @@ def test_a_result_of_another_recipe_is_out_of_date(small, tmp_path):
     changed = rows.Row(late.id, late.table, late.label, network, late.measure, late.printed)
     assert not run.is_made(changed, "seed0", tmp_path)
     assert not run.is_made(late, "seed1", tmp_path)
+
+
+def test_momentum_is_part_of_what_is_measured():
+    by_id = {row.id: row for row in run.ROWS}
+    row, plain = (by_id[f"sg-10-cifar-10-lenet-random-{kind}"] for kind in ("momentum", "sgd"))
+    assert row.measure.run != plain.measure.run
+    assert row.definition != plain.definition
+    other = dataclasses.replace(row, measure=dataclasses.replace(row.measure, momentum=0.5))
+    assert other.definition != row.definition
 
 
 def test_all_results_are_of_rows_as_they_are():

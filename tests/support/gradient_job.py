@@ -61,6 +61,8 @@ CASES: dict[str, dict[str, Any]] = {
     "streamed": {"tests": False, "num_eigenvectors": 4},
     "recomputed": {"tests": False, "left": 40e3, "preconditioner": "adam", "num_eigenvectors": 4},
     "variants": {"clip_norm": 0.15, "preconditioner": "adam", "num_eigenvectors": 4},
+    "momentum": {"momentum": 0.9, "num_eigenvectors": 4},
+    "momentum, streamed": {"momentum": 0.9, "tests": False, "num_eigenvectors": 4},
     "per sample": {"batch_size": 1, "num_gradients": 41},
     "per sample, noisy": {"batch_size": 1, "num_gradients": 41, "data": Noisy()},
     "per sample, dropout": {"batch_size": 1, "num_gradients": 30, "mode": "train"},

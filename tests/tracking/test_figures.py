@@ -20,7 +20,13 @@ from lightning_hessian.results import HessianSpectrum, SpectralDensity
 from lightning_hessian.tracking.block_figures import block_heatmap, heterogeneity_heatmap
 from lightning_hessian.tracking.correlation_figures import scatter_plot
 from lightning_hessian.tracking.density_figures import spectral_density_plot
-from lightning_hessian.tracking.figures import cutoff_plot, eigengap_plot, emergence_plot, rank_plot
+from lightning_hessian.tracking.figures import (
+    cutoff_plot,
+    eigengap_plot,
+    eigengap_theory_plot,
+    emergence_plot,
+    rank_plot,
+)
 from lightning_hessian.tracking.style import COLOURS, render
 
 VALUES = np.sort(stats.pareto(0.9).rvs(120, random_state=np.random.default_rng(5)))[::-1]
@@ -69,6 +75,7 @@ def all_figures(blocks: Any) -> dict[str, Any]:
         "cutoff": cutoff_plot(VALUES, title="step 132"),
         "cutoff of few": cutoff_plot(VALUES[:5]),
         "eigengaps": eigengap_plot(VALUES, title="step 132"),
+        "eigengaps of theory": eigengap_theory_plot(VALUES, title="step 132"),
         "emergence": emergence_plot([(1000 * i, VALUES / i) for i in range(1, 90)]),
         "density": spectral_density_plot(VALUES, densities()),
         "density of many": spectral_density_plot(VALUES, densities(30)),
@@ -107,9 +114,9 @@ def _drawn_texts(figure: Any) -> list[tuple[str, Any, float]]:
 
 
 @pytest.mark.parametrize("name", [
-    "rank", "rank of two", "rank of one", "cutoff", "cutoff of few", "eigengaps", "emergence",
-    "density", "density of many", "density alone", "blocks", "heterogeneity", "scatter",
-    "scatter of many",
+    "rank", "rank of two", "rank of one", "cutoff", "cutoff of few", "eigengaps",
+    "eigengaps of theory", "emergence", "density", "density of many", "density alone", "blocks",
+    "heterogeneity", "scatter", "scatter of many",
 ])  # fmt: skip
 def test_nothing_is_cut_nothing_overlaps_and_all_can_be_read(blocks: Any, name: str) -> None:
     figure = all_figures(blocks)[name]
@@ -170,6 +177,34 @@ def test_the_gaps_are_drawn_both_ways() -> None:
     assert expected.slope == pytest.approx(-found.rank_slope)
     assert f"{found.rank_slope:.2f}" in left.get_legend().get_texts()[0].get_text()
     assert f"{found.fit.ks_distance:.3f}" in right.get_legend().get_texts()[0].get_text()
+
+
+def test_gaps_and_bounds_stand_beside_those_of_the_law() -> None:
+    """The closed forms of HPL eq. 7 and 11 to 14, written out."""
+    left, right = eigengap_theory_plot(VALUES).axes
+    fit = fit_power_law(VALUES)
+    s, k = fit.slope, np.arange(1.0, len(VALUES))
+    first = VALUES[-1] * len(VALUES) ** s
+    gaps = -np.diff(VALUES)
+    np.testing.assert_allclose(left.collections[0].get_offsets()[:, 1], gaps)
+    from_values, of_law, approximate = (line.get_ydata() for line in left.lines)
+    np.testing.assert_allclose(from_values, VALUES[:-1] * (1 - (k / (k + 1)) ** s), rtol=1e-9)
+    np.testing.assert_allclose(of_law, first * (k**-s - (k + 1) ** -s), rtol=1e-9)
+    np.testing.assert_allclose(approximate, first * (k + 1) ** -(s + 1), rtol=1e-9)
+    measured = right.collections[0].get_offsets()[:, 1]
+    assert measured[0] == pytest.approx(2 / gaps[0])
+    np.testing.assert_allclose(measured[1:], 2 / np.minimum(gaps[1:], gaps[:-1]))
+    np.testing.assert_allclose(right.lines[0].get_ydata(), 2 * (k + 1) ** (s + 1) / first)
+
+
+def test_bounds_rest_on_gaps_that_are_known_on_both_sides() -> None:
+    residuals = np.full(len(VALUES), 1e-12)
+    residuals[10] = VALUES[0]
+    left, right = eigengap_theory_plot(VALUES, residuals).axes
+    unknown = {10, 11}  # ranks whose gap below is one of eigenvalue 11
+    ranks = set(range(1, len(VALUES)))
+    assert set(left.collections[0].get_offsets()[:, 0]) == ranks - unknown
+    assert set(right.collections[0].get_offsets()[:, 0]) == ranks - unknown - {12}
 
 
 def test_the_distance_by_cutoff_is_that_of_every_fit() -> None:
