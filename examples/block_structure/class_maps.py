@@ -52,6 +52,7 @@ def measure(settings: Settings, data_dir: Path | None = None) -> Outcome:
                 "linear_theory": float(np.sqrt(theory.class_ratio(gamma, classes))),
                 "one_over_C_minus_1": 1 / (classes - 1),
                 "hidden_vv": root_mean_square_ratio(hidden_layer, hidden_layer.groups[-1]),
+                "hidden_vv_of_means": hidden_layer.group_ratio(hidden_layer.groups[-1]),
                 "hidden_ww": root_mean_square_ratio(hidden_layer, hidden_layer.groups[0]),
                 "hidden_ww_theory_mse": float(np.sqrt(theory.hidden_ratio_mse(gamma, classes))),
                 "products": linear.num_hvps + hidden_layer.num_hvps,

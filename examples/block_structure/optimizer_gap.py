@@ -1,7 +1,7 @@
 """The gap between SGD and Adam beside the heterogeneity that is said to explain it.
 
 HBS, implication I: the spectra of a Transformer's blocks differ, those of a CNN's do not, and
-"SGD ≈ Adam" on the second, "SGD << Adam" on the first. Here the small CNN and Transformer of
+"SGD ≈ Adam" on the second, "SGD « Adam" on the first. Here the small CNN and Transformer of
 `cnn_against_transformer.py`, and the CNN made heterogeneous: its layers have their weights divided
 by s and 1 / s in turn, and their outputs multiplied by the same. At initialisation the network
 computes what it did, and its blocks are multiplied by s^2 and 1 / s^2: nothing but the

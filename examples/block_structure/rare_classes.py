@@ -2,7 +2,7 @@
 
 HBS, implication I, after Kunstner et al. (NeurIPS 2024): with balanced labels the "blockwise
 spectrum of lm_head is observed to be similar" and "SGD ≈ Adam", with imbalanced ones
-"heterogeneous" and "SGD << Adam". Here a linear model with cross-entropy (HBS case 2) learns
+"heterogeneous" and "SGD « Adam". Here a linear model with cross-entropy (HBS case 2) learns
 Gaussian classes, balanced or with frequencies 1 / k. HBS gives no setting; this one is ours.
 """
 
