@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.gradients.history import GradientHistory
-from lightning_hessian.results import RowTests
+from lightning_hessian.operators.gradients.rows import summed
+from lightning_hessian.results import RowTests, SortedMagnitudes
 from lightning_hessian.statistics.gaussianity import row_tests
+
+MOST_MAGNITUDES = 100_000
+"""Of a sorted row; more would be seen on no plot, and a row of G can be as long as a model."""
 
 
 def entry_tests(
     history: GradientHistory, max_tested: int | None, significance: float, seed: int
 ) -> tuple[RowTests, RowTests]:
-    """Return the tests of the gradients over dimensions, and of the parameters over iterations."""
+    """Return the tests of the gradients over dimensions, and of the parameters over iterations.
+
+    Of each, the row of median KS distance is kept as it is, sorted.
+    """
     rng = np.random.default_rng(seed)
 
     def chosen(count: int) -> NDArray[np.int64] | None:
@@ -33,12 +42,43 @@ def entry_tests(
     here = history.shard
     if parameters is not None:
         here = here.restricted(torch.from_numpy(parameters))[0]
-    return (
-        _rows_tested(
-            history.by_gradient(gradients), Shard.even(num_gradients, ranks), significance, seed
-        ),
-        _rows_tested(history.by_parameter(parameters), here, significance, seed + 1),
+    over_dimensions = _rows_tested(
+        history.by_gradient(gradients), Shard.even(num_gradients, ranks), significance, seed
     )
+    over_iterations = _rows_tested(history.by_parameter(parameters), here, significance, seed + 1)
+    return (
+        _with_typical(over_dimensions, gradients, partial(_gradient, history)),
+        _with_typical(over_iterations, parameters, partial(_parameter, history)),
+    )
+
+
+def _with_typical(
+    tests: RowTests, chosen: NDArray[np.int64] | None, entries: Callable[[int], Tensor]
+) -> RowTests:
+    """Return the tests with the magnitudes of the row of median distance."""
+    known = np.flatnonzero(np.isfinite(tests.ks_distances))
+    if not len(known):
+        return tests
+    row = int(known[np.argsort(tests.ks_distances[known], kind="stable")[len(known) // 2]])
+    index = row if chosen is None else int(chosen[row])
+    magnitudes = entries(index).abs().double().cpu()
+    largest = magnitudes.topk(min(MOST_MAGNITUDES, len(magnitudes))).values.numpy()
+    found = SortedMagnitudes(index, largest[largest > 0], len(magnitudes))
+    return replace(tests, typical=found)
+
+
+def _gradient(history: GradientHistory, index: int) -> Tensor:
+    """Return one gradient [n], whole on every rank."""
+    part = torch.from_numpy(history.values[index].copy())
+    return history.shard.gather(part.to(history.shard.ranks.device))
+
+
+def _parameter(history: GradientHistory, index: int) -> Tensor:
+    """Return one parameter's entries over the iterations [T], on every rank."""
+    _, held = history.shard.restricted(torch.tensor([index]))
+    columns = torch.from_numpy(history.values[:, held.numpy()].astype(np.float64))
+    # Of several ranks one holds it, and the others add an empty sum.
+    return summed(columns.sum(dim=1), history.shard.ranks)
 
 
 def _rows_tested(

@@ -10,7 +10,12 @@ from lightning_hessian.results.base import (
     TimeUpError,
 )
 from lightning_hessian.results.blocks import BlockStructure
-from lightning_hessian.results.gradients import GradientStructure, NoiseScale, RowTests
+from lightning_hessian.results.gradients import (
+    GradientStructure,
+    NoiseScale,
+    RowTests,
+    SortedMagnitudes,
+)
 from lightning_hessian.results.outside import UnreadableFileError
 from lightning_hessian.results.spectrum import (
     Alternative,
@@ -36,6 +41,7 @@ __all__ = [
     "NoiseScale",
     "PowerLawFit",
     "RowTests",
+    "SortedMagnitudes",
     "SpectralDensity",
     "TimeUpError",
     "UnreadableFileError",

@@ -13,6 +13,22 @@ from lightning_hessian.results.shown import Shown
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class SortedMagnitudes:
+    """The magnitudes of one column or one row of G, by rank: a line of SG's figures 1 and 3.
+
+    Attributes:
+        index: Which gradient of the T, or which parameter of the n.
+        values: The largest magnitudes that are not zero, descending, float64; 100,000 at most.
+        num_entries: How many entries there are, zeros and all.
+    """
+
+    index: int
+    values: FloatArray
+    num_entries: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +44,8 @@ class RowTests:
         num_values: K.
         num_points: How many points of each row were drawn for the Gaussian test.
         significance: Level of both tests.
+        typical: The magnitudes of the row whose KS distance is the median of all; None where no
+            row has a distance.
     """
 
     ks_distances: FloatArray
@@ -36,6 +54,7 @@ class RowTests:
     num_values: int
     num_points: int
     significance: float
+    typical: SortedMagnitudes | None = None
 
     @property
     def num_ks_tested(self) -> int:
@@ -162,6 +181,22 @@ class GradientStructure(Shown):
     dtype: str
     noise_scale: NoiseScale
     eigenvectors: torch.Tensor | None = None
+
+    def plot(self, ax: Axes | None = None, *, entries: bool = False) -> Axes:
+        """Draw the spectra, or the sorted magnitudes of the gradients' entries, log-log.
+
+        Args:
+            ax: Where to draw; by default axes of a new pyplot figure.
+            entries: The entries of one gradient over dimensions, and of one parameter over
+                iterations, those of median KS distance (SG figures 1, 3); needs ``tests=True``.
+
+        Returns:
+            The matplotlib axes.
+
+        Raises:
+            ValueError: No eigenvalue stands above rounding, or the entries were not tested.
+        """
+        return self._on(ax, entries=entries)
 
     @property
     def rounding(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COVARIANCE, _HESSIAN, _SECOND_MOMENT = COLOURS[:3]
+_ITERATION, _DIMENSION = COLOURS[:2]  # blue and red, as in SG's figures
+_MOST_POINTS = 400  # of a sorted row, evenly over the logarithm of the rank
 _EIGENVALUES = r"$\lambda_k$ of $C$ (loss$^2$/parameter$^2$), of $H$ (loss/parameter$^2$)"
 
 
@@ -63,6 +65,51 @@ def draw_gradient_spectra(
     if hessian is not None:
         _draw(axes, "Hessian H", hessian.leading, _HESSIAN, "s", significance)
     axes.set(xscale="log", yscale="log", xlabel="rank $k$", ylabel=_EIGENVALUES)
+    quiet_grid(axes)
+
+
+def magnitude_plot(structure: GradientStructure, *, significance: float = 0.05) -> Figure:
+    """Return the sorted magnitudes of G's entries against rank, log-log (SG fig. 1 and 3).
+
+    One gradient over its dimensions, and one parameter over the iterations: of each kind the one
+    whose KS distance is the median. The lines are the power laws of the K largest magnitudes,
+    lambda_k = lambda_K (K / k)^s.
+
+    Args:
+        structure: Of gradients whose entries were tested.
+        significance: Level of the verdicts in the legend.
+
+    Raises:
+        ValueError: The entries were not tested, or all are zero.
+    """
+    figure, axes = new_figure(height=4.8)
+    draw_entries(axes, structure, significance)
+    few_ticks(axes)
+    legend_below(figure)
+    return figure
+
+
+def draw_entries(axes: Axes, structure: GradientStructure, significance: float) -> None:
+    """Draw what `magnitude_plot` shows, without its legend."""
+    drawn = False
+    for tests, name, colour, marker in (
+        (structure.dimension_tests, "gradient {} over dimensions", _DIMENSION, "o"),
+        (structure.iteration_tests, "parameter {} over iterations", _ITERATION, "^"),
+    ):
+        if tests is None or tests.typical is None:
+            continue
+        values, label = tests.typical.values, name.format(tests.typical.index)
+        if fit := draw_line(axes, values[: tests.num_values], colour, significance):
+            label += f": $\\hat s$ = {fit.slope:.2f}, {verdict(fit)}"
+        ranks = np.arange(1, len(values) + 1)
+        shown = np.unique(np.geomspace(1, len(values), _MOST_POINTS).round().astype(int)) - 1
+        look: dict[str, Any] = {"s": 14, "marker": marker, "color": colour, "alpha": 0.6}
+        axes.scatter(ranks[shown], values[shown], label=label, **look)
+        drawn = True
+    if not drawn:
+        raise ValueError("No entries to draw: measure with tests=True, and gradients not zero.")
+    axes.set(xscale="log", yscale="log", xlabel="rank by magnitude")
+    axes.set_ylabel("magnitude of a gradient's entry (loss / parameter)")
     quiet_grid(axes)
 
 

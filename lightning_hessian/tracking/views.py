@@ -292,10 +292,15 @@ def _tests(tests: RowTests) -> str:
 
 
 @draw.register(GradientStructure)
-def _draw_of_gradients(record: GradientStructure, axes: Axes) -> None:
-    from lightning_hessian.tracking.gradient_figures import draw_gradient_spectra
+def _draw_of_gradients(record: GradientStructure, axes: Axes, entries: bool = False) -> None:
+    from lightning_hessian.tracking.gradient_figures import draw_entries, draw_gradient_spectra
     from lightning_hessian.tracking.style import few_ticks
 
+    if entries:
+        draw_entries(axes, record, _SIGNIFICANCE)
+        few_ticks(axes)
+        axes.legend(loc="lower left", frameon=False, fontsize="x-small")
+        return
     if not len(record.leading):
         raise ValueError("No eigenvalue of the covariance stands above the rounding of gradients.")
     draw_gradient_spectra(axes, record, None, _SIGNIFICANCE)

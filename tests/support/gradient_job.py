@@ -106,6 +106,7 @@ def as_json(found: GradientStructure) -> dict[str, Any]:
         if tests is not None:
             told[name] = [tests.ks_distances.tolist(), tests.p_values.tolist()]
             told[name] += [tests.num_values, tests.num_points, tests.critical_value]
+            told[f"{name}_typical"] = tests.typical.values.tolist()
     if found.eigenvectors is not None:
         told["eigenvectors"] = found.eigenvectors.tolist()
     return told

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.gradient_oracles import classifier, cross_entropy
+from matplotlib import pyplot
+from support.gradient_oracles import classifier, cross_entropy, loop_gradients
 
-from lightning_hessian import gradient_structure, hessian_spectrum
-from lightning_hessian.tracking.gradient_figures import ratio_plot, spectra_plot
+from lightning_hessian import fit_power_law, gradient_structure, hessian_spectrum
+from lightning_hessian.probe.minibatches import draw_minibatches
+from lightning_hessian.tracking.gradient_figures import magnitude_plot, ratio_plot, spectra_plot
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,62 @@ def test_ratio_by_rank(measured: tuple) -> None:
     heights = [line.get_ydata()[0] for line in axes.lines]
     assert heights[0] == pytest.approx(np.exp(np.log(expected).mean()))
     assert heights[1] == 1 / 4
+
+
+def test_magnitudes_of_the_median_gradient_and_of_the_median_parameter(measured: tuple) -> None:
+    """Those of a loop of backward passes, sorted by NumPy, on logarithmic axes."""
+    structure, _ = measured
+    module, data = classifier()
+    drawn = draw_minibatches(data, batch_size=4, num_minibatches=60)
+    rows = np.abs(loop_gradients(module, cross_entropy, [drawn[i] for i in range(60)]))
+    (axes,) = magnitude_plot(structure).axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    shown = _drawn(axes)
+    for tests, table, points in (
+        (structure.dimension_tests, rows, shown[0]),
+        (structure.iteration_tests, rows.T, shown[1]),
+    ):
+        typical = tests.typical
+        expected = np.sort(table[typical.index])[::-1]
+        np.testing.assert_allclose(typical.values, expected, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(points, typical.values)
+        assert typical.num_entries == table.shape[1]
+        middle = tests.ks_distances[typical.index]
+        below, above = (tests.ks_distances < middle).sum(), (tests.ks_distances > middle).sum()
+        assert abs(int(below) - int(above)) <= 1
+    labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    fit = fit_power_law(structure.dimension_tests.typical.values)
+    assert f"{fit.ks_distance:.3f}" in labels[0]
+    assert fit.ks_distance == pytest.approx(np.sort(structure.dimension_tests.ks_distances)[30])
+
+
+def test_the_record_draws_its_entries_where_it_has_them(measured: tuple) -> None:
+    structure, _ = measured
+    _, axes = pyplot.subplots()
+    assert structure.plot(ax=axes, entries=True) is axes
+    assert "magnitude" in axes.get_ylabel()
+    pyplot.close("all")
+    module, data = classifier()
+    bare = gradient_structure(module, cross_entropy, data, batch_size=4, tests=False)
+    with pytest.raises(ValueError, match="tests=True"):
+        bare.plot(entries=True)
+    assert not pyplot.get_fignums()
+
+
+def test_magnitudes_of_rows_that_were_chosen() -> None:
+    module, data = classifier()
+    found = gradient_structure(
+        module, cross_entropy, data, batch_size=4, num_gradients=60, max_tested=20, momentum=0.5
+    )
+    whole = gradient_structure(
+        module, cross_entropy, data, batch_size=4, num_gradients=60, momentum=0.5
+    )
+    for few, all_of_them in (
+        (found.dimension_tests, whole.dimension_tests),
+        (found.iteration_tests, whole.iteration_tests),
+    ):
+        middle = np.sort(few.ks_distances)[10]
+        assert all_of_them.ks_distances[few.typical.index] == pytest.approx(middle)
 
 
 def test_they_can_be_saved(measured: tuple, tmp_path: object) -> None:

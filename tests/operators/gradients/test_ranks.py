@@ -67,6 +67,8 @@ def test_several_ranks_find_what_one_finds(ranks, world: int, case: str) -> None
             np.testing.assert_allclose(found[key][0], alone[key][0], rtol=1e-6, atol=1e-12)
             np.testing.assert_allclose(found[key][1], alone[key][1], rtol=1e-6, atol=1e-12)
             assert found[key][2:] == alone[key][2:]
+            typical = f"{key}_typical"
+            np.testing.assert_allclose(found[typical], alone[typical], rtol=1e-6, atol=1e-12)
     if "eigenvectors" in alone:
         cosines = np.sum(np.multiply(found["eigenvectors"], alone["eigenvectors"]), axis=1)
         np.testing.assert_allclose(np.abs(cosines), 1, rtol=1e-6)
