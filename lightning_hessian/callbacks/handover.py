@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_hessian.callbacks.guard import Guard
+from lightning_hessian.callbacks.hyperparameters import hyperparameters
 from lightning_hessian.callbacks.pairing import GAP
+from lightning_hessian.linear.rng import preserved_rng
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.history import correlation_scalars
-from lightning_hessian.tracking.loggers import own_folder
+from lightning_hessian.tracking.loggers import adapter, own_folder
 from lightning_hessian.tracking.panels import Drawings, Panels
 
 
@@ -41,6 +43,27 @@ class HandOver:
             # Equal on all ranks (broadcast): reducing changes nothing, and avoids a warning.
             sync_dist=trainer.world_size > 1,
         )
+
+    def log_hyperparameters(
+        self, trainer: Any, pl_module: Any, arguments: Mapping[str, Any]
+    ) -> None:
+        """Log the arguments of the callback, and what it measures; before training.
+
+        They are all under one name of our own, ``hessian_callback``, so that nothing of the user's
+        is overwritten, and no logger refuses a value of the user's for one of ours. Lightning logs
+        those of the module after this, so that loggers that write them once have both.
+        """
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        what = "reading the hyperparameters"
+        values = self._attempt(what, hyperparameters, arguments, trainer, pl_module)
+        if values is None:
+            return
+        found = {f"{self._panels.prefix}_callback": values}
+        with preserved_rng():
+            for logger in trainer.loggers:
+                what = f"logging hyperparameters to {type(logger).__name__}"
+                self._attempt(what, adapter(logger).hyperparameters, logger, found)
 
     def log_aside(
         self,

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_hessian.histories.offline_run import OfflineRun, find_run_file, read_offline_run
-from lightning_hessian.histories.run_table import RunRecord, columns_of
+from lightning_hessian.histories.run_table import RunRecord, columns_of, flat_config
 from lightning_hessian.histories.sidecars import is_at_work, with_sidecar
 from lightning_hessian.histories.spectra import spectra_of
 from lightning_hessian.histories.transaction_log import EmptyRunError
+from lightning_hessian.reports.defaults import named_monitors
 from lightning_hessian.reports.media import figures_of
 from lightning_hessian.reports.numbers import finite, within_row
 from lightning_hessian.reports.pages import render
@@ -55,7 +56,7 @@ _OURS = re.compile(r"(hessian|layers|gradient|stability|correlation)/")
     {
         "folder": path_name,
         "out": path_name,
-        "monitor": monitor_names,
+        "monitor": optional(monitor_names, "for those that the callbacks of the run have"),
         "interval": live_interval,
         "once": flag,
         "sidecar": optional(path_name, "where nothing measures beside the run"),
@@ -65,7 +66,7 @@ def follow(
     folder: Path,
     out: Path,
     *,
-    monitor: Sequence[str],
+    monitor: Sequence[str] | None = None,
     interval: float = 15.0,
     once: bool = False,
     sidecar: Path | None = None,
@@ -78,7 +79,8 @@ def follow(
     Args:
         folder: The run folder, or one with a single run below it.
         out: The file (``.html``), or a folder for ``live.html``; made if missing.
-        monitor: The monitored metrics, as they are logged.
+        monitor: The monitored metrics, as they are logged; by default those that the callbacks
+            of the run have, else ``val_loss`` and ``gap``.
         interval: Seconds between two readings.
         once: Write the page once, of the run as it is now.
         sidecar: The folder of spectra that `lightning-hessian measure --follow` measures beside the
@@ -110,7 +112,7 @@ def follow(
             run = with_sidecar(run, beside)
         text = live_page(
             run,
-            monitor,
+            monitor or named_monitors(flat_config(run.config)),
             media=find_run_file(folder).parent / "files",
             refresh=None if ended or once else interval,
         )
