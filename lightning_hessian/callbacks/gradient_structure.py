@@ -124,6 +124,7 @@ class GradientStructureCallback(MeasurementCallback):
         on_error: str = "warn",
         seed: int = 0,
     ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(
             monitor=monitor,
             every_n_validations=every_n_validations,
@@ -152,6 +153,7 @@ class GradientStructureCallback(MeasurementCallback):
                 )
             ],
         )
+        self._arguments = arguments
         self.num_gradients = num_gradients
         self.batch_size = batch_size
         self.num_eigenvalues = num_eigenvalues

@@ -7,11 +7,13 @@ from typing import Any
 
 from lightning_hessian.callbacks.compat import tell
 from lightning_hessian.callbacks.guard import Guard
+from lightning_hessian.callbacks.hyperparameters import hyperparameters
 from lightning_hessian.callbacks.pairing import GAP
 from lightning_hessian.callbacks.surroundings import validation_step
+from lightning_hessian.linear.rng import preserved_rng
 from lightning_hessian.statistics.correlation import Correlation
 from lightning_hessian.tracking.history import correlation_scalars
-from lightning_hessian.tracking.loggers import own_folder
+from lightning_hessian.tracking.loggers import adapter, own_folder
 from lightning_hessian.tracking.metrics_file import own_metrics
 from lightning_hessian.tracking.panels import Drawings, Panels
 
@@ -46,6 +48,27 @@ class HandOver:
         )
         if trainer.is_global_zero:
             self._write(trainer, validation_step(trainer), logged)
+
+    def log_hyperparameters(
+        self, trainer: Any, pl_module: Any, arguments: Mapping[str, Any]
+    ) -> None:
+        """Log the arguments of the callback, and what it measures; before training.
+
+        They are all under one name of our own, ``hessian_callback``, so that nothing of the user's
+        is overwritten, and no logger refuses a value of the user's for one of ours. Lightning logs
+        those of the module after this, so that loggers that write them once have both.
+        """
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        what = "reading the hyperparameters"
+        values = self._attempt(what, hyperparameters, arguments, trainer, pl_module)
+        if values is None:
+            return
+        found = {f"{self._panels.prefix}_callback": values}
+        with preserved_rng():
+            for logger in trainer.loggers:
+                what = f"logging hyperparameters to {type(logger).__name__}"
+                self._attempt(what, adapter(logger).hyperparameters, logger, found)
 
     def log_aside(
         self,

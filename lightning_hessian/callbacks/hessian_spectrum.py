@@ -160,6 +160,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         seed: int = 0,
         instruments: Sequence[Instrument] = (),
     ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         check_matrix(matrix, hvp)
         chosen_loss(loss_fn, loss_options)
         spectrum = SpectrumInstrument(
@@ -194,6 +195,7 @@ class HessianSpectrumCallback(MeasurementCallback):
         )
         if isinstance(self.instruments[0], SpectrumInstrument):
             spectrum.check_budget(self.time_budget)
+        self._arguments = arguments
         self._stability = StabilityCurve()
         self.num_eigenvalues = spectrum.count
         self.loss_fn = loss_fn

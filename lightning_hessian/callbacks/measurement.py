@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from lightning_hessian.callbacks.account import Account
@@ -17,6 +18,7 @@ from lightning_hessian.callbacks.measuring import Measuring
 from lightning_hessian.callbacks.pairing import Pairs, incomparable
 from lightning_hessian.callbacks.probe_data import ProbeData, early_batches
 from lightning_hessian.callbacks.schedule import Schedule
+from lightning_hessian.callbacks.state import Progressed
 from lightning_hessian.callbacks.steps import StepCount
 from lightning_hessian.callbacks.surroundings import (
     AVERAGED,
@@ -53,6 +55,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
 
     correlated: tuple[str, ...]
     correlation_prefix = ""  # tells the correlations of siblings apart
+    _arguments: Mapping[str, Any] = MappingProxyType({})  # for the hyperparameters of the run
 
     @checked(CALLBACK_RULES)
     def __init__(
@@ -150,21 +153,12 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         self._guard.settle(ALONE)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        history = History.checked(state_dict["history"])
-        number = state_dict["num_validations"]
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"num_validations={number!r} is no count.")
-        last_step = state_dict["last_step"]
-        if isinstance(last_step, bool) or not isinstance(last_step, int | None):
-            raise ValueError(f"last_step={last_step!r} is no count.")
-        identity = state_dict.get("identity", self._identity)
-        if not isinstance(identity, str):
-            raise ValueError(f"identity={identity!r} is no text.")
+        found = Progressed.checked(state_dict, self._identity)
         account = Account.checked(self.time_budget, state_dict["account"])
         self._panels.load_state_dict(state_dict)
         self._budgeting.account = account
-        self._history, self._num_validations, self._identity = history, number, identity
-        self._last_step = last_step
+        self._history, self._num_validations = found.history, found.num_validations
+        self._last_step, self._identity = found.last_step, found.identity
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot work, before anything is trained."""
@@ -194,10 +188,12 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
             self._warn_once("averaging", AVERAGED)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the arguments against the module, which is complete now."""
+        """Check the arguments against the module, which is complete now, and log them."""
         if self._enabled:
             with whole(trainer.strategy.model):
                 self.check(pl_module)
+                self._handover.log_hyperparameters(trainer, pl_module, self._arguments)
+            self._guard.settle(trainer_ranks(trainer, pl_module))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the same where there is no fit."""

@@ -20,7 +20,7 @@ from lightning_hessian.histories.load import load_runs
 from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.live import follow
-from lightning_hessian.reports.report import DEFAULT_MONITORS, correlation_report, write_report
+from lightning_hessian.reports.report import correlation_report, write_report
 from lightning_hessian.reports.verdicts import answer_within, judged, ranked
 from lightning_hessian.tracking.figures import rank_plot
 
@@ -163,7 +163,7 @@ def run_demo(
     figure = out / "spectrum.png"
     rank_plot(spectra).savefig(figure, dpi=150)
     _wait_for_the_end(run_folder)
-    page = follow(run_folder, out, monitor=DEFAULT_MONITORS, once=True)
+    page = follow(run_folder, out, once=True)
     report = correlation_report(load_runs(run_folder, cache=False, progress=False), workers=1)
     _print_correlations(report)
     print(f"\nFigure: {figure}")

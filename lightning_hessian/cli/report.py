@@ -37,7 +37,7 @@ examples:
   lightning-hessian report --live logs/
   lightning-hessian report logs/ --monitor val_loss --monitor val_acc --out report
   lightning-hessian report ada/digits --filter config.optimizer=adam --group width
-  lightning-hessian report sweep_output --group optimizer --size num_parameters --at best
+  lightning-hessian report sweep_output --group learning_rate --size num_parameters --at best
 """
 
 OUTPUT = ("report.html", "report.md", "correlations.csv", "correlations.json")
@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     key: dict[str, Any] = {"type": a_text, "metavar": "CONFIG_KEY"}
     add("runs", nargs="+", type=a_text, metavar="RUN", help="where a run, or many, can be read")
     text = "logged metric to correlate with; may be repeated; gap is the generalization gap "
-    text += "(val_loss, and gap where it was logged)"
+    text += "(those that the callbacks had; else val_loss, and gap where it was logged)"
     add("--monitor", **many, metavar="KEY", help=text)
     text = "logged keys that are correlated with it; may be repeated (those of the callbacks); "
     text += "each one more makes the correction for their number stricter"
@@ -66,8 +66,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--at", type=row, default="last", metavar="last|best|STEP", help=text)
     text = "whether the best monitor is the smallest or the largest (%(default)s)"
     add("--mode", choices=("min", "max"), default="min", help=text)
-    add("--group", **key, help="config key that colours and groups the runs")
-    add("--size", **key, help="config key of the model's size, for scaling fits")
+    text = "config key that colours and groups the runs, or none (the optimizer, where runs differ)"
+    add("--group", **key, default="auto", help=text)
+    text = "config key of the model's size, for scaling fits, or none (num_parameters, where runs "
+    text += "have three or more)"
+    add("--size", **key, default="auto", help=text)
     text = "of the runs of a W&B project: config.optimizer=adam, state=finished; may be repeated"
     add("--filter", action="append", default=[], metavar="KEY=VALUE", help=text)
     text = "also save it as a W&B Report there"
@@ -84,7 +87,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    monitors = list(dict.fromkeys(options.monitor or ["val_loss", "gap"]))
+    monitors = list(dict.fromkeys(options.monitor)) if options.monitor else None
     if options.live:
         _follow(options, monitors)
         return
@@ -97,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
         table = load_runs(
             options.runs,
             filters=named_values(options.filter, _NO_FILTER),
-            keys=[*monitors, *(options.statistic or [])],
+            keys=[*(monitors or []), *(options.statistic or [])],
             cache=not options.no_cache,
             workers=options.workers,
         )
@@ -111,8 +114,8 @@ def run(options: argparse.Namespace) -> None:
         statistics=options.statistic,
         at=options.at,
         mode=options.mode,
-        group=options.group,
-        size=options.size,
+        group=_none_or(options.group),
+        size=_none_or(options.size),
         workers=options.workers,
     )
     page = write_report(report, options.out)
@@ -124,7 +127,11 @@ def run(options: argparse.Namespace) -> None:
         print(f"W&B Report: {publish(report, options.publish)}")
 
 
-def _follow(options: argparse.Namespace, monitors: list[str]) -> None:
+def _none_or(key: str) -> str | None:
+    return None if key == "none" else key
+
+
+def _follow(options: argparse.Namespace, monitors: list[str] | None) -> None:
     from lightning_hessian.reports.live import follow
 
     folders = [Path(name) for name in options.runs]

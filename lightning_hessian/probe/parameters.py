@@ -161,6 +161,11 @@ class ParameterSpace:
         return tuple(upcast(found[name]) for name in self.names)
 
 
+def num_parameters(module: nn.Module) -> int:
+    """Return how many parameters a module has, on all ranks together; shared ones count once."""
+    return sum(_whole_shape(parameter).numel() for parameter in module.parameters())
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor that may be distributed."""
     return getattr(tensor, "to_local", lambda: tensor)()

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_hessian.reports import figures, glance
 from lightning_hessian.reports.across import AcrossRuns
+from lightning_hessian.reports.defaults import short_name
 from lightning_hessian.reports.document import (
     Block,
     Bullets,
@@ -144,6 +145,7 @@ def _answer_across(report: CorrelationReport) -> str:
 def _across(report: CorrelationReport) -> Iterator[Block]:
     assert report.points is not None
     group = report.settings.get("group")
+    group = group and short_name(group)
     for monitor in report.monitors:
         pairs = [pair for pair in ranked(report.across) if pair.monitor == monitor]
         yield Heading(f"Across runs: {monitor}")
@@ -186,7 +188,7 @@ def _in_group(pair: AcrossRuns, name: str) -> str:
 
 def _scaling(report: CorrelationReport) -> Iterator[Block]:
     assert report.points is not None
-    size = report.scaling[0].size
+    size = short_name(report.scaling[0].size)
     yield Heading(f"Scaling with {size}")
     yield _table(
         report.scaling,
@@ -336,8 +338,15 @@ def _runs(report: CorrelationReport) -> Iterator[Block]:
     chosen = {}
     if report.points is not None:
         chosen = dict(zip(report.points.names, report.points.steps.tolist(), strict=True))
-    varying = [key for key in report.table.config_keys() if report.table.varies(key)][:5]
-    header = ("run", "rows", *(("step used",) if chosen else ()), *varying, "source")
+    varying = [key for key in report.table.config_keys() if report.table.varies(key)]
+    varying = sorted(varying, key=lambda key: short_name(key) != key)[:5]  # the user's come first
+    header = (
+        "run",
+        "rows",
+        *(("step used",) if chosen else ()),
+        *map(short_name, varying),
+        "source",
+    )
     rows = tuple(
         (
             run.name,

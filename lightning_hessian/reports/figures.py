@@ -15,6 +15,7 @@ from markupsafe import escape
 
 from lightning_hessian.histories.run_table import RunRecord
 from lightning_hessian.reports.across import Points, Scaling
+from lightning_hessian.reports.defaults import short_name
 from lightning_hessian.reports.within import WithinRun
 from lightning_hessian.results.escaping import visible
 from lightning_hessian.tracking.style import (
@@ -120,7 +121,7 @@ def scaling_figure(points: Points, scalings: Sequence[Scaling]) -> Drawing:
             centre, low, high = scaling.fit.predict(line)
             axes.plot(line, centre, color=_INK, linewidth=1.2)
             axes.fill_between(line, low, high, color="#888888", alpha=0.25, linewidth=0)
-            axes.set(xscale="log", yscale="log", xlabel=_plain(scaling.size))
+            axes.set(xscale="log", yscale="log", xlabel=_plain(short_name(scaling.size)))
             axes.set_ylabel(_plain(scaling.quantity))
             axes.set_title(f"exponent {scaling.fit.exponent:.2f}", fontsize="small")
             quiet_grid(axes)

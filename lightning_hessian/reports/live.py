@@ -17,6 +17,7 @@ from pathlib import Path
 from lightning_hessian.histories.marks import MARK, read_mark
 from lightning_hessian.histories.run_table import RunRecord
 from lightning_hessian.histories.transaction_log import EmptyRunError
+from lightning_hessian.reports.defaults import DEFAULT_MONITORS, named_monitors
 from lightning_hessian.reports.live_charts import panels, rows_of
 from lightning_hessian.reports.live_many import runs_page
 from lightning_hessian.reports.live_runs import LiveRun, Look, look_at
@@ -53,7 +54,7 @@ _OURS = re.compile(r"(hessian|layers|gradient|stability|correlation)/")
     {
         "folder": paths("Give the folder of a run, or of many, or a list of these."),
         "out": path_name,
-        "monitor": monitor_names,
+        "monitor": optional(monitor_names, "for those that the callbacks of the run have"),
         "interval": live_interval,
         "once": flag,
         "sidecar": optional(path_name, "where nothing measures beside the run"),
@@ -63,7 +64,7 @@ def follow(
     folder: Path | Sequence[Path],
     out: Path,
     *,
-    monitor: Sequence[str],
+    monitor: Sequence[str] | None = None,
     interval: float = 15.0,
     once: bool = False,
     sidecar: Path | None = None,
@@ -82,7 +83,8 @@ def follow(
     Args:
         folder: A run folder, or one with runs below it, or several.
         out: The file (``.html``), or a folder for ``live.html``; made if missing.
-        monitor: The monitored metrics, as they are logged.
+        monitor: The monitored metrics, as they are logged; by default those that the callbacks
+            of the run have, else ``val_loss`` and ``gap``.
         interval: Seconds between two readings.
         once: Write the page once, of the runs as they are now.
         sidecar: The folder of spectra that `lightning-hessian measure --follow` measures beside a
@@ -105,7 +107,7 @@ def follow(
     page.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            seen = look_at(places, DEFAULT_STATISTICS, monitor)
+            seen = look_at(places, DEFAULT_STATISTICS, monitor or DEFAULT_MONITORS)
         except EmptyRunError as error:  # it has just begun
             if once:
                 raise
@@ -116,10 +118,11 @@ def follow(
             _check_owner(places[-1], seen)
         ended = seen.ended or once
         refresh = None if ended else interval
+        watched = monitor or named_monitors(*(run.record.config for run in seen.runs))
         if len(seen.runs) == 1:
-            text = live_page(seen.runs[0], monitor, refresh=refresh, notes=seen.notes)
+            text = live_page(seen.runs[0], watched, refresh=refresh, notes=seen.notes)
         else:
-            text = runs_page(seen, monitor, places, refresh=refresh)
+            text = runs_page(seen, watched, places, refresh=refresh)
         with atomic_write(page) as file:
             file.write(text.encode(errors="replace"))
         if ended:

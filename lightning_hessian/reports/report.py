@@ -14,6 +14,7 @@ from lightning_hessian.histories.run_table import RunTable
 from lightning_hessian.histories.same_run import each_run_once
 from lightning_hessian.reports.across import Scaling, across_runs, choose_points
 from lightning_hessian.reports.compose import compose
+from lightning_hessian.reports.defaults import AUTO, found_group, found_size, named_monitors
 from lightning_hessian.reports.document import to_html, to_markdown
 from lightning_hessian.reports.findings import CorrelationReport
 from lightning_hessian.reports.numbers import write_csv, write_json
@@ -26,9 +27,6 @@ from lightning_hessian.results.path_arguments import path_name
 from lightning_hessian.statistics.scaling import fit_scaling
 from lightning_hessian.tracking.scalars import CORRELATED as OF_SPECTRA
 from lightning_hessian.tracking.scalars import GRADIENT_CORRELATED as OF_GRADIENTS
-
-DEFAULT_MONITORS = ("val_loss", "gap")
-"""What is monitored where nothing is asked for; the gap as far as a run logged it."""
 
 DEFAULT_STATISTICS = (
     *(name if "/" in name else f"hessian/{name}" for name in (*OF_SPECTRA, "loss")),
@@ -48,7 +46,7 @@ def _runs(name: str, value: Any) -> Any:
 _REPORT_RULES: dict[str, Rule] = {
     **RULES,
     "runs": _runs,
-    "monitor": arguments.monitor_names,
+    "monitor": optional(arguments.monitor_names, "for those that the callbacks of the runs had"),
     "statistics": optional(
         arguments.texts("Give keys or globs of statistics, such as 'hessian/*'."),
         "for those that are usual",
@@ -64,12 +62,12 @@ _REPORT_RULES: dict[str, Rule] = {
 def correlation_report(
     runs: RunTable | Source | Iterable[Source],
     *,
-    monitor: str | Sequence[str] = DEFAULT_MONITORS,
+    monitor: str | Sequence[str] | None = None,
     statistics: Sequence[str] | None = None,
     at: str | float = "last",
     mode: str = "min",
-    group: str | None = None,
-    size: str | None = None,
+    group: str | None = AUTO,
+    size: str | None = AUTO,
     progress: bool | None = None,
     workers: int | None = None,
 ) -> CorrelationReport:
@@ -79,7 +77,8 @@ def correlation_report(
 
     Args:
         runs: What `load_runs` returned, or what it takes.
-        monitor: The metric, or metrics; the first decides which row is best. ``"gap"`` is the
+        monitor: The metric, or metrics; the first decides which row is best. By default those that
+            the callbacks of the runs had, else ``val_loss`` and ``gap``. ``"gap"`` is the
             generalization gap, ``hessian/gap``; beside other metrics it is left out where no run
             logged it.
         statistics: Keys or globs of statistics; by default those of the Hessian and gradients that
@@ -87,8 +86,10 @@ def correlation_report(
         at: Which row stands for a run across runs: ``"last"``, ``"best"`` (by the monitor), or the
             last one up to a step.
         mode: Whether the best is the ``"min"`` or the ``"max"``.
-        group: Config key that colours the runs and whose groups are also looked at one by one.
-        size: Config key of the model's size, for scaling fits.
+        group: Config key that colours the runs and whose groups are also looked at one by one; by
+            default the optimizer, where the callbacks logged several. None for no groups.
+        size: Config key of the model's size, for scaling fits; by default the number of parameters,
+            where the callbacks logged three or more. None for no fits.
         progress: Whether a line counts the runs; by default on a terminal.
         workers: How many processes; one for each core by default.
 
@@ -107,11 +108,13 @@ def correlation_report(
         ('hessian/d_ks', 0.8, -0.12, 5)
     """
     table = runs if isinstance(runs, RunTable) else load_runs(runs, progress=progress)
-    monitors = resolved_monitors(monitor, table.keys())
+    asked = named_monitors(*(run.config for run in table)) if monitor is None else monitor
+    monitors = resolved_monitors(asked, table.keys())
     for key in monitors:
         table.require(key, argument="monitor")
     chosen = _statistics(table, statistics, monitors)
     table = each_run_once(table, chosen, monitors)
+    group, size = found_group(table, group), found_size(table, size)
     shown = Progress(progress)
     points, across, scaling = None, [], []
     if len(table) >= MIN_RUNS or group or size:

@@ -50,6 +50,8 @@ class Adapter:
         chart: ``chart(logger, chart, step)``, of one that the dashboard draws; nothing stands in.
         folder: ``folder(logger)``, where its run keeps files; None if it is not known.
         takes_files: Whether files stand in for what is None above.
+        hyperparameters: ``hyperparameters(logger, values)``, called before Lightning logs those of
+            the module.
         readable_texts: Whether a report can read the texts back; else a file in ``folder`` holds
             what it has to know.
     """
@@ -63,6 +65,9 @@ class Adapter:
     )
     takes_files: bool = True
     readable_texts: bool = True
+    hyperparameters: Callable[[Any, dict[str, Any]], None] = lambda logger, values: (
+        logger.log_hyperparams(values)
+    )
 
 
 def adapter(logger: Any) -> Adapter:
@@ -171,6 +176,12 @@ def _tensorboard_pictures(logger: Any, pictures: list[Picture], step: int) -> No
         logger.experiment.add_image(picture.key, pixels, step, dataformats="HWC")
 
 
+def _tensorboard_hyperparameters(logger: Any, values: dict[str, Any]) -> None:
+    # TensorBoard shows the hyperparameters that were logged first, and nothing of later ones. Those
+    # are the module's. Ours go to hparams.yaml, which the logger writes of all that it knows.
+    logger.hparams.update(values)
+
+
 def _tensorboard_text(logger: Any, key: str, value: str, step: int) -> None:
     logger.experiment.add_text(key, value, step)
 
@@ -242,7 +253,10 @@ def _aim_text(logger: Any, key: str, value: str, step: int) -> None:
 ADAPTERS: Mapping[str, Adapter] = {
     "WandbLogger": Adapter(_wandb_define, _wandb_pictures, _wandb_text, _wandb_chart),
     "TensorBoardLogger": Adapter(
-        pictures=_tensorboard_pictures, text=_tensorboard_text, readable_texts=False
+        pictures=_tensorboard_pictures,
+        text=_tensorboard_text,
+        readable_texts=False,
+        hyperparameters=_tensorboard_hyperparameters,
     ),
     "MLFlowLogger": Adapter(pictures=_mlflow_pictures, text=_mlflow_text),
     "CometLogger": Adapter(pictures=_comet_pictures, text=_comet_text),

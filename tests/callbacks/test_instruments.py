@@ -145,7 +145,7 @@ def test_one_that_fails_costs_only_its_own_statistics(
         assert not any(key.startswith("failing/") for key in row)
     (message,) = [message for message in said if "failing" in message]
     kind = "ZeroDivisionError: a user's slip" if where == "measure" else "could not convert string"
-    assert message.startswith("Step 4: No statistics of failing: ")
+    assert message.startswith("Step 3: No statistics of failing: ")
     assert kind in message
     with pytest.raises((ZeroDivisionError, ValueError)):
         _fit(make_trainer, small_callback(instruments=given, on_error="raise"))
