@@ -182,17 +182,17 @@ def test_wandb_draws_a_rank_plot_itself(tmp_path: Path) -> None:
     logged = [row for row in run.rows if f"{key}_table.path" in row]
     pictures = [row for row in run.rows if "figures/hessian_rank.path" in row]
     steps = [[row["trainer/global_step"] for row in rows] for rows in (logged, pictures)]
-    assert steps[0] == steps[1] == [1, 5, 9, 12]
+    assert steps[0] == steps[1] == [1, 5, 9, 11]
     (files,) = tmp_path.glob("wandb/offline-run-*/files")
     table = json.loads((files / logged[-1][f"{key}_table.path"]).read_text())
     assert table["columns"] == ["x", "line", "y"]
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for x, name, y in table["data"]:
         lines[name].append((x, y))
-    assert list(lines) == ["step 12", "fitted power law"]
+    assert list(lines) == ["step 11", "fitted power law"]
     leading = callback.last_spectrum.leading
     expected = np.log10([np.arange(1, len(leading) + 1), leading]).T
-    np.testing.assert_allclose(lines["step 12"], expected, atol=1e-6)
+    np.testing.assert_allclose(lines["step 11"], expected, atol=1e-6)
     fit = powerlaw.Fit(leading, xmin=leading.min(), verbose=0)
     (x0, y0), (x1, y1) = lines["fitted power law"]
     assert (x0, x1) == (0, pytest.approx(np.log10(len(leading))))
