@@ -26,9 +26,9 @@ are monitored: within each run, allowing for the dependence of its measurements,
 with one point each. Writes report.html, report.md, correlations.csv and correlations.json.
 
 RUN is a W&B path (ENTITY/PROJECT, ENTITY/PROJECT/RUN or an address from the browser), an offline
-W&B run folder, a folder of Lightning's CSVLogger, a folder of TensorBoard event files, or a folder
-with many of these below it. What `measure --follow` measured beside a run is joined to it by step
-where both are named.
+W&B run folder, a folder of Lightning's CSVLogger, a folder of TensorBoard event files, MLflow's
+mlruns or a run in it, or a folder with many of these below it. What `measure --follow` measured
+beside a run is joined to it by step where both are named.
 
 examples:
   lightning-hessian report wandb/offline-run-20260101_120000-abc

@@ -71,11 +71,12 @@ def load_runs(
 
     Read are W&B runs by ``entity/project``, ``entity/project/run`` or their address in the
     browser, through `wandb.Api` and all rows of `scan_history`; and on the disk, in a folder and
-    all below it, offline W&B runs, ``metrics.csv`` of Lightning's CSVLogger, and TensorBoard event
-    files. What exists on the disk is taken to be meant. Where a step was logged twice, as after a
-    resume, the later value wins. Of a live, cut or damaged file everything whole is used, and
-    `RunTable.problems` names the rest. A run that cannot be read at all, or not within the bounds
-    of `lightning_hessian.results.bounds`, is left out with a warning, and the others are returned.
+    all below it, offline W&B runs, ``metrics.csv`` of Lightning's CSVLogger, TensorBoard event
+    files, and ``mlruns`` of MLflow. What exists on the disk is taken to be meant. Where a step was
+    logged twice, as after a resume, the later value wins. Of a live, cut or damaged file everything
+    whole is used, and `RunTable.problems` names the rest. A run that cannot be read at all, or not
+    within the bounds of `lightning_hessian.results.bounds`, is left out with a warning, and the
+    others are returned.
 
     Args:
         source: A W&B path, a file or folder, or several of them.

@@ -1,4 +1,4 @@
-"""Runs on the disk: offline W&B runs, folders of Lightning's CSVLogger, TensorBoard event files."""
+"""Runs on the disk: of W&B offline, of Lightning's CSVLogger, of TensorBoard, of MLflow."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from typing import Any
 from lightning_hessian.histories.csv_runs import read_csv
 from lightning_hessian.histories.hparams import read_hparams
 from lightning_hessian.histories.marks import MARK, by_logged_step, read_mark
+from lightning_hessian.histories.mlflow_runs import (
+    META,
+    PARAMS,
+    identity_texts,
+    metric_files,
+    read_meta,
+    read_metric,
+    read_params,
+)
 from lightning_hessian.histories.offline_run import read_offline_run
 from lightning_hessian.histories.run_table import RunRecord, cleaned, columns_of, flat_config
 from lightning_hessian.histories.same_run import identities_beside, identities_in
@@ -31,7 +40,7 @@ class LocalRun:
     """Where one run lies.
 
     Attributes:
-        kind: ``"offline"``, ``"csv"`` or ``"tensorboard"``.
+        kind: ``"offline"``, ``"csv"``, ``"tensorboard"`` or ``"mlflow"``.
         folder: Its folder; that of its last part where a W&B run was resumed.
         files: What is read, oldest first.
     """
@@ -42,7 +51,8 @@ class LocalRun:
 
     def state(self) -> tuple[Any, ...]:
         """Return what changes whenever a file of the run does."""
-        files = (*self.files, self.folder / _HPARAMS, self.folder / MARK)
+        beside = (_HPARAMS, MARK, *((META, PARAMS) if self.kind == "mlflow" else ()))
+        files = (*self.files, *(self.folder / name for name in beside))
         return tuple(
             (os.path.realpath(file), file.stat().st_size, file.stat().st_mtime_ns)
             for file in files
@@ -79,12 +89,15 @@ def find_local_runs(path: Path) -> list[LocalRun]:
             found.append(LocalRun("csv", here, (here / _METRICS,)))
         elif events:
             found.append(LocalRun("tensorboard", here, events))
+        elif metrics := metric_files(here, names):
+            found.append(LocalRun("mlflow", here, metrics))
     for files in parts.values():
         files.sort(key=lambda file: file.parent.name.partition("run-")[2])
         found.append(LocalRun("offline", files[-1].parent, tuple(files)))
     if not found:
         raise FileNotFoundError(
-            f"{path} holds no run: no .wandb file, no {_METRICS}, no {_EVENTS}* in it or below."
+            f"{path} holds no run: no .wandb file, no {_METRICS}, no {_EVENTS}*, no run of "
+            "MLflow in it or below."
         )
     return sorted(found, key=lambda run: str(run.folder))
 
@@ -147,6 +160,8 @@ def _read(run: LocalRun) -> RunRecord:
                 run_id, name = part.run_id, part.name or name
                 if part.exit_code is None and part.complete:
                     trouble = (*trouble, "the run has not ended (live, or killed)")
+            elif run.kind == "mlflow":
+                (more, trouble), place = read_metric(file, run.folder), "metrics"
             else:
                 more, trouble = (read_csv if run.kind == "csv" else read_events)(file)
                 place = file.name
@@ -154,11 +169,18 @@ def _read(run: LocalRun) -> RunRecord:
             broken.append(str(error))
             continue
         rows += more
+        if len(rows) > bounds.NUM_VALUES:
+            raise UnreadableFileError(f"{run.folder} holds more than {bounds.NUM_VALUES} values")
         problems += [f"{place}: {problem}" for problem in trouble]
     if len(broken) == len(run.files):
         raise UnreadableFileError("; ".join(broken))
     if run.kind == "offline":
         identities = identities_in(rows)
+    elif run.kind == "mlflow":
+        meta = read_meta(run.folder, problems)
+        config |= read_params(run.folder, problems)
+        run_id, name = run.folder.name, str(meta.get("run_name") or "")
+        identities = identities_in(identity_texts(run.folder))
     else:
         config |= read_hparams(run.folder / _HPARAMS, problems)
         # Not resolved: what the user typed is what he will recognise.

@@ -37,7 +37,7 @@ class RunRecord:
         run_id: Id of the run, or the name of its folder.
         name: What it is called in tables; unique within a `RunTable`.
         source: The folder, or the W&B path, it came from.
-        kind: ``"wandb"``, ``"offline"``, ``"csv"`` or ``"tensorboard"``.
+        kind: ``"wandb"``, ``"offline"``, ``"csv"``, ``"tensorboard"`` or ``"mlflow"``.
         config: Hyperparameters, nested keys joined by dots, lists as JSON.
         steps: Steps of the rows [n], ascending, each once.
         columns: Values by key, each [n], NaN where a row has none.
