@@ -271,8 +271,7 @@ class _Measurement:
         near = self.memory.stepped
         if found is not None:  # the same whatever was found between whole spectra
             near = found.under(operator) if operator.sign > 0 else None
-        start = self._start(near, operator.through(gradient))
-        pair = self._pair(operator, start, "sharpness", reserved)
+        pair = self._pair(operator, near, operator.through(gradient), "sharpness", reserved)
         if pair is not None:
             scale = stepping.threshold
             self.memory.stepped = kept(pair.vectors[:1], 1, operator)[0]
@@ -289,8 +288,7 @@ class _Measurement:
             operator: SymmetricOperator = self.hessian
             if self.mask is not None:
                 operator = PreconditionedOperator(operator, self.mask)
-            start = self._start(self.memory.plain, gradient)
-            pair = self._pair(operator, start, "lambda_1")
+            pair = self._pair(operator, self.memory.plain, gradient, "lambda_1")
             if pair is None:
                 return None
             self.memory.plain = kept(pair.vectors[:1], 1, operator)[0]
@@ -314,9 +312,18 @@ class _Measurement:
         return near + part * gradient
 
     def _pair(
-        self, operator: SymmetricOperator, start: Tensor, name: str, reserved: int = 0
+        self,
+        operator: SymmetricOperator,
+        near: Tensor | None,
+        gradient: Tensor,
+        name: str,
+        reserved: int = 0,
     ) -> RitzPairs | None:
-        """Return the leading pair, where there are products for it besides those reserved."""
+        """Return the leading pair, where there are products for it besides those reserved.
+
+        Where nothing is near, the gradient alone would miss an eigenvector that it is orthogonal
+        to, as it is to all that the probe does not ask for.
+        """
         most = self._left() - reserved
         if most < LEAST_PRODUCTS:
             self.missing.append(
@@ -324,8 +331,8 @@ class _Measurement:
             )
             return None
         pair = leading_pair(
-            operator, start, tol=self.of.tol, max_products=most, seed=self.session.seed,
-            allowance=self.allowance,
+            operator, self._start(near, gradient), tol=self.of.tol, max_products=most,
+            noise=1.0 if near is None else 0.0, seed=self.session.seed, allowance=self.allowance,
         )  # fmt: skip
         if not pair.converged[0]:
             self.missing.append(

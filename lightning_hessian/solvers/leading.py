@@ -30,6 +30,7 @@ def leading_pair(
     *,
     tol: float,
     max_products: int,
+    noise: float = 0.0,
     seed: int = 0,
     allowance: Allowance = UNBOUNDED,
 ) -> RitzPairs:
@@ -44,7 +45,9 @@ def leading_pair(
         start: A vector [n_local]; a zero one stands for a random one.
         tol: The pair has converged at residual <= tol * abs(Ritz value).
         max_products: Bound on products, at least 1; so many vectors are held.
-        seed: Of random vectors, where there are no others.
+        noise: Length of a random vector that is added to the start, beside which it has length 1:
+            an eigenvector that the start is orthogonal to is found only so.
+        seed: Of random vectors.
         allowance: Asked after every product whether the time is up.
 
     Example:
@@ -63,5 +66,9 @@ def leading_pair(
     vector = start.to(operator.device, operator.dtype, copy=True)
     length = float(shard.norm(vector))
     if length > 0:
-        run.pending.append(Pending(vector.div_(length), torch.zeros(0, dtype=torch.float64)))
+        vector.div_(length)
+        if noise > 0:
+            vector.add_(run.random_vector().vector, alpha=noise)
+            vector.div_(float(shard.norm(vector)))
+        run.pending.append(Pending(vector, torch.zeros(0, dtype=torch.float64)))
     return run.run(max_products, 0, allowance, None, on_stop=lambda: None)

@@ -71,7 +71,7 @@ class ThickRestart(KrylovState):
         """
         self.allowance = allowance
         if not self.pending and not self.count:
-            self.pending.append(self._random())
+            self.pending.append(self.random_vector())
         last = self.num_products >= max_products  # taken up again with a bound that is reached
         interrupted = False
         while not last or self._is_due():
@@ -124,7 +124,7 @@ class ThickRestart(KrylovState):
             room = num_checks or max(_LEAST_SEARCH, self.num_products // _SEARCH_PART)
             self._make_found_first(room)
             self.found = self._result(ritz, stopped)
-            self.pending.insert(0, self._random())
+            self.pending.insert(0, self.random_vector())
             self.search_until = self.num_products + room
             self._plan_search()
             return None
@@ -215,7 +215,7 @@ class ThickRestart(KrylovState):
         else:
             self.projected.lose(coupling)
             if not self.pending:
-                self.pending.append(self._random())  # an invariant subspace
+                self.pending.append(self.random_vector())  # an invariant subspace
         self.between_steps = True
 
     def _join(self, joining: Pending) -> Tensor:
@@ -244,7 +244,7 @@ class ThickRestart(KrylovState):
             self.pending.append(Pending(other.vector, coupling))
         return expected
 
-    def _random(self) -> Pending:
+    def random_vector(self) -> Pending:
         """Return a random unit vector orthogonal to the basis, which no product leans on."""
         vector = torch.randn(self.operator.size, generator=self.generator, dtype=torch.float64)
         vector = self.shard.take(vector).to(self.operator.device, self.operator.dtype)
