@@ -11,6 +11,9 @@ from lightning_hessian import eigengaps, fit_power_law
 from lightning_hessian.results import GradientStructure, HessianSpectrum
 from lightning_hessian.statistics.power_law import optimal_cutoff
 
+MOST_RANKS = 60
+"""Of a spectrum that a result keeps for the figures; about 2 KB."""
+
 
 def spectrum_numbers(spectrum: HessianSpectrum, row: Row) -> dict[str, Any]:
     """Return the numbers of a row from a spectrum.
@@ -61,6 +64,8 @@ def gradient_numbers(structure: GradientStructure, row: Row) -> dict[str, Any]:
             "num_tested": [tests.num_ks_tested, tests.num_gaussian_tested],
         }
         found["power_law"] = found["rate"] > 0.5
+        if tests.typical is not None:
+            found["spectrum"] = _thinned(tests.typical.values)
     elif measure.statistic == "eigengaps":
         gaps = eigengaps(structure.leading[: measure.k])
         found = {"rank_slope": gaps.rank_slope, **_law(gaps.gaps[gaps.fitted], measure.k)}
@@ -95,4 +100,11 @@ def _law(values: Any, k: int) -> dict[str, Any]:
         "s": fit.slope,
         "k_of_least_d_ks": best.num_values,
         "least_d_ks": best.ks_distance,
+        "spectrum": _thinned(values),
     }
+
+
+def _thinned(values: Any) -> dict[str, list[Any]]:
+    """Return some of the descending values with their ranks, enough for a logarithmic axis."""
+    ranks = np.unique(np.geomspace(1, len(values), MOST_RANKS).round().astype(int))
+    return {"ranks": ranks.tolist(), "values": np.asarray(values)[ranks - 1].tolist()}

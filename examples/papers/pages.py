@@ -7,22 +7,18 @@ What the numbers mean is written by hand, in `meaning.md`, and copied into the s
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import charts
 import hpl
 import sg
+from made import PROTOCOLS, RESULTS, Made, read, slope_agrees, verdict
 from rows import Gradients, Hessian, Row
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 DOCS = HERE.parents[1] / "docs" / "papers"
-PROTOCOLS = {"hpl": ("converged", "pooled"), "sg": ("gradients",)}
 TITLES = {
     "hpl": '"Investigating the Overlooked Hessian Structure" (HPL; Tang et al., ICML 2025)',
     "sg": '"On the Overlooked Structure of Stochastic Gradients" (SG; Xie et al., NeurIPS 2023)',
@@ -30,64 +26,6 @@ TITLES = {
 WRITTEN = (
     "Written by `python examples/papers/pages.py`; change the results or the tables, not this."
 )
-
-
-@dataclass(frozen=True)
-class Made:
-    """A row with its results: those of the row's own settings by seed, and those of others."""
-
-    row: Row
-    own: tuple[dict[str, Any], ...]
-    others: tuple[dict[str, Any], ...]
-
-    def values(self, protocol: str, name: str) -> list[float]:
-        """Return a number of a protocol for all seeds that have it."""
-        found = (result["numbers"].get(protocol, {}).get(name) for result in self.own)
-        return [value for value in found if value is not None]
-
-    def first(self, protocol: str) -> dict[str, Any]:
-        """Return the numbers of a protocol at the first seed."""
-        return self.own[0]["numbers"].get(protocol, {})
-
-
-def read(rows: Sequence[Row], folder: Path = RESULTS) -> list[Made]:
-    """Return all rows, with what results there are."""
-    found = []
-    for row in rows:
-        results = [
-            json.loads(path.read_text()) for path in sorted((folder / row.id).glob("*.json"))
-        ]
-        plain = [re.fullmatch(r"seed\d+", result["settings"]) is not None for result in results]
-        own = [result for result, is_plain in zip(results, plain, strict=True) if is_plain]
-        others = [result for result, is_plain in zip(results, plain, strict=True) if not is_plain]
-        own.sort(key=lambda result: result["seed"])
-        found.append(Made(row, tuple(own), tuple(others)))
-    return found
-
-
-# What agrees -------------------------------------------------------------------------------------
-
-
-def verdict(made: Made, protocol: str) -> bool | None:
-    """Return whether ours is the paper's verdict, at the first seed; None where one has none."""
-    found, printed = made.first(protocol), made.row.printed
-    if found.get("power_law") is None:
-        return None
-    if printed.rate is not None and printed.gaussian_rate is not None:
-        same_law = (float(printed.rate) > 50) == found["power_law"]
-        return same_law and (float(printed.gaussian_rate) > 50) == (found["gaussian_rate"] > 0.5)
-    return None if printed.verdict is None else (printed.verdict == "Yes") == found["power_law"]
-
-
-def slope_agrees(made: Made, protocol: str) -> bool | None:
-    """Return whether s lies within two standard errors of the paper's, both having one."""
-    found, printed = made.first(protocol), made.row.printed
-    if printed.s is None or found.get("s") is None:
-        return None
-    # The standard error of s is s / sqrt(K) to first order, as sigma is (beta - 1) / sqrt(K).
-    theirs, ours = float(printed.s), found["s"]
-    error = math.hypot(theirs / math.sqrt(made.row.measure.k), ours / math.sqrt(found["k"]))
-    return abs(theirs - ours) <= 2 * error
 
 
 def setting(made: Made) -> str:
@@ -206,6 +144,7 @@ def _is_entries(row: Row) -> bool:
 def page(paper: str, rows: Sequence[Made]) -> str:
     """Return the page of a paper."""
     lines = [f"# {TITLES[paper]}", "", WRITTEN, "", _LEGEND[paper], ""]
+    lines += _figures(paper, rows)
     for table in dict.fromkeys(one.row.table for one in rows):
         of_table = [one for one in rows if one.row.table == table]
         done = [one for one in of_table if one.own]
@@ -224,6 +163,18 @@ def page(paper: str, rows: Sequence[Made]) -> str:
             lines += [f"Not made yet: {', '.join(left)}.", ""]
     lines += _other_settings(rows, PROTOCOLS[paper])
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).rstrip()) + "\n"
+
+
+def _figures(paper: str, rows: Sequence[Made]) -> list[str]:
+    """Return the links to the figures that there are results for, and the names of the others."""
+    drawn, left = charts.sorted_out(paper, rows)
+    lines = ["## Figures", ""] * bool(drawn or left)
+    for chart in drawn:
+        lines += [f"![{chart.title}]({chart.name}.png)", "", f"{chart.caption}", ""]
+    if left:
+        names = ", ".join(f"{chart.title} ({chart.source})" for chart in left)
+        lines += [f"Not drawn yet, for want of results: {names}.", ""]
+    return lines
 
 
 def _other_settings(rows: Sequence[Made], protocols: Sequence[str]) -> list[str]:
@@ -332,8 +283,19 @@ def pages(folder: Path = RESULTS) -> dict[str, str]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the pages and the figures, and remove figures that nothing stands behind any more."""
     DOCS.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
         (DOCS / name).write_text(text)
         print(DOCS / name)
+    pictures = charts.pictures({"hpl": read(hpl.ROWS), "sg": read(sg.ROWS)})
+    for path in set(DOCS.glob("*.png")) - {DOCS / name for name in pictures}:
+        path.unlink()
+    for name, content in pictures.items():
+        (DOCS / name).write_bytes(content)
+        print(DOCS / name)
+
+
+if __name__ == "__main__":
+    main()

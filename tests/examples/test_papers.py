@@ -249,6 +249,10 @@ def test_a_row_is_the_dense_hessian_of_its_trained_network(small):
     assert numbers["lambda_1"] == pytest.approx(values[0], rel=1e-5)
     assert numbers["d_ks"] == pytest.approx(dense.ks_distance, rel=1e-3)
     assert numbers["s"] == pytest.approx(dense.slope, rel=1e-3)
+    thinned = numbers["spectrum"]
+    ranks = np.array(thinned["ranks"])
+    assert (ranks[0], ranks[-1]) == (1, 25)
+    np.testing.assert_allclose(thinned["values"], values[ranks - 1], rtol=1e-3)
     assert found["late"]["about"]["probe"] == 80
     assert found["late"]["about"]["probe_loss"] == pytest.approx(float(loss(flat)), rel=1e-6)
     # Three runs find the top of 104 eigenvalues three times.
