@@ -21,6 +21,7 @@ from lightning_hessian.results.escaping import visible
 from lightning_hessian.tracking.style import (
     COLOURS,
     MARKERS,
+    few_ticks,
     log_if_wide,
     new_figure,
     quiet_grid,
@@ -95,6 +96,8 @@ def across_figure(
                 )
             axes.set_xlabel(_plain(statistic))
             log_if_wide(axes, x, y)
+            if axes.get_xscale() == "linear":
+                axes.locator_params(axis="x", nbins=5)  # numbers of five digits stay apart
             quiet_grid(axes)
         for axes in grid[:, 0]:
             axes.set_ylabel(_plain(monitor))
@@ -121,8 +124,9 @@ def scaling_figure(points: Points, scalings: Sequence[Scaling]) -> Drawing:
             centre, low, high = scaling.fit.predict(line)
             axes.plot(line, centre, color=_INK, linewidth=1.2)
             axes.fill_between(line, low, high, color="#888888", alpha=0.25, linewidth=0)
-            axes.set(xscale="log", yscale="log", xlabel=_plain(short_name(scaling.size)))
-            axes.set_ylabel(_plain(scaling.quantity))
+            axes.set(yscale="log", ylabel=_plain(scaling.quantity))
+            few_ticks(axes)  # of this axis alone: sizes are named by their decades
+            axes.set(xscale="log", xlabel=_plain(short_name(scaling.size)))
             axes.set_title(f"exponent {scaling.fit.exponent:.2f}", fontsize="small")
             quiet_grid(axes)
         caption = "Least-squares lines in the log-log plot with 95 % bands."

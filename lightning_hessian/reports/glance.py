@@ -95,7 +95,7 @@ def sentence(report: CorrelationReport, name: Callable[[str], str] = str) -> str
             return (
                 f"{runs}, nothing measured here is shown to go with {monitors}: it may be chance."
             )
-        best = shown[0]
+        best = _telling(shown)
         text = f"{runs}, those with a higher {name(best.statistic)} ended with a "
         text += f"{'higher' if best.r > 0 else 'lower'} {name(best.monitor)}"
     elif not pairs:
@@ -109,7 +109,7 @@ def sentence(report: CorrelationReport, name: Callable[[str], str] = str) -> str
             return f"{text}: there are too few measurements to tell."
         return f"{text}."
     else:
-        best = shown[0]
+        best = _telling(shown)
         run = "In this run" if len(report.table) == 1 else f"In {name(best.run)}"
         text = f"{run}, when {name(best.statistic)} rose from one measurement to the next, "
         text += f"{name(best.monitor)} mostly {'rose too' if best.r > 0 else 'fell'}"
@@ -117,6 +117,14 @@ def sentence(report: CorrelationReport, name: Callable[[str], str] = str) -> str
     if others:
         text += f", and {others} more pair{'s' if others > 1 else ''} went together"
     return f"{text}."
+
+
+def _telling(shown: Sequence[Glance]) -> Glance:
+    """Return the strongest pair whose statistic is no loss itself, if there is one.
+
+    That the loss on the training probe goes with the validation loss surprises nobody.
+    """
+    return next((pair for pair in shown if not pair.statistic.endswith("/loss")), shown[0])
 
 
 def draw(report: CorrelationReport, axes: Axes) -> None:

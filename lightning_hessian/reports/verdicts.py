@@ -162,7 +162,7 @@ def verdict_across(pair: AcrossRuns, num_tests: int, group: str | None = None) -
     if math.isnan(pair.r):
         return f"No coefficient: {pair.reason.removeprefix('r, spearman: ')}."
     if not excludes_zero(*pair.fisher):
-        return "Not told from zero." + _groups(pair, group)
+        return "No relation shown." + _groups(pair, group)
     text = _goes(pair, pair.r)
     if num_tests > 1:
         holds = ", also" if pair.holm < LEVEL else ", but not"
@@ -184,7 +184,7 @@ def _groups(pair: AcrossRuns, group: str | None) -> str:
         return ""
     clear, whole = excludes_zero(*pair.within_interval), excludes_zero(*pair.fisher)
     if not clear:
-        return f" Within the groups of {group} it is not told from zero." if whole else ""
+        return f" Within the groups of {group} none is shown." if whole else ""
     if not whole:
         goes = _goes(pair, pair.r_within_groups).replace("Higher", "higher", 1)
         return f" Within the groups of {group} {goes} (not corrected)."

@@ -60,8 +60,18 @@ def quiet_grid(axes: Axes) -> None:
 
 
 def few_ticks(axes: Axes) -> None:
-    """Name 1, 2 and 5 of each decade where a logarithmic axis spans few, and else the decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    """Name 1, 2 and 5 of each decade where a logarithmic axis spans few, and else the decades.
+
+    Where it spans less than a factor of four, which may hold one of these, it has ticks as a linear
+    axis has.
+    """
+    from matplotlib.ticker import (
+        FuncFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() != "log":
@@ -69,9 +79,12 @@ def few_ticks(axes: Axes) -> None:
         low, high = sorted(axis.get_view_interval())
         axis.set_minor_formatter(NullFormatter())
         if low > 0 and high / low < 100:
-            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            narrow = high / low < 4
+            axis.set_major_locator(
+                MaxNLocator(4) if narrow else LogLocator(base=10, subs=(1, 2, 5))
+            )
             axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))
 
 
 def log_if_wide(axes: Axes, x: ArrayLike, y: ArrayLike) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_the_sentence_says_what_the_numbers_show(table: RunTable, words: str) ->
     assert said.count(".") == 1
     assert len(said) < 200
     assert not re.search(r"Pearson|correlat|\br\b|p-value|coefficient", said)
+
+
+def test_the_sentence_is_not_about_a_loss_where_something_else_is_shown() -> None:
+    runs = [
+        dataclasses.replace(one, columns={**one.columns, "hessian/loss": one.series("val_loss")})
+        for one in many()
+    ]
+    report = correlation_report(RunTable(tuple(runs)), monitor="val_loss")
+    assert glance.glances(report)[0].statistic == "hessian/loss"  # the table keeps its order
+    words = "those with a higher hessian/trace ended with a higher val_loss, and 1 more pair"
+    assert words in glance.sentence(report)
 
 
 def test_the_first_screen_is_a_sentence_a_figure_and_a_ranked_table() -> None:

@@ -27,7 +27,7 @@ from lightning_hessian.tracking.figures import (
     emergence_plot,
     rank_plot,
 )
-from lightning_hessian.tracking.style import COLOURS, render
+from lightning_hessian.tracking.style import COLOURS, few_ticks, new_figure, render
 
 VALUES = np.sort(stats.pareto(0.9).rvs(120, random_state=np.random.default_rng(5)))[::-1]
 
@@ -331,3 +331,16 @@ def test_a_spectrum_that_was_measured() -> None:
     found = hessian_spectrum(given.module, given.loss_fn, given.batches, num_eigenvalues=12)
     png = render(rank_plot({"Hessian": found}))
     assert re.match(rb"\x89PNG", png)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.46, 0.78), (2.8, 3.3), (900.0, 20_000.0)])
+def test_every_logarithmic_axis_has_numbers_that_can_be_read(low: float, high: float) -> None:
+    figure, axes = new_figure(3.0, 3.0)
+    axes.plot([1, 2], [low, high])
+    axes.set_yscale("log")
+    few_ticks(axes)
+    figure.canvas.draw()
+    bottom, top = axes.get_ylim()
+    seen = [t.get_text() for t in axes.get_yticklabels() if bottom <= t.get_position()[1] <= top]
+    assert 2 <= len(seen) <= 8
+    assert all(re.fullmatch(r"\d+(\.\d+)?", text) for text in seen)
