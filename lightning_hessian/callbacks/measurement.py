@@ -222,6 +222,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         """Measure what is due by steps, when a validation after the last of them is over."""
         if not self._enabled:
             return
+        self._guard.attempt("reading the metrics", self._pairs.settle, trainer)
         few, whole_one = self._steps.due(trainer)
         if few or whole_one:
             self._measure_at_step(trainer, pl_module, few, whole_one)

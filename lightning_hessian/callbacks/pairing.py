@@ -35,6 +35,7 @@ class Pairs:
         self.monitors = monitors
         self.on_training_data = on_training_data
         self._metrics: dict[str, Any] = {}  # those of the validation before
+        self._settled = True
 
     def forget(self) -> None:
         """Begin anew: no metric is of a validation before."""
@@ -42,8 +43,17 @@ class Pairs:
 
     def see(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return which of ``trainer.callback_metrics`` are of this validation, not of an older."""
-        before, self._metrics = self._metrics, dict(metrics)
+        before, self._metrics, self._settled = self._metrics, dict(metrics), False
         return {name: v for name, v in self._metrics.items() if v is not before.get(name)}
+
+    def settle(self, trainer: Any) -> None:
+        """Look again before the first batch that follows a validation.
+
+        Lightning makes new tensors of a validation's metrics for whoever asks for them, such as
+        ``ModelCheckpoint`` after this callback; at the next validation they would look new.
+        """
+        if not self._settled:
+            self._metrics, self._settled = dict(trainer.callback_metrics), True
 
     def latest(self) -> dict[str, Any]:
         """Return the metrics of the last validation."""
