@@ -18,11 +18,16 @@ PROTOCOLS = {"hpl": ("converged", "pooled"), "sg": ("gradients",)}
 
 @dataclass(frozen=True)
 class Made:
-    """A row with its results: those of the row's own settings by seed, and those of others."""
+    """A row with its results: those of the row's own settings by seed, and those of others.
+
+    ``diverged`` says that training has ended in NaN; such results have no numbers, and are not
+    among the others.
+    """
 
     row: Row
     own: tuple[dict[str, Any], ...]
     others: tuple[dict[str, Any], ...]
+    diverged: bool = False
 
     def values(self, protocol: str, name: str) -> list[float]:
         """Return a number of a protocol for all seeds that have it."""
@@ -41,11 +46,13 @@ def read(rows: Sequence[Row], folder: Path = RESULTS) -> list[Made]:
         results = [
             json.loads(path.read_text()) for path in sorted((folder / row.id).glob("*.json"))
         ]
+        diverged = any(result.get("diverged", False) for result in results)
+        results = [result for result in results if not result.get("diverged", False)]
         plain = [re.fullmatch(r"seed\d+", result["settings"]) is not None for result in results]
         own = [result for result, is_plain in zip(results, plain, strict=True) if is_plain]
         others = [result for result, is_plain in zip(results, plain, strict=True) if not is_plain]
         own.sort(key=lambda result: result["seed"])
-        found.append(Made(row, tuple(own), tuple(others)))
+        found.append(Made(row, tuple(own), tuple(others), diverged))
     return found
 
 

@@ -84,6 +84,10 @@ class AtEpochs:
         return not self.epochs or validation * self.every in self.epochs
 
 
+class DivergedError(RuntimeError):
+    """Training by a recipe has ended in NaN: that is the result of its rows."""
+
+
 class _Keep(L.Callback):
     """Hands on what `HessianSpectrumCallback` has measured, as soon as it is there."""
 
@@ -163,6 +167,8 @@ class Bench:
                                 check_val_every_n_epoch=every)  # fmt: skip
         trainer.fit(self.module, *loaders)
         self.about["training_seconds"] = round(time.monotonic() - begun, 1)
+        if not all(bool(part.isfinite().all()) for part in self.module.network.parameters()):
+            raise DivergedError("Training by the recipe ends in NaN.")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(self.module.network.state_dict(), self.file.with_suffix(".part"))
         os.replace(self.file.with_suffix(".part"), self.file)
@@ -274,7 +280,12 @@ def measure_rows(
         # Lightning on the number of workers, on logging steps, and the like.
         warnings.filterwarnings("ignore", module="lightning")
         bench = Bench(network, settings, data_dir, work_dir)
-        bench.train(rows, save)
+        try:
+            bench.train(rows, save)
+        except DivergedError:
+            for row in rows:
+                save(row, {"about": bench.about, "numbers": {}, "diverged": True})
+            return
         bench.measure(rows, save)
 
 

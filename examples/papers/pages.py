@@ -158,7 +158,14 @@ def page(paper: str, rows: Sequence[Made]) -> str:
             lines += _entries(entries)
         lines += [f"- `{one.row.id}`: {setting(one)}" for one in done if setting(one)]
         lines += [""] * bool(done)
-        left = [f"`{one.row.id}`" + " (GPU)" * one.row.gpu for one in of_table if not one.own]
+        lost = [f"`{one.row.id}`" for one in of_table if one.diverged]
+        if lost:
+            lines += [f"Training by the recipe diverges (NaN): {', '.join(lost)}.", ""]
+        left = [
+            f"`{one.row.id}`" + " (GPU)" * one.row.gpu
+            for one in of_table
+            if not one.own and not one.diverged
+        ]
         if left:
             lines += [f"Not made yet: {', '.join(left)}.", ""]
     lines += _other_settings(rows, PROTOCOLS[paper])
