@@ -70,8 +70,8 @@ def noise_scale(squares: ArrayLike, sums: ArrayLike, batch_size: float) -> Noise
     )
     if not squared_norm > _TOLD_FROM_ZERO * error_of_norm:
         return found.without(
-            "the squared norm of the mean gradient is not told from zero: it is below two of its "
-            "standard errors. Take more gradients, or larger batches."
+            "the squared norm of the mean gradient cannot be told from zero: it is below two of "
+            "its standard errors. Take more gradients, or larger batches."
         )
     slope = np.array([1.0 / squared_norm, -trace / squared_norm**2])
     error = float(np.sqrt(max(0.0, slope @ covariance @ slope)))

@@ -118,7 +118,7 @@ def sections(monitors: Sequence[str] = ("val_loss", "gap")) -> dict[str, tuple[P
             Lines("Slope of the gaps", ("hessian/eigengap_s_hat",)),
             Figures("Emergence of the power law", ("figures/hessian_emergence",)),
             Figures("Eigenvalue against rank", ("figures/hessian_rank",)),
-            Figures("Does the verdict hang on K?", ("figures/hessian_cutoff",)),
+            Figures("Does the verdict depend on K?", ("figures/hessian_cutoff",)),
             Figures("Eigengaps", ("figures/hessian_eigengaps",)),
             Figures("Spectral density", ("figures/hessian_density",)),
         ),

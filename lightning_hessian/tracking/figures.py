@@ -216,7 +216,7 @@ def eigengap_theory_plot(
 def cutoff_plot(
     eigenvalues: ArrayLike, *, significance: float = 0.05, title: str | None = None
 ) -> Figure:
-    """Return the KS distance as a function of K, beside d_c: does the verdict hang on K?
+    """Return the KS distance as a function of K, beside d_c: does the verdict depend on K?
 
     The triangle marks all K values, the circle the K of the smallest distance among those of at
     least ten values (Clauset et al. 2009); that one's verdict is too kind, since it was chosen.
