@@ -24,6 +24,7 @@ from support.runs import (
 
 from lightning_hessian import AtSteps, load_runs
 from lightning_hessian.reports.live import live_page
+from lightning_hessian.reports.live_runs import offline_run
 from lightning_hessian.tracking.loggers import STEP
 
 KEY = "hessian/lambda_1"
@@ -57,7 +58,7 @@ def test_every_place_has_the_same(tmp_path: Path, module: Callable[[], Any]) -> 
     folder = Path(loggers[1].log_dir)
     texts = [json.loads(line) for line in (folder / "spectra_hessian.jsonl").open()]
     events = tensorboard_events(loggers[2].log_dir)
-    page = data_of(live_page(run, ["val_loss"]))
+    page = data_of(live_page(offline_run(run), ["val_loss"]))
     charts = {c["title"]: c for part in page["sections"] for c in part["charts"]}
     (line,) = charts["Largest eigenvalue"]["series"]
     (tagged,) = [tag for tag in events.Tags()["images"] if "rank" in tag]
