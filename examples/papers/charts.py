@@ -145,6 +145,22 @@ def draw_rates(chart: Chart, rows: Sequence[Made]) -> Figure:
     return figure
 
 
+def draw_sharpness(chart: Chart, rows: Sequence[Made]) -> Figure:
+    """Return lambda_1 and the test loss over the slope s, a point for each row (HPL fig. 3, 4)."""
+    figure, panels = new_figure(8.6, 3.8, ncols=2)
+    found = [(one.first("converged"), one.own[0]["about"]) for one in rows]
+    slopes = [numbers["s"] for numbers, _ in found]
+    panels[0].plot(slopes, [numbers["lambda_1"] for numbers, _ in found], "o", color=COLOURS[0])
+    panels[1].plot(slopes, [about["test_loss"] for _, about in found], "s", color=COLOURS[1])
+    panels[0].set(ylabel=r"$\lambda_1$ (loss / parameter$^2$)", yscale="log")
+    panels[1].set(ylabel="test loss")
+    for axes in panels:
+        axes.set_xlabel(r"slope $\hat s$ of converged eigenvalues")
+        quiet_grid(axes)
+        few_ticks(axes)
+    return figure
+
+
 def _draw_seeds(
     axes: Axes, places: Sequence[float], rows: Sequence[Made], protocol: str, name: str, label: str
 ) -> None:
@@ -259,12 +275,17 @@ def _finished(figure: Figure, axes: Axes, *, columns: int, log: bool = True) -> 
 # The charts --------------------------------------------------------------------------------------
 
 _BATCH = "batch size $B$"
+_OPTIMIZERS = r"hpl-{}-(?!random|b\d|n\d|noise|shuffled|eigengap|epoch).*"
 _OVER = (
     "KS distance as printed and as measured here; below the dotted line a power law is accepted."
 )
 _HESSIAN = r"Hessian eigenvalue $\lambda_k$ (loss / parameter$^2$)"
 _COVARIANCE = r"eigenvalue $\lambda_k$ (loss$^2$ / parameter$^2$)"
 _BY_RANK = "Values by rank, 60 of them, from the results."
+
+
+def _has_slope(made: Made, protocol: str) -> bool:
+    return protocol == "converged" and "s" in made.first(protocol)
 
 
 def _has_spectrum(made: Made, protocol: str) -> bool:
@@ -312,12 +333,21 @@ CHARTS: list[Chart] = [
                places={"hpl-7-mnist-sgd": 0}),
     _distances("hpl-widths", "d_ks over the width", "table 9, figure 26",
                r"hpl-9-width(\d+)", "width"),
+    *(
+        Chart(f"hpl-sharpness-{data}", f"Slope, sharpness and test loss by optimizer, {title}",
+              source, "A point is an optimizer. The paper finds that s follows both.",
+              rows, draw_sharpness, least=4, counts=_has_slope)
+        for data, title, source, rows in (
+            ("mnist", "MNIST", "figures 3, 4", _OPTIMIZERS.format("7-mnist")),
+            ("cifar10", "CIFAR-10", "figures 22, 23", _OPTIMIZERS.format("8-cifar10")),
+        )
+    ),
     _spectrum("hpl-spectra", "Spectra before and after training", "figure 1",
               r"hpl-[78]-(mnist|fashion|cifar10)-(random|sgd)"),
     _spectrum("hpl-spectra-gaps", "Eigengaps re-sorted by size", "figures 2, 21",
               r"hpl-7-\w+-eigengap"),
     _spectrum("hpl-spectra-optimizers", "Spectra by optimizer", "figure 3",
-              r"hpl-7-mnist-(?!random|b\d|n\d|noise|shuffled|eigengap|epoch).*"),
+              _OPTIMIZERS.format("7-mnist")),
     _spectrum("hpl-spectra-batch-sizes", "Spectra by batch size", "figure 7",
               r"hpl-7-mnist-b\d+"),
     _spectrum("hpl-spectra-labels", "Spectra by labels", "figures 15, 17",

@@ -24,7 +24,8 @@ MOST_BYTES = 60_000
 
 
 def _write(folder, row, seed, numbers):
-    content = {"seed": seed, "settings": f"seed{seed}", "about": {},
+    about = {"test_loss": 0.1 * (1 + len(row.id) % 5)}
+    content = {"seed": seed, "settings": f"seed{seed}", "about": about,
                "numbers": dict.fromkeys(made.PROTOCOLS[row.paper], numbers)}  # fmt: skip
     (folder / row.id).mkdir(exist_ok=True)
     (folder / row.id / f"seed{seed}.json").write_text(json.dumps(content))
@@ -40,6 +41,7 @@ def whole(tmp_path_factory):
     for i, row in enumerate((*hpl.ROWS, *sg.ROWS)):
         for seed in range(2 if "epoch" in row.id else 1):
             numbers = {**laws[(i + 4 * seed) % 9], "rate": 0.7, "gaussian_rate": 0.2}
+            numbers["lambda_1"] = numbers["spectrum"]["values"][0]
             found.setdefault(row.id, []).append(_write(folder, row, seed, numbers))
     read = {"hpl": made.read(hpl.ROWS, folder), "sg": made.read(sg.ROWS, folder)}
     return read, found
@@ -120,6 +122,19 @@ def test_slopes_stand_beside_the_printed_ones(whole):
     line = figure.axes[0].lines[0]
     assert list(line.get_xdata()) == [float(one.row.printed.s) for one in chosen]
     assert list(line.get_ydata()) == [one.first("gradients")["s"] for one in chosen]
+
+
+def test_optimizers_are_the_points_of_sharpness_over_slope(whole):
+    read, found = whole
+    _, chosen, figure = _chart("hpl-sharpness-cifar10", read)
+    ids = [one.row.id for one in chosen]
+    assert len(ids) == 11
+    assert "hpl-8-cifar10-random" not in ids
+    left, right = figure.axes
+    assert list(left.lines[0].get_xdata()) == [found[name][0]["s"] for name in ids]
+    assert list(left.lines[0].get_ydata()) == [found[name][0]["lambda_1"] for name in ids]
+    losses = [one.own[0]["about"]["test_loss"] for one in chosen]
+    assert list(right.lines[0].get_ydata()) == losses
 
 
 def test_figures_without_results_are_left_out_by_name(tmp_path):
