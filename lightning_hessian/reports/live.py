@@ -71,8 +71,8 @@ def follow(
 ) -> Path:
     """Write the page of one run or many, again and again until all have ended; return its path.
 
-    Read are offline W&B runs, and the folders of Lightning's CSVLogger and TensorBoardLogger, in a
-    folder and all below it, and what a run without logger leaves. Where there are several, they
+    Read are offline W&B runs, the folders of Lightning's CSVLogger and TensorBoardLogger, MLflow's
+    (numbers only) and what a run without logger leaves, in a folder and all below it. Where there are several, they
     stand side by side, up to 24. A run that two loggers wrote is there once.
 
     W&B writes to the disk every 15 seconds, `CSVLogger` every 100 rows unless its

@@ -152,8 +152,12 @@ def _read(local: LocalRun) -> LiveRun:
     record = read_local_run(local)
     notes = list(record.problems)
     try:
-        reading = _beside_csv if local.kind == "csv" else _in_events
-        spectra, (figures, left_out) = reading(local, notes)
+        if local.kind == "csv":
+            spectra, (figures, left_out) = _beside_csv(local, notes)
+        elif local.kind == "tensorboard":
+            spectra, (figures, left_out) = _in_events(local, notes)
+        else:
+            spectra, figures, left_out = [], [], ["MLflow's spectra and figures are not shown"]
         notes += left_out
     except (UnreadableFileError, OSError) as error:
         spectra, figures = [], []

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.pages import data_of
 from support.runs import measuring_rank_only, train
 
 from lightning_hessian import correlation_report, load_runs
 from lightning_hessian.histories.local_runs import find_local_runs, read_local_run
+from lightning_hessian.reports.live import follow
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -46,6 +48,9 @@ def test_a_run_of_the_callback(tmp_path: Path) -> None:
     )  # fmt: skip
     assert config["hessian_callback.optimizer"] == "SGD"
     assert run.identities == (callback._identity,)
+    page = data_of(follow(tmp_path / "mlruns", tmp_path / "page", once=True).read_text())
+    assert (page["measurements"], page["kind"]) == (len(history), "mlflow")
+    assert page["notes"] == ["MLflow's spectra and figures are not shown"]
     # It is what MLflow's own client reads.
     client = logger.experiment
     seen = client.get_metric_history(logger.run_id, "hessian/lambda_1")
