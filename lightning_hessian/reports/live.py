@@ -72,8 +72,8 @@ def follow(
     """Write the page of one run or many, again and again until all have ended; return its path.
 
     Read are offline W&B runs, the folders of Lightning's CSVLogger and TensorBoardLogger, MLflow's
-    (numbers only) and what a run without logger leaves, in a folder and all below it. Where there are several, they
-    stand side by side, up to 24. A run that two loggers wrote is there once.
+    (numbers only) and what a run without logger leaves, in a folder and all below it. Where there
+    are several, they stand side by side, up to 24. A run that two loggers wrote is there once.
 
     W&B writes to the disk every 15 seconds, `CSVLogger` every 100 rows unless its
     ``flush_logs_every_n_steps`` says otherwise, TensorBoard every two minutes: a shorter interval
