@@ -57,11 +57,9 @@ def test_a_run_of_another_logger_has_the_page_of_its_numbers(kind: Any, tmp_path
     assert data["measurements"] == len(callback.history) == 6
     charts = {c["title"]: c for part in data["sections"] for c in part["charts"]}
     (line,) = charts["Largest eigenvalue"]["series"]
-    expected = [[row["step"] - 1, row["lambda_1"]] for row in callback.history]
+    expected = [[row["step"], row["lambda_1"]] for row in callback.history]
     np.testing.assert_allclose(line["points"], expected, rtol=1e-6)
-    assert [found["step"] for found in data["spectra"]] == [
-        row["step"] - 1 for row in callback.history
-    ]
+    assert [found["step"] for found in data["spectra"]] == [row["step"] for row in callback.history]
     np.testing.assert_allclose(
         data["spectra"][-1]["values"], callback.last_spectrum.leading, rtol=1e-3
     )
