@@ -8,6 +8,6 @@ import pytest
 from support.launching import two_ranks_are_alike
 
 
-@pytest.mark.parametrize("kind", ["data", "fsdp2"])
+@pytest.mark.parametrize("kind", ["data", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_ranks_have_the_stability_of_one_process(kind: str, tmp_path: Path) -> None:
     two_ranks_are_alike("stability_ranks.py", kind, tmp_path)

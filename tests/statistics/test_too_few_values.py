@@ -32,6 +32,7 @@ DRAWS = {
 }
 
 
+@pytest.mark.slow
 def test_from_the_least_on_the_alternatives_are_more_likely_caught_than_not():
     least = LEAST_FOR_VERDICT
     error = 3 * 0.5 / np.sqrt(1500)

@@ -274,11 +274,11 @@ class GradientLength:
 
 
 class TakesTime(L.Callback):
-    """Makes each step of training take a tenth of a second."""
+    """Makes each step of training take time, so that a busy machine can pay for a trial."""
 
     def on_train_batch_start(self, *given: Any) -> None:
         """Wait."""
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 def main(folder: Path, job: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ def _blocks(module: nn.Module, group: object = None) -> list[list[float]]:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_module_under_fsdp1_is_measured_exactly_whole_and_in_shards(tmp_path, world):
     alone = Network().eval()
     expected = [_spectrum(alone)]
