@@ -25,6 +25,7 @@ from lightning_hessian.solvers.krylov import RitzPairs
 from lightning_hessian.solvers.leading import LEAST_PRODUCTS, leading_pair
 
 _COLD = 3  # times as many products where there is nothing to start from
+_LEAST_COLD = 12  # products; after 8 a GPT's second eigenvalue had converged before its first
 _OF_GRADIENT = 0.03  # of the length of a start vector
 _NORMS = (
     "There is no sharpness under the optimizer: BatchNorm is measured with its running statistics, "
@@ -333,6 +334,7 @@ class _Measurement:
         pair = leading_pair(
             operator, self._start(near, gradient), tol=self.of.tol, max_products=most,
             noise=1.0 if near is None else 0.0, seed=self.session.seed, allowance=self.allowance,
+            least=_LEAST_COLD if near is None else LEAST_PRODUCTS,
         )  # fmt: skip
         if not pair.converged[0]:
             self.missing.append(

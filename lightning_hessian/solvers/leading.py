@@ -31,6 +31,7 @@ def leading_pair(
     tol: float,
     max_products: int,
     noise: float = 0.0,
+    least: int = LEAST_PRODUCTS,
     seed: int = 0,
     allowance: Allowance = UNBOUNDED,
 ) -> RitzPairs:
@@ -47,6 +48,7 @@ def leading_pair(
         max_products: Bound on products, at least 1; so many vectors are held.
         noise: Length of a random vector that is added to the start, beside which it has length 1:
             an eigenvector that the start is orthogonal to is found only so.
+        least: Products before a pair is believed.
         seed: Of random vectors.
         allowance: Asked after every product whether the time is up.
 
@@ -62,7 +64,7 @@ def leading_pair(
     wanted = min(max_products + 1, operator.size)
     storage, rows = placed(ANYWHERE, wanted, min(_LEAST_ROWS, wanted), operator)
     run = _Eager(operator, 1, tol, rows, seed, storage, rows)
-    run.next_check = LEAST_PRODUCTS
+    run.next_check = min(least, max_products, operator.size)
     vector = start.to(operator.device, operator.dtype, copy=True)
     length = float(shard.norm(vector))
     if length > 0:
