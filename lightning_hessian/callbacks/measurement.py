@@ -222,7 +222,6 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         """Measure what is due by steps, when a validation after the last of them is over."""
         if not self._enabled:
             return
-        self._guard.attempt("reading the metrics", self._pairs.settle, trainer)
         few, whole_one = self._steps.due(trainer)
         if few or whole_one:
             self._measure_at_step(trainer, pl_module, few, whole_one)
@@ -257,9 +256,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
         """Pairs the measurement with the metrics of the same validation, and correlates."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        fresh = self._guard.attempt(
-            "reading the metrics", self._pairs.see, trainer.callback_metrics
-        )
+        fresh = self._guard.attempt("reading the metrics", self._pairs.see, trainer)
         pending, self._pending = self._pending, None
         if pending is not None:
             self._pair(trainer, pending, fresh or {}, trainer.current_epoch)
@@ -347,9 +344,7 @@ class MeasurementCallback(RecordsUpdates, Measuring, Callback):
 
     def _pair_at_step(self, trainer: Any, pending: Mapping[str, float]) -> None:
         """Pair a measurement that no validation belongs to with the metrics logged since."""
-        fresh = self._guard.attempt(
-            "reading the metrics", self._pairs.see, trainer.callback_metrics
-        )
+        fresh = self._guard.attempt("reading the metrics", self._pairs.see, trainer)
         self._pair(trainer, pending, fresh or {}, self._steps.epoch)
 
     def _pair(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_hessian.callbacks.surroundings import unknown_metric
+from lightning_hessian.callbacks.surroundings import logged_in_validation, unknown_metric
 
 GAP = "gap"
 """The generalization gap: the validation loss minus the loss on the training probe."""
@@ -35,25 +35,26 @@ class Pairs:
         self.monitors = monitors
         self.on_training_data = on_training_data
         self._metrics: dict[str, Any] = {}  # those of the validation before
-        self._settled = True
+        self._of_validations: set[str] = set()
 
     def forget(self) -> None:
         """Begin anew: no metric is of a validation before."""
-        self._metrics = {}
+        self._metrics, self._of_validations = {}, set()
 
-    def see(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return which of ``trainer.callback_metrics`` are of this validation, not of an older."""
-        before, self._metrics, self._settled = self._metrics, dict(metrics), False
-        return {name: v for name, v in self._metrics.items() if v is not before.get(name)}
+    def see(self, trainer: Any) -> dict[str, Any]:
+        """Return which of ``trainer.callback_metrics`` are of this validation, or logged since.
 
-    def settle(self, trainer: Any) -> None:
-        """Look again before the first batch that follows a validation.
-
-        Lightning makes new tensors of a validation's metrics for whoever asks for them, such as
-        ``ModelCheckpoint`` after this callback; at the next validation they would look new.
+        Those of training are new where their tensors are. Those of an older validation may have new
+        tensors, too: Lightning makes them for whoever asks, as ``ModelCheckpoint`` does after us.
         """
-        if not self._settled:
-            self._metrics, self._settled = dict(trainer.callback_metrics), True
+        now = logged_in_validation(trainer)
+        self._of_validations |= now
+        before, self._metrics = self._metrics, dict(trainer.callback_metrics)
+        return {
+            name: value
+            for name, value in self._metrics.items()
+            if name in now or (name not in self._of_validations and value is not before.get(name))
+        }
 
     def latest(self) -> dict[str, Any]:
         """Return the metrics of the last validation."""

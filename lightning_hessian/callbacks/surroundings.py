@@ -70,6 +70,11 @@ def validation_step(trainer: Any) -> int:
     return found
 
 
+def logged_in_validation(trainer: Any) -> set[str]:
+    """Return which of ``trainer.callback_metrics`` the validation that runs now has logged."""
+    return set(trainer._logger_connector.metrics["callback"]) if trainer.validating else set()
+
+
 def trained_step(trainer: Any) -> int:
     """Return the step of the row of the last batch that stepped, between batches or at the end.
 

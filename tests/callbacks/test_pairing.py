@@ -34,21 +34,49 @@ class Reads(L.Callback):
         assert "train_loss" in trainer.callback_metrics
 
 
-@pytest.mark.parametrize("reader", ["nobody", "checkpoints", "a callback"])
+READERS: dict[str, Callable[[], list[L.Callback]]] = {
+    "nobody": list,
+    "checkpoints": lambda: [ModelCheckpoint(monitor="val_loss", save_top_k=1)],
+    "a callback": lambda: [Reads()],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_a_metric_of_an_older_validation_is_not_paired(
     make_trainer: Callable[..., Any], reader: str
 ) -> None:
     callback, module = small_callback(monitor=["val_loss", "rare"]), EverySecond()
-    others: list[Any] = {
-        "nobody": [],
-        "checkpoints": [ModelCheckpoint(monitor="val_loss", save_top_k=1)],
-        "a callback": [Reads()],
-    }[reader]
     trainer = make_trainer(
-        callback, *others, max_epochs=5, enable_checkpointing=reader == "checkpoints"
+        callback, *READERS[reader](), max_epochs=5, enable_checkpointing=reader == "checkpoints"
     )
     trainer.fit(module, RegressionData())
     rows = callback.history
     assert ["rare" in row for row in rows] == [True, False, True, False, True]
     assert [row["rare"] for row in rows if "rare" in row] == pytest.approx(module.logged[-3:])
     assert all("val_loss" in row for row in rows)
+
+
+class OfTheEpoch(Regression):
+    """Logs metrics of whole training epochs, which come after the validation of the epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("of_the_epoch", loss, on_step=False, on_epoch=True)
+        self.log("always_one", 1.0, on_step=False, on_epoch=True)
+        return loss
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_metric_of_a_training_epoch_is_paired_with_the_next_validation(
+    make_trainer: Callable[..., Any], reader: str
+) -> None:
+    names = ["val_loss", "of_the_epoch", "always_one"]
+    callback = small_callback(monitor=names)
+    trainer = make_trainer(
+        callback, *READERS[reader](), max_epochs=4, enable_checkpointing=reader == "checkpoints"
+    )
+    trainer.fit(OfTheEpoch(), RegressionData())
+    rows = callback.history
+    for name in names[1:]:
+        assert [name in row for row in rows] == [False, True, True, True], name
+    assert len({row["of_the_epoch"] for row in rows[1:]}) == 3
