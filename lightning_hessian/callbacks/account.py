@@ -110,11 +110,16 @@ class Account:
         """Add time that was no training."""
         self.spent += max(0.0, seconds)
 
-    def pay_few(self, seconds: float) -> None:
-        """Add what instruments of a few products have taken, and expect as much of the next."""
+    def pay_few(self, seconds: float, following: float = 1.0) -> None:
+        """Add what instruments of a few products have taken.
+
+        Args:
+            seconds: That they took.
+            following: What the next ones take, over that: less than 1 after a start from nothing.
+        """
         self.pay(seconds)
-        self.estimate_of_few = max(0.0, seconds)
-        self.spent_on_few += self.estimate_of_few
+        self.spent_on_few += max(0.0, seconds)
+        self.estimate_of_few = max(0.0, seconds) * following
 
     def measured(self, seconds: float) -> None:
         """Remember what a whole measurement took."""

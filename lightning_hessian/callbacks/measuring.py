@@ -82,6 +82,7 @@ class Measuring:
         self._num_probed = num_batches  # the data may hold fewer
         self._few: tuple[Instrument, ...] | None = None  # of a few products; None: not yet known
         self._known_of_few = Knowledge()
+        self._next_of_few = 1.0  # products of the next of these, over those of the last
         self._last_work = 0  # products of the measurement before
         self._warned: set[str] = set()
         self._step = 0  # of the row that loggers have for what is measured now
@@ -106,11 +107,14 @@ class Measuring:
         """
         session = self.session(pl_module, batches)
         session.known, session.expected_products = self._known_of_few, FEW_PRODUCTS
+        few = self._few or ()
         with session:
+            cost = _products(few, session)
             found = measured(
-                self._few or (), session, replace(self.time_budget, share=None).open(session),
+                few, session, replace(self.time_budget, share=None).open(session),
                 prefix=self.prefix, strict=self.on_error == "raise",
             )  # fmt: skip
+            self._next_of_few = _products(few, session) / cost if cost else 1.0
         self.records.update(found.records)
         return found
 
@@ -191,7 +195,7 @@ class Measuring:
             seconds = self.expected_seconds(session, total)
             self._few = _of_few_products(self.instruments, session)
             if self._few:  # a product for each batch, or two, where all is ready at once
-                few = sum(_cost_between(one, session) for one in self._few)
+                few = _products(self._few, session)  # from nothing, the first time
                 self._budgeting.account.estimate_of_few = seconds * (few + 1) / total
         most = _ADVICE.get(max(costs, key=costs.__getitem__), "the cost of your instruments")
         advice = f"num_batches ({self.num_batches}) or {most.format(**vars(self))}"
@@ -285,7 +289,7 @@ class Measuring:
             self._tell_absent(trainer, found.absent)
         except Exception as error:  # noqa: BLE001 - training must go on; it is reported below
             failure = error
-        self._budgeting.account.pay_few(time.monotonic() - begun)
+        self._budgeting.account.pay_few(time.monotonic() - begun, self._next_of_few)
         if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
             assert found is not None
             scalars: dict[str, float] = trainer.strategy.broadcast(found.scalars)
@@ -342,11 +346,15 @@ class Measuring:
             warnings.warn(message, stacklevel=3)
 
 
-def _cost_between(instrument: Instrument, session: Session) -> float:
-    """Return the products of a measurement between whole ones; by ``cost_between`` where it is."""
-    return float(getattr(instrument, "cost_between", instrument.cost)(session))
+def _products(instruments: Sequence[Instrument], session: Session) -> float:
+    """Return about how many products instruments take, each by what it starts from."""
+    return sum(float(one.cost(session)) for one in instruments)
 
 
 def _of_few_products(instruments: Sequence[Instrument], session: Session) -> tuple[Instrument, ...]:
-    """Return the instruments that are measured between whole measurements too."""
-    return tuple(one for one in instruments if _cost_between(one, session) <= FEW_PRODUCTS)
+    """Return the instruments that are measured between whole measurements too.
+
+    An instrument may take more the first time; ``cost_between`` says then what it takes after that.
+    """
+    costs = {one.name: getattr(one, "cost_between", one.cost)(session) for one in instruments}
+    return tuple(one for one in instruments if costs[one.name] <= FEW_PRODUCTS)
