@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -290,21 +291,27 @@ def test_without_a_spectrum_it_is_the_leading_vector_alone(trained: Problem) -> 
 # Products -----------------------------------------------------------------------------------------
 
 
-def test_the_account_is_kept(trained: Problem) -> None:
-    """Starting where it ended before, it takes few products, never more than it may."""
-    module = copy.deepcopy(trained.module)
-    instrument, counts = StabilityInstrument(max_products=10), []
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    for _ in range(6):
+def sessions_of_adamw(given: Problem, lr: float, count: int) -> Iterator[tuple[Session, Allowance]]:
+    """A session after each step of AdamW, with an update, and the account of its products."""
+    module = copy.deepcopy(given.module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
+    for _ in range(count):
         module.zero_grad()
-        loss_of(trained, module)().backward()
+        loss_of(given, module)().backward()
         optimizer.step()
         update = {name: torch.ones_like(p) for name, p in module.named_parameters()}
         training, allowance = Training((optimizer,), update), Allowance()
-        with Session(module, trained.loss_fn, trained.batches, training=training) as session:
+        with Session(module, given.loss_fn, given.batches, training=training) as session:
             session.spend_from(allowance)
-            values = instrument.measure(session, allowance).scalars()
-            assert instrument.cost(session) == 10
+            yield session, allowance
+
+
+def test_the_account_is_kept(trained: Problem) -> None:
+    """Starting where it ended before, it takes few products, never more than it may."""
+    instrument, counts = StabilityInstrument(max_products=10), []
+    for session, allowance in sessions_of_adamw(trained, 1e-3, 6):
+        values = instrument.measure(session, allowance).scalars()
+        assert instrument.cost(session) == 10
         assert values["num_hvps"] == allowance.spent
         counts.append(allowance.spent)
     assert counts[0] <= 30
@@ -314,22 +321,13 @@ def test_the_account_is_kept(trained: Problem) -> None:
 
 def test_what_it_will_take_is_told_before(trained: Problem) -> None:
     """From nothing, beside a whole spectrum, and with the bound of the drift since the last one."""
-    module = copy.deepcopy(trained.module)
     instrument, told, taken = StabilityInstrument(max_products=10), [], []
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    for _ in range(3):
-        module.zero_grad()
-        loss_of(trained, module)().backward()
-        optimizer.step()
-        update = {name: torch.ones_like(p) for name, p in module.named_parameters()}
-        training, allowance = Training((optimizer,), update), Allowance()
-        with Session(module, trained.loss_fn, trained.batches, training=training) as session:
-            session.spend_from(allowance)
-            if told:
-                SpectrumInstrument(num_eigenvalues=13, trace_probes=0).measure(session, allowance)
-            told.append(instrument.cost(session))
-            assert instrument.cost_between(session) == 10
-            taken.append(instrument.measure(session, allowance).scalars()["num_hvps"])
+    for session, allowance in sessions_of_adamw(trained, 1e-4, 3):
+        if told:
+            SpectrumInstrument(num_eigenvalues=13, trace_probes=0).measure(session, allowance)
+        told.append(instrument.cost(session))
+        assert instrument.cost_between(session) == 10
+        taken.append(instrument.measure(session, allowance).scalars()["num_hvps"])
     assert told == [30, 30, 40]
     assert all(spent <= most for spent, most in zip(taken, told, strict=True))
     assert taken[1] <= 10  # it starts from the vectors of the spectrum
