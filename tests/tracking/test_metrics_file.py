@@ -25,7 +25,7 @@ def measuring_both() -> list[Any]:
         num_gradients=20, num_eigenvalues=4,
     )  # fmt: skip
     correlated = measuring_rank_only(figures=100)
-    type(correlated).correlated = ("lambda_1", "d_ks")
+    correlated.correlated = ("lambda_1", "d_ks")
     return [correlated, gradients]
 
 

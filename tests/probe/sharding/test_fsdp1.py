@@ -120,6 +120,7 @@ def _rank(rank: int, folder: str, world: int) -> None:
     Path(folder, f"tied{rank}.json").write_text(json.dumps([*found, cut]))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # all is written; torch's threads have aborted a process at its end, once
 
 
 def _of_tied(module: nn.Module, parameters: str | None = None) -> list[float]:
