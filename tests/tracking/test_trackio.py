@@ -80,7 +80,7 @@ def test_hyperparameters_a_prefix_and_more_after_the_end(store: Path, tmp_path: 
     assert name
     before = len(rows_of("more", name))
     assert before > 0
-    trainer.test(Tested(), val_loader(), verbose=False)
+    trainer.test(Evaluated(), val_loader(), verbose=False)
     rows = rows_of("more", name)
     assert len(rows) == before + 1, "the run was taken up again"
     assert rows[-1]["mine-test_loss"] == pytest.approx(float(trainer.callback_metrics["test_loss"]))
@@ -90,7 +90,7 @@ def test_hyperparameters_a_prefix_and_more_after_the_end(store: Path, tmp_path: 
     assert logger.name == "more"
 
 
-class Tested(Regression):
+class Evaluated(Regression):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         inputs, targets = batch
         self.log("test_loss", ((self.net(inputs) - targets) ** 2).mean())
