@@ -40,10 +40,10 @@ sweep: .venv-demo/.done  ## train 24 networks on real digits, and one report ove
 	$(DEMO)/lightning-hessian report sweep_output --out sweep_output/report --no-cache \
 		--monitor val_loss --monitor val_error --group optimizer --size num_parameters
 
-papers: .venv-demo/.done  ## rows of the papers' tables again, those that are not there yet, and their pages
-	$(DEMO)/python examples/papers/run.py --data-dir "$(DATA_DIR)" --seeds $(SEEDS) --device $(DEVICE) \
+papers: .venv-papers/.done  ## rows of the papers' tables again, those that are not there yet, and their pages
+	.venv-papers/bin/python examples/papers/run.py --data-dir "$(DATA_DIR)" --seeds $(SEEDS) --device $(DEVICE) \
 		$(if $(ROWS),--rows $(foreach row,$(ROWS),'$(row)'),--budget-minutes 60)
-	$(DEMO)/python examples/papers/pages.py
+	.venv-papers/bin/python examples/papers/pages.py
 
 test: .venv-test/.done lint  ## lint, type check, and all tests but the slow ones
 	OMP_NUM_THREADS=1 $(TEST)/python -m pytest -n 2 --dist loadfile -m "not slow"
