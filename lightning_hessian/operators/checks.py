@@ -20,6 +20,7 @@ from lightning_hessian.linear.operator import check_finite
 from lightning_hessian.linear.shards import Shard
 from lightning_hessian.operators.costs import Cost, counted
 from lightning_hessian.operators.engines import (
+    TRACED,
     Product,
     Restricted,
     autograd,
@@ -28,7 +29,7 @@ from lightning_hessian.operators.engines import (
     live_entries,
     recompute,
 )
-from lightning_hessian.operators.kinks import MOST_APART, WITH_OWN_KERNELS, recompute_alike
+from lightning_hessian.operators.kinks import MOST_APART, recompute_alike
 from lightning_hessian.operators.loss_graph import LossGraph
 from lightning_hessian.probe.objective import Objective
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
@@ -160,9 +161,8 @@ class Checks:
             error = self._apart(with_second, again)
             allowed = torch.finfo(self.precision(index)).eps ** 0.5
             if not error <= allowed and self._may_be_kinks(index, engine, error):
-                error = self._apart(
-                    with_second, self._with_second(recompute_alike(self._objective, index))
-                )
+                alike = recompute_alike(self._objective, index)
+                error = self._apart(with_second, self._with_second(alike))
             if not error <= allowed:
                 raise MeasurementError(
                     f"hvp={engine!r} differs from a second computation of the same product by "
@@ -174,7 +174,7 @@ class Checks:
 
     def _may_be_kinks(self, index: int, engine: str, error: float) -> bool:
         """Return whether activations beside a kink can be what sets two products apart."""
-        near = engine in WITH_OWN_KERNELS and error <= MOST_APART
+        near = engine in TRACED and error <= MOST_APART
         return self._objective.anywhere(near and self._graphs[index].has_kinks)
 
     # Differences ----------------------------------------------------------------------------------

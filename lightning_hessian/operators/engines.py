@@ -272,7 +272,8 @@ ENGINES: dict[str, Callable[[Objective, int], Product]] = {
     "compile": compiled,
     "finite_difference": finite_difference,
 }
-_TRACED = ("linearize", "linearize_onednn", "compile")
+TRACED = ("linearize", "linearize_onednn", "compile")
+"""Engines whose activations are the constants of a trace."""
 
 
 def retained_bytes(
@@ -301,7 +302,7 @@ def retained_bytes(
 
 def not_differentiable(engine: str, error: Exception) -> MeasurementError:
     """Return what to tell the user of an error in building or applying an engine."""
-    exact = engine not in (*_TRACED, "finite_difference")
+    exact = engine not in (*TRACED, "finite_difference")
     return (NoSecondDerivativeError if exact else MeasurementError)(_explanation(engine, error))
 
 
@@ -318,7 +319,7 @@ def _explanation(engine: str, error: Exception) -> str:
             f"An operation of the loss has no double backward ({text}). Replace it for measuring, "
             "through loss_fn(module, batch) or `hessian_loss`, or use hvp='finite_difference'."
         )
-    remedy = "hvp='autograd'" if engine in _TRACED else "hvp='finite_difference'"
+    remedy = "hvp='autograd'" if engine in TRACED else "hvp='finite_difference'"
     return f"hvp={engine!r} could not differentiate the loss twice ({text}). Use {remedy}."
 
 

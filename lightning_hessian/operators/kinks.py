@@ -21,12 +21,9 @@ from lightning_hessian.probe.objective import Objective
 MOST_APART = 0.1
 """How far apart, relative, kinks may set two products; beyond it another engine is safer."""
 
-WITH_OWN_KERNELS = ("linearize", "linearize_onednn")
-"""Engines whose activations `recompute_alike` computes to the bit."""
-
 
 def recompute_alike(objective: Objective, index: int) -> Product:
-    """Return a product by double backward whose activations are those of a linearisation.
+    """Return a product by double backward with the activations of a linearisation, to the bit.
 
     The derivatives are autograd's own, as in `recompute`: only on which side of a kink an
     activation lies is decided in the same way.
