@@ -385,8 +385,9 @@ CHARTS: list[Chart] = [
     _spectrum("sg-spectra-linear", "Spectra of linear networks", "figure 9", r"sg-9-.*"),
     _spectrum("sg-spectra-optimizers", "Spectra with momentum, weight decay and Adam",
               "figure 13", r"sg-10-.*-random-(sgd|momentum|weight-decay|adam)"),
-    _spectrum("sg-spectra-outliers", "Outliers of LeNet and of the FCN", "figure 11",
-              r"sg-7-pretrain-b1|sg-8-2layer-fcn-pretrain"),
+    Chart("sg-spectra-outliers", "Outliers of LeNet and of the FCN", "figure 11", _BY_RANK,
+          r"sg-7-pretrain-b1|sg-8-2layer-fcn-pretrain", partial(draw_spectra, what=_COVARIANCE),
+          least=2, counts=_has_spectrum),
     Chart("sg-entries", "Sorted magnitudes of gradients and of parameters", "figure 1",
           "Magnitude by rank of one gradient and of one parameter over the iterations, those of "
           "median KS distance.", r"sg-1-.*",
