@@ -298,10 +298,10 @@ def _distances(name: str, title: str, source: str, rows: str, label: str, **opti
     return Chart(name, title, source, _OVER, rows, draw, **options)
 
 
-def _spectrum(name: str, title: str, source: str, rows: str) -> Chart:
+def _spectrum(name: str, title: str, source: str, rows: str, *, least: int = 2) -> Chart:
     what = _HESSIAN if name.startswith("hpl") else _COVARIANCE
     draw = partial(draw_spectra, what=what)
-    return Chart(name, title, source, _BY_RANK, rows, draw, least=1, counts=_has_spectrum)
+    return Chart(name, title, source, _BY_RANK, rows, draw, least=least, counts=_has_spectrum)
 
 
 def _all_of(paper: str) -> list[Chart]:
@@ -345,14 +345,14 @@ CHARTS: list[Chart] = [
     _spectrum("hpl-spectra", "Spectra before and after training", "figure 1",
               r"hpl-[78]-(mnist|fashion|cifar10)-(random|sgd)"),
     _spectrum("hpl-spectra-gaps", "Eigengaps re-sorted by size", "figures 2, 21",
-              r"hpl-7-\w+-eigengap"),
+              r"hpl-7-\w+-eigengap", least=1),
     _spectrum("hpl-spectra-optimizers", "Spectra by optimizer", "figure 3",
               _OPTIMIZERS.format("7-mnist")),
     _spectrum("hpl-spectra-batch-sizes", "Spectra by batch size", "figure 7",
               r"hpl-7-mnist-b\d+"),
     _spectrum("hpl-spectra-labels", "Spectra by labels", "figures 15, 17",
               r"hpl-7-mnist-(sgd|noise-\d+|shuffled)"),
-    _spectrum("hpl-spectra-avila", "Spectrum on Avila", "figure 20", "hpl-9-avila"),
+    _spectrum("hpl-spectra-avila", "Spectrum on Avila", "figure 20", "hpl-9-avila", least=1),
     _spectrum("hpl-spectra-widths", "Spectra by width", "figure 26", r"hpl-9-width\d+"),
     _spectrum("hpl-spectra-linear", "Spectra of linear networks", "figure 28", r"hpl-28-.*"),
     _spectrum("hpl-spectra-epochs", "Spectra by epoch", "figure 29", r"hpl-7-mnist-epoch\d+"),
@@ -385,9 +385,8 @@ CHARTS: list[Chart] = [
     _spectrum("sg-spectra-linear", "Spectra of linear networks", "figure 9", r"sg-9-.*"),
     _spectrum("sg-spectra-optimizers", "Spectra with momentum, weight decay and Adam",
               "figure 13", r"sg-10-.*-random-(sgd|momentum|weight-decay|adam)"),
-    Chart("sg-spectra-outliers", "Outliers of LeNet and of the FCN", "figure 11", _BY_RANK,
-          r"sg-7-pretrain-b1|sg-8-2layer-fcn-pretrain", partial(draw_spectra, what=_COVARIANCE),
-          least=2, counts=_has_spectrum),
+    _spectrum("sg-spectra-outliers", "Outliers of LeNet and of the FCN", "figure 11",
+              r"sg-7-pretrain-b1|sg-8-2layer-fcn-pretrain"),
     Chart("sg-entries", "Sorted magnitudes of gradients and of parameters", "figure 1",
           "Magnitude by rank of one gradient and of one parameter over the iterations, those of "
           "median KS distance.", r"sg-1-.*",
