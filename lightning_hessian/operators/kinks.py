@@ -23,19 +23,19 @@ MOST_APART = 0.1
 
 
 def recompute_alike(objective: Objective, index: int) -> Product:
-    """Return a product by double backward with the activations of a linearisation, to the bit.
+    """Return a product by double backward with the activations of a linearisation.
 
     The derivatives are autograd's own, as in `recompute`: only on which side of a kink an
     activation lies is decided in the same way.
     """
 
     def product(tangents: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        try:
-            with LaidOut(), WrittenOut():
-                return autograd(objective, index)(tangents)
-        except WrittenViewError:  # then the linearisation is in the plain layout, too
-            objective.is_written()
-            with WrittenOut():
+        with WrittenOut():
+            try:
+                with LaidOut():
+                    return autograd(objective, index)(tangents)
+            except WrittenViewError:  # then the linearisation is in the plain layout, too
+                objective.is_written()  # puts back what the pass has written to
                 return autograd(objective, index)(tangents)
 
     return product

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from support.references import dense_hessian, finite_difference_hessian
+from support.wrong_forward import squared
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -436,31 +437,8 @@ def test_a_loss_that_counts_its_calls_is_named():
         pass
 
 
-class OtherForward(torch.autograd.Function):
-    """x^2 with a wrong derivative in forward mode."""
-
-    @staticmethod
-    def forward(x):
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        return 2 * x * gradient
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        (x,) = ctx.saved_tensors
-        return 3 * x * tangent
-
-
 def test_nothing_random_is_blamed_where_nothing_is_drawn():
-    module = nn.Sequential(nn.Linear(4, 5), Applied(OtherForward.apply), nn.Linear(5, 3))
+    module = nn.Sequential(nn.Linear(4, 5), Applied(squared(3)), nn.Linear(5, 3))
     with (
         pytest.raises(MeasurementError, match=r"Nothing random is drawn.*hvp='autograd'"),
         hessian(module, cross_entropy, [labelled(4)], "linearize"),

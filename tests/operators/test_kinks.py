@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.references import cross_entropy
+from support.wrong_forward import squared
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,31 +103,9 @@ def test_a_thousand_images_of_noise(seed):
         assert distance(objective, linearize, recompute_alike) < ALLOWED
 
 
-class Slightly(torch.autograd.Function):
-    """x^2 with a derivative in forward mode that is wrong by a hundredth."""
-
-    @staticmethod
-    def forward(x):
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        return 2 * x * gradient
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        (x,) = ctx.saved_tensors
-        return 2.02 * x * tangent
-
-
 def test_kinks_are_no_excuse_for_a_wrong_derivative():
-    module = AtKink(lambda y: Slightly.apply(torch.relu(y)), share=0.01)
+    almost = squared(2.02)
+    module = AtKink(lambda y: almost(torch.relu(y)), share=0.01)
     objective = objective_of(module, (torch.randn(20, 2, 8, 8), torch.randint(3, (20,))))
     with objective.isolated():
         objective.value()
