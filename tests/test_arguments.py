@@ -7,20 +7,17 @@ until it has a rule, or its nonsense has an entry below with the reason why it i
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.nonsense import HUGE, NONSENSE, is_fine, within
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from support.measured import BATCHES, MEASURED, NET, loss
+from support.nonsense import NONSENSE, is_fine, within
 
 import lightning_hessian
 from lightning_hessian import (
@@ -57,35 +54,15 @@ from lightning_hessian.measure.preconditioner_rules import register_precondition
 from lightning_hessian.measure.spectrum import SpectrumInstrument
 from lightning_hessian.measure.stability import StabilityInstrument
 from lightning_hessian.reports.live import follow
-from lightning_hessian.results import arguments as rules
 from lightning_hessian.solvers.storage import BasisStorage
 from lightning_hessian.statistics import power_law, significance, subspace, theory
 from lightning_hessian.tracking.power_law_metric import PowerLawMetric
-
-
-class Net(nn.Module):
-    """A network of 19 parameters with a loss of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-
-    def hessian_loss(self, batch: Any) -> torch.Tensor:
-        return nn.functional.mse_loss(self.layers(batch[0]), batch[1])
 
 
 class OwnOptimizer(torch.optim.Optimizer):
     """One that nobody knows."""
 
 
-def _loss(module: Any, batch: Any) -> torch.Tensor:
-    return module.hessian_loss(batch)
-
-
-torch.manual_seed(0)
-NET = Net()
-BATCHES = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(2)]
-MEASURED = {"model": NET, "loss_fn": _loss, "batches": BATCHES}
 MATRICES = {"inputs": [[1.0, 2.0]], "W": [[1.0, 1.0]], "V": [[1.0], [2.0]]}
 ZIPF = {"num_eigenvalues": 5, "slope": 1.0}
 
@@ -125,7 +102,7 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "block_structure": (block_structure, MEASURED),
     "gradient_structure": (
         gradient_structure,
-        {"model": NET, "loss_fn": _loss, "data": BATCHES, "num_gradients": 4, "batch_size": 2,
+        {"model": NET, "loss_fn": loss, "data": BATCHES, "num_gradients": 4, "batch_size": 2,
          "num_eigenvalues": 2, "tests": False},
     ),
     "HessianSpectrumCallback": (_checked(HessianSpectrumCallback), {"num_eigenvalues": 2}),
@@ -342,158 +319,6 @@ def test_the_documentation_has_the_table_of_these_cases() -> None:
     text = (Path(__file__).parents[1] / "docs" / "trust.md").read_text(encoding="utf-8")
     part = text.partition("<!-- arguments: begin -->")[2].partition("<!-- arguments: end -->")[0]
     assert table() in part, f"docs/trust.md, section Arguments, wants this table:\n{table()}"
-
-
-# Rules ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3)])
-def test_whole_numbers_become_ints(value: Any) -> None:
-    found = rules.whole_number(least=1)("count", value)
-    assert found == 3
-    assert type(found) is int
-
-
-@pytest.mark.parametrize(
-    "value", [3.0, "3", True, np.True_, torch.tensor(True), torch.tensor(2.5), [3], HUGE]
-)
-def test_what_is_no_whole_number_is_refused(value: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"^count=.* cannot be used\. Give a whole number"):
-        rules.whole_number(least=1, most=100)("count", value)
-
-
-@pytest.mark.parametrize("value", [0.5, np.float32(0.5), Fraction(1, 2)])
-def test_real_numbers_are_taken(value: Any) -> None:
-    assert rules.tolerance("tol", value) == 0.5
-
-
-@pytest.mark.parametrize("value", [0, 1, 1e9, -0.1, math.nan, math.inf, "0.5", True, 1 + 0j, None])
-def test_a_tolerance_lies_between_0_and_1(value: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"^tol=.*between 0 and 1"):
-        rules.tolerance("tol", value)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, None, "x", 1.5, True])
-def test_a_seed_is_one_that_every_generator_takes(seed: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"seed=.*from 0 to 4,294,967,295"):
-        rules.seed_number("seed", seed)
-    for most in (0, rules.MOST_SEED):
-        np.random.default_rng(rules.seed_number("seed", most))
-        np.random.RandomState(most)
-        torch.Generator().manual_seed(most)
-
-
-class Callable2:
-    def __call__(self, module: Any, batch: Any, scale: float = 1.0) -> Any:
-        return None
-
-
-@pytest.mark.parametrize("function", [lambda a, b: None, lambda *a: None, Callable2(), max])
-def test_functions_that_can_be_called_are_taken(function: Any) -> None:
-    assert rules.function_of("module", "batch")("loss_fn", function) is function
-
-
-@pytest.mark.parametrize(
-    "function", [lambda a: None, lambda a, b, c: None, lambda a, *, b: None, Callable2, "f", 5]
-)
-def test_functions_that_cannot_be_called_are_refused(function: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"loss_fn=.*loss_fn\(module, batch\)"):
-        rules.function_of("module", "batch")("loss_fn", function)
-
-
-class BadRepr:
-    def __repr__(self) -> str:
-        raise KeyError("no words")
-
-
-@pytest.mark.parametrize("value", [BadRepr(), HUGE, torch.zeros(50, 50), "x" * 10**6, NET])
-def test_a_message_is_one_short_line_whatever_the_value(value: Any) -> None:
-    text = str(ArgumentError("count", value, "Give a whole number."))
-    assert "\n" not in text
-    assert len(text) < 150
-    assert text.startswith("count=")
-
-
-@pytest.mark.parametrize("unknown", ["num_eigenvalue", "parameters"])
-def test_an_unknown_option_of_a_layer_is_refused(unknown: str) -> None:
-    with pytest.raises(TypeError, match=unknown):
-        layer_spectra(**MEASURED, **{unknown: "*"})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"model": Net}, "It is a class; give an instance, Net"),
-        ({"model": nn.Identity()}, "no parameter that requires grad"),
-        ({"batches": torch.zeros(3, 4)}, "list of batches"),
-        ({"batches": {"a": 1}}, "list of batches"),
-        ({"batches": [None]}, "Batch 0 is None"),
-        ({"batches": [*BATCHES, "ab"]}, "Batch 2 is 'ab'"),
-        ({"batches": [[]]}, r"Batch 0 is \[\]"),
-        ({"batches": DataLoader}, "It is a class"),
-        ({"parameters": "re:("}, "no regular expression"),
-        ({"parameters": [5]}, "Give a glob"),
-        ({"parameters": lambda name: True}, r"parameters\(name, parameter\) -> bool"),
-        ({"parameters": NET}, "Give a glob"),
-        ({"budget": 500}, "Give Budget"),
-        ({"loss_options": "eval"}, "Give LossOptions"),
-        ({"protocol": "pooled_slq"}, "Give 'converged', or PooledSLQ"),
-        ({"basis": 1e9}, "Give BasisStorage"),
-        ({"checkpoint": "/no/such/folder/file"}, "no folder '/no/such/folder'"),
-        ({"checkpoint": "."}, "It is a folder"),
-    ],
-)
-def test_more_nonsense_for_a_measurement(arguments: dict[str, Any], words: str) -> None:
-    (name,) = arguments
-    with pytest.raises(ArgumentError, match=f"^{name}.*{words}"):
-        hessian_spectrum(**{**MEASURED, "num_eigenvalues": 2, **arguments})
-
-
-def test_the_folder_of_a_basis() -> None:
-    with pytest.raises(ArgumentError, match="no folder '/no/such/folder'"):
-        BasisStorage(tier="disk:/no/such/folder")
-
-
-@pytest.mark.parametrize(
-    "layers", [{"a": None}, {"a/b": "*"}, {"": "*"}, {3: "*"}, {"a": 5}, ["a"]]
-)
-def test_names_of_layers(layers: Any) -> None:
-    with pytest.raises(ArgumentError, match="layers"):
-        layer_spectra(**MEASURED, layers=layers)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [TensorDataset(torch.zeros(4, 4)), DataLoader(TensorDataset(torch.zeros(4, 4))), BATCHES],
-)
-def test_what_gradients_are_drawn_from(data: Any) -> None:
-    GradientStructureCallback(data=data)
-
-
-def test_schedules() -> None:
-    assert AtSteps(range(0, 30, 10)).steps == (0, 10, 20)
-    assert AtSteps(np.array([1, 5])).steps == (1, 5)
-    for wrong in (AtSteps, object(), type("Own", (), {"is_due": lambda self: True})()):
-        with pytest.raises(ArgumentError, match=r"every_n_validations|is_due"):
-            HessianSpectrumCallback(every_n_validations=wrong)
-    for steps in ([1.5], [-1], [True], ["1"], "12", 5):
-        with pytest.raises(ArgumentError, match="steps="):
-            AtSteps(steps)
-
-
-# Bounds that would hang ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_gradients", [10**12, 10**7])
-def test_more_gradients_than_memory_holds_are_refused_with_the_number_that_fits(
-    num_gradients: int,
-) -> None:
-    with within(10), pytest.raises(ArgumentError, match=r"num_gradients=.*to \d+ at most"):
-        GradientStructureCallback(num_gradients=num_gradients)
-    with within(10), pytest.raises(ArgumentError, match=r"Lower num_gradients to 250 at most"):
-        gradient_structure(
-            NET, _loss, BATCHES, num_gradients=251, tests=False, memory_budget=1_000_000
-        )
 
 
 # Commands -----------------------------------------------------------------------------------------

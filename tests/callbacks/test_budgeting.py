@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import itertools
 import logging
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ from callbacks.tiny_modules import Regression, small_callback, train_loader, val
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hessian import (
     Absent,
@@ -27,201 +25,9 @@ from lightning_hessian import (
     HessianSpectrumCallback,
     Scalars,
 )
-from lightning_hessian.callbacks.account import Account
-from lightning_hessian.callbacks.run_length import is_last_validation, share_done
 from lightning_hessian.measure.budget import Budget
 
 MakeTrainer = Callable[..., Any]
-
-
-# The account, by hand ---------------------------------------------------------------------------
-
-
-def account(share: float | None = 0.1, **given: Any) -> Account:
-    return Account(Budget(share=share), **given)
-
-
-def test_nothing_is_asked_before_a_product_was_timed_or_without_a_bound() -> None:
-    assert account().allows(done=0.1, last=False)
-    assert account(None, estimate=1e9, trained=1.0).allows(done=0.1, last=False)
-
-
-@pytest.mark.parametrize(
-    ("done", "allowed"),
-    [(0.1, True), (0.51, False), (None, False)],  # the run pays for 10, for 1.96, for nobody knows
-)
-def test_the_first_is_made_on_credit_where_the_run_pays_for_the_last_too(
-    done: float | None, allowed: bool
-) -> None:
-    found = account(trained=100.0, estimate=10.0 if done != 0.1 else 10.1)
-    found.pay(0.001)
-    assert found.allows(done=done, last=False) == allowed
-
-
-def test_between_first_and_last_a_measurement_is_made_once_it_is_saved_up() -> None:
-    found = account(trained=10.0, estimate=2.0)
-    assert found.allows(done=0.05, last=False)
-    found.pay(2.0)
-    found.measured(2.0)
-    for trained, allowed in ((39.0, False), (40.0, True)):
-        found.trained = trained
-        assert found.allows(done=0.05, last=False) == allowed
-        assert found.allows(done=0.05, last=True)
-
-
-@pytest.mark.parametrize("num_validations", [6, 20, 200])
-@pytest.mark.parametrize("seconds", [0.05, 0.3, 2.0, 30.0])
-@pytest.mark.parametrize("noise", [0.0, 0.2])
-def test_the_share_is_kept_but_for_the_last(
-    num_validations: int, seconds: float, noise: float
-) -> None:
-    """A fit by a clock of our own, with epochs of a second: at most 10 % over before the last."""
-    generator = torch.Generator().manual_seed(0)
-    found = account(0.2, estimate=seconds)
-    for validation in range(1, num_validations + 1):
-        found.earn(1.0)
-        last = validation == num_validations
-        if last:
-            assert found.spent <= 1.1 * 0.2 * num_validations
-        if found.allows(done=validation / num_validations, last=last):
-            taken = seconds * (1 + noise * float(torch.rand((), generator=generator)))
-            found.pay(taken)
-            found.measured(taken)
-        else:
-            assert not last
-    affordable = 0.2 * num_validations / (seconds * (1 + noise))
-    assert found.made >= min(num_validations, max(1, math.floor(affordable)))
-
-
-def test_a_clock_that_is_set_back_earns_and_costs_nothing() -> None:
-    found = account(trained=5.0, spent=0.1)
-    found.earn(-3.0)
-    found.pay(-3.0)
-    assert (found.trained, found.spent) == (5.0, 0.1)
-
-
-def test_an_account_goes_on_after_a_checkpoint() -> None:
-    found = account(trained=5.0, spent=0.25, made=2)
-    resumed = Account.checked(found.budget, found.state_dict())
-    assert (resumed.trained, resumed.spent, resumed.made) == (5.0, 0.25, 2)
-
-
-@pytest.mark.parametrize("bad", [-1.0, math.nan, "1", None, True])
-def test_a_damaged_account_is_refused(bad: Any) -> None:
-    state = {**account().state_dict(), "spent": bad}
-    with pytest.raises(ValueError, match="spent="):
-        Account.checked(Budget(share=0.1), state)
-
-
-# How long a fit is, by Lightning itself -----------------------------------------------------------
-
-
-class Asks(Regression):
-    """Notes at every validation what is foreseen, and at the end which was the last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.foreseen: list[bool] = []
-        self.done: list[float | None] = []
-
-    def on_validation_epoch_end(self) -> None:
-        if not self.trainer.sanity_checking:
-            self.foreseen.append(is_last_validation(self.trainer))
-            self.done.append(share_done(self.trainer))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"max_epochs": 1},
-        {"max_epochs": 5},
-        {"max_epochs": 5, "check_val_every_n_epoch": 2},
-        {"max_epochs": 6, "check_val_every_n_epoch": 3},
-        {"max_epochs": 3, "val_check_interval": 0.5},
-        {"max_epochs": 3, "val_check_interval": 3},
-        {"max_epochs": 4, "val_check_interval": 3, "check_val_every_n_epoch": 2},
-        {"max_epochs": 3, "val_check_interval": 5, "check_val_every_n_epoch": None},
-        {"max_steps": 10},
-        {"max_steps": 10, "max_epochs": -1},
-        {"max_steps": 9, "val_check_interval": 2},
-        {"max_steps": 5, "accumulate_grad_batches": 2},
-        {"max_epochs": 3, "limit_train_batches": 3},
-        {"max_epochs": 3, "accumulate_grad_batches": 3},
-        {"fast_dev_run": True},
-    ],
-    ids=str,
-)
-def test_the_last_validation_is_foreseen(
-    arguments: dict[str, Any], make_trainer: MakeTrainer
-) -> None:
-    module = Asks()
-    make_trainer(**arguments).fit(module, train_loader(), val_loader())
-    assert module.foreseen == [False] * (len(module.foreseen) - 1) + [True]
-    shares = [done for done in module.done if done is not None]
-    assert shares == sorted(shares)
-    assert len(shares) == len(module.foreseen)
-    assert shares[0] > 0
-    assert shares[-1] <= 1
-
-
-class Stream(IterableDataset[Any]):
-    """The training samples without a length."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(train_loader().dataset)
-
-
-@pytest.mark.parametrize("each", [1, 2])
-def test_the_last_validation_of_data_without_a_length(each: int, make_trainer: MakeTrainer) -> None:
-    module = Asks()
-    trainer = make_trainer(max_epochs=4, check_val_every_n_epoch=each)
-    trainer.fit(module, DataLoader(Stream(), batch_size=8), val_loader())
-    assert module.foreseen == [False] * (4 // each - 1) + [True]
-    assert module.done == pytest.approx([epoch / 4 for epoch in range(each, 5, each)])
-
-
-class TwoSteps(Asks):
-    """Optimizes by hand, twice a batch: its steps are twice its batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        for _ in range(2):
-            optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            optimizer.step()
-
-
-@pytest.mark.parametrize("arguments", [{"max_epochs": 3}, {"max_steps": 20}], ids=str)
-def test_the_last_validation_of_a_module_that_steps_twice(
-    arguments: dict[str, Any], make_trainer: MakeTrainer
-) -> None:
-    module = TwoSteps()
-    make_trainer(**{"max_epochs": -1, **arguments}).fit(module, train_loader(), val_loader())
-    assert module.foreseen == [False] * (len(module.foreseen) - 1) + [True]
-
-
-@pytest.mark.parametrize("data", [train_loader, lambda: DataLoader(Stream(), batch_size=8)])
-def test_validations_by_the_clock_are_asked_about(
-    data: Callable[[], Any], make_trainer: MakeTrainer
-) -> None:
-    """Whether another comes is not known, unless there is no batch left for it."""
-    module = Asks()
-    trainer = make_trainer(max_epochs=2, val_check_interval="00:00:00:00")
-    trainer.fit(module, data(), val_loader())
-    assert module.foreseen
-    assert not any(module.foreseen[:-1])
-
-
-def test_a_stop_before_min_epochs_is_no_end(make_trainer: MakeTrainer) -> None:
-    module = Asks()
-    stop = EarlyStopping("val_loss", patience=1, min_delta=1e9)
-    make_trainer(stop, max_epochs=9, min_epochs=5).fit(module, train_loader(), val_loader())
-    assert len(module.foreseen) == 5
-    assert not any(module.foreseen)
 
 
 def test_each_fit_has_an_account_of_its_own(make_trainer: MakeTrainer) -> None:
@@ -232,22 +38,6 @@ def test_each_fit_has_an_account_of_its_own(make_trainer: MakeTrainer) -> None:
     assert fit(make_trainer, callback, max_epochs=2)[-1] == 8
     assert callback._budgeting.account is not before
     assert callback._budgeting.account.made == 1
-
-
-def test_a_run_without_an_end_has_no_last_validation(make_trainer: MakeTrainer) -> None:
-    module = Asks()
-    stop = EarlyStopping("val_loss", patience=2, min_delta=1e9)
-    make_trainer(stop, max_epochs=-1).fit(module, train_loader(), val_loader())
-    assert module.foreseen == [False] * 3
-    assert module.done == [None] * 3
-
-
-def test_the_end_of_the_time_is_seen_at_the_validation_it_brings(make_trainer: MakeTrainer) -> None:
-    module = Asks()
-    trainer = make_trainer(max_time={"seconds": 1}, max_epochs=-1, val_check_interval=2)
-    trainer.fit(module, train_loader(), val_loader())
-    assert not any(module.foreseen[:-1])
-    assert all(done is not None and 0 < done <= 1 for done in module.done)
 
 
 # Fits ---------------------------------------------------------------------------------------------
@@ -451,23 +241,6 @@ class Cheap:
             raise ArithmeticError("no length today")
         self.sizes.append(float(session.shard.norm(session.gradient())))
         return Scalars({"gradient": self.sizes[-1]})
-
-
-def test_few_products_take_half_of_what_is_earned_at_most() -> None:
-    found = account(0.2, estimate=50.0, estimate_of_few=0.07)
-    made = 0
-    for _ in range(100):
-        found.earn(1.0)
-        if found.allows_few():
-            found.pay_few(0.07)
-            made += 1
-            assert found.spent_on_few <= 0.1 * found.trained
-    assert made == 100
-    assert found.saved == pytest.approx(20 - 100 * 0.07)
-    found.estimate_of_few = 3.1  # more than half of 20 has left
-    assert not found.allows_few()
-    assert not account(0.2, estimate=5.0, trained=100.0).allows_few()  # there are none
-    assert not account(None, estimate_of_few=0.1, trained=100.0).allows_few()
 
 
 def test_a_few_products_are_measured_between_whole_measurements(

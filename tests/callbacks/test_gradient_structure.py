@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import random
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +13,17 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from callbacks.tiny_classifier import TRAIN, gradient_callback, loaders, seeded_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.callbacks import with_spectrum
 from support.gradient_oracles import explicit, in_batches, loop_gradients
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 from lightning_hessian import (
-    GradientStructureCallback,
     HessianSpectrumCallback,
-    MeasurementError,
     gradient_structure,
 )
-from lightning_hessian.callbacks import measuring
 from lightning_hessian.callbacks.schedule import EveryNValidations
 from lightning_hessian.measure.budget import Budget
 
@@ -48,64 +44,11 @@ CORRELATED = {
 }  # fmt: skip
 
 
-def _samples(count: int, seed: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(count, 6, generator=generator)
-    noise = torch.randn(count, generator=generator)
-    return TensorDataset(inputs, (inputs[:, 0] + 0.5 * noise > 0).long() + (inputs[:, 1] > 1))
-
-
-TRAIN, VAL = _samples(160, 1), _samples(40, 2)
-
-
-def _loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
-    return DataLoader(TRAIN, batch_size=8, shuffle=True), DataLoader(VAL, batch_size=20)
-
-
-class Classifier(L.LightningModule):
-    """Dropout and BatchNorm, whose state a careless measurement would change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.2), nn.Linear(12, 3)
-        )
-        self.losses: list[Tensor] = []
-
-    def loss(self, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
-        self.losses.append(loss.detach())
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-
-def _callback(**arguments: Any) -> GradientStructureCallback:
-    defaults: dict[str, Any] = {
-        "num_gradients": 40, "num_eigenvalues": 12, "time_budget": Budget(seconds=600),
-        "on_error": "raise", "figures": None,
-    }  # fmt: skip
-    return GradientStructureCallback(**{**defaults, **arguments})
-
-
 def _hessian(**arguments: Any) -> HessianSpectrumCallback:
     return with_spectrum(
         num_eigenvalues=5, num_batches=2, time_budget=Budget(seconds=600), on_error="raise",
         figures=None, **arguments,
     )  # fmt: skip
-
-
-def _model() -> Classifier:
-    L.seed_everything(3, verbose=False)
-    return Classifier()
 
 
 # What is logged ------------------------------------------------------------------------------
@@ -114,9 +57,9 @@ def _model() -> Classifier:
 def test_keys_stand_in_the_row_of_the_validation_loss(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    callback = _callback(monitor="val_loss")
+    callback = gradient_callback(monitor="val_loss")
     trainer = make_trainer(callback, max_epochs=5, logger=CSVLogger(tmp_path, name="", version=""))
-    trainer.fit(_model(), *_loaders())
+    trainer.fit(seeded_model(), *loaders())
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     measured = [row for row in rows if row["gradient/lambda_1"]]
@@ -144,10 +87,10 @@ def test_keys_stand_in_the_row_of_the_validation_loss(
 
 
 def test_without_tests_there_are_no_rates(make_trainer: MakeTrainer) -> None:
-    callback = _callback(tests=False, monitor="val_loss")
+    callback = gradient_callback(tests=False, monitor="val_loss")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make_trainer(callback).fit(_model(), *_loaders())
+        make_trainer(callback).fit(seeded_model(), *loaders())
     said = [
         str(w.message) for w in caught if w.category is UserWarning and "Step" in str(w.message)
     ]
@@ -158,9 +101,9 @@ def test_without_tests_there_are_no_rates(make_trainer: MakeTrainer) -> None:
 
 def test_a_checkpoint_can_monitor_it(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     best = ModelCheckpoint(dirpath=tmp_path / "best", monitor="gradient/trace", mode="min")
-    callback = _callback()
+    callback = gradient_callback()
     trainer = make_trainer(callback, best, max_epochs=3, enable_checkpointing=True)
-    trainer.fit(_model(), *_loaders())
+    trainer.fit(seeded_model(), *loaders())
     lowest = min(row["trace"] for row in callback.history)
     assert float(best.best_model_score) == pytest.approx(lowest, rel=1e-6)
 
@@ -173,8 +116,8 @@ def _in_order() -> list[tuple[Tensor, Tensor]]:
 
 
 def test_the_numbers_are_those_of_a_loop(make_trainer: MakeTrainer) -> None:
-    callback, model = _callback(data=_in_order(), num_gradients=20), _model()
-    make_trainer(callback, max_epochs=2).fit(model, *_loaders())
+    callback, model = gradient_callback(data=_in_order(), num_gradients=20), seeded_model()
+    make_trainer(callback, max_epochs=2).fit(model, *loaders())
     model.eval()
     gradients = loop_gradients(model, lambda m, b: m.loss(b), _in_order())
     eigenvalues = explicit(gradients, centred=True)
@@ -190,12 +133,12 @@ def test_the_numbers_are_those_of_a_loop(make_trainer: MakeTrainer) -> None:
 
 
 def test_a_loader_with_too_few_batches_is_drawn_from_anew(make_trainer: MakeTrainer) -> None:
-    callback = _callback(num_gradients=50)
-    make_trainer(callback).fit(_model(), *_loaders())
+    callback = gradient_callback(num_gradients=50)
+    make_trainer(callback).fit(seeded_model(), *loaders())
     assert callback.last_structure.num_gradients == 50
     assert callback.last_structure.batch_size == 8
-    callback = _callback(num_gradients=15, num_batches=15, tests=False)
-    make_trainer(callback).fit(_model(), *_loaders())
+    callback = gradient_callback(num_gradients=15, num_batches=15, tests=False)
+    make_trainer(callback).fit(seeded_model(), *loaders())
     assert callback.last_structure.num_gradients == 15
     assert callback.last_structure.batch_size is None
 
@@ -206,8 +149,8 @@ def test_it_agrees_with_the_front_door(make_trainer: MakeTrainer, variant: dict[
         "num_gradients": 60, "batch_size": 4, "clip_norm": 0.5, "mode": "train",
         "num_eigenvalues": 12, "seed": 5, **variant,
     }  # fmt: skip
-    callback, model = _callback(data=_in_order(), **options), _model()
-    make_trainer(callback).fit(model, *_loaders())
+    callback, model = gradient_callback(data=_in_order(), **options), seeded_model()
+    make_trainer(callback).fit(model, *loaders())
     # The measurement came before the end of the epoch, after its last step: the same weights.
     expected = gradient_structure(model.train(), None, _in_order(), **options)
     np.testing.assert_array_equal(callback.last_structure.covariance, expected.covariance)
@@ -218,13 +161,13 @@ def test_it_agrees_with_the_front_door(make_trainer: MakeTrainer, variant: dict[
 
 def test_validate_measures_where_that_is_asked(make_trainer: MakeTrainer) -> None:
     for asked in (False, True):
-        callback = _callback(
+        callback = gradient_callback(
             data="val",
             batch_size=4,
             every_n_validations=EveryNValidations(1, during_validate=asked),
         )
         trainer = make_trainer(callback)
-        trainer.validate(_model(), _loaders()[1], verbose=False)
+        trainer.validate(seeded_model(), loaders()[1], verbose=False)
         assert ("gradient/lambda_1" in trainer.callback_metrics) == asked
 
 
@@ -232,9 +175,9 @@ def test_validate_measures_where_that_is_asked(make_trainer: MakeTrainer) -> Non
 
 
 def _outcome(make_trainer: MakeTrainer, *callbacks: Any) -> dict[str, Any]:
-    model = _model()
+    model = seeded_model()
     trainer = make_trainer(*callbacks, max_epochs=3)
-    trainer.fit(model, *_loaders())
+    trainer.fit(model, *loaders())
     return {
         "weights": model.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),
@@ -264,7 +207,7 @@ def _outcome(make_trainer: MakeTrainer, *callbacks: Any) -> dict[str, Any]:
 def test_training_is_the_same_to_the_last_bit(
     make_trainer: MakeTrainer, arguments: dict[str, Any]
 ) -> None:
-    callback = _callback(**arguments)
+    callback = gradient_callback(**arguments)
     if arguments.get("mode") == "train" and arguments.get("batch_size") == 1:
         callback.on_error = "warn"  # BatchNorm cannot train on one sample: a failure, not a change
         with pytest.warns(UserWarning, match="training goes on"):
@@ -277,14 +220,14 @@ def test_training_is_the_same_to_the_last_bit(
 
 def test_both_callbacks_in_one_trainer(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     alone = {}
-    for name, make in (("gradient", _callback), ("hessian", _hessian)):
+    for name, make in (("gradient", gradient_callback), ("hessian", _hessian)):
         callback = make()
-        make_trainer(callback, max_epochs=5).fit(_model(), *_loaders())
+        make_trainer(callback, max_epochs=5).fit(seeded_model(), *loaders())
         alone[name] = callback.history
-    gradients, hessian = _callback(), _hessian()
+    gradients, hessian = gradient_callback(), _hessian()
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = make_trainer(gradients, hessian, max_epochs=5, logger=logger)
-    trainer.fit(_model(), *_loaders())
+    trainer.fit(seeded_model(), *loaders())
 
     def without_time(rows: list[dict[str, float]]) -> list[dict[str, float]]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
@@ -303,130 +246,23 @@ def test_both_callbacks_in_one_trainer(make_trainer: MakeTrainer, tmp_path: Path
         last = [float(value) for value in last if value][-1]
         assert last == pytest.approx(callback.correlations()["d_ks", "val_loss"].r)
     assert gradients.state_key != hessian.state_key
-    found = _outcome(make_trainer, _callback(), _hessian())
+    found = _outcome(make_trainer, gradient_callback(), _hessian())
     torch.testing.assert_close(found, _outcome(make_trainer), rtol=0, atol=0)
 
 
 def test_the_history_goes_on_after_a_resume(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    whole = _callback()
-    make_trainer(whole, max_epochs=4).fit(_model(), *_loaders())
-    first = _callback()
+    whole = gradient_callback()
+    make_trainer(whole, max_epochs=4).fit(seeded_model(), *loaders())
+    first = gradient_callback()
     trainer = make_trainer(first, max_epochs=2)
-    trainer.fit(_model(), *_loaders())
+    trainer.fit(seeded_model(), *loaders())
     path = tmp_path / "two.ckpt"
     trainer.save_checkpoint(path)
     torch.load(path, weights_only=True)
-    resumed = _callback()
+    resumed = gradient_callback()
     trainer = make_trainer(resumed, max_epochs=4)
-    trainer.fit(_model(), *_loaders(), ckpt_path=path)
+    trainer.fit(seeded_model(), *loaders(), ckpt_path=path)
     assert [row["epoch"] for row in resumed.history] == [0, 1, 2, 3]
     assert resumed.history[:2] == first.history
     assert [row["step"] for row in resumed.history] == [row["step"] for row in whole.history]
     assert {c.num_points for c in resumed.correlations().values()} == {4}
-
-
-# What goes wrong -----------------------------------------------------------------------------
-
-
-def _nan(module: Any, batch: Any) -> Tensor:
-    return module.loss(batch) * float("nan")
-
-
-def _reads_a_broken_file(module: Any, batch: Any) -> Tensor:
-    raise OSError("corrupt image 17.png")
-
-
-FAILURES: dict[str, tuple[dict[str, Any], str]] = {
-    "NaN": ({"loss_fn": _nan}, r"gradient of mini-batch 0 is NaN.*lower the learning rate"),
-    "OSError": ({"loss_fn": _reads_a_broken_file}, r"OSError: corrupt image 17"),
-}
-
-
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_warns_and_training_goes_on(make_trainer: MakeTrainer, name: str) -> None:
-    arguments, message = FAILURES[name]
-    callback = _callback(on_error="warn", **arguments)
-    trainer = make_trainer(callback)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.fit(_model(), *_loaders())
-    (warning,) = [str(w.message) for w in caught if "gradient statistics" in str(w.message)]
-    assert re.search(message, warning)
-    assert "step 19" in warning
-    assert trainer.state.finished
-    assert callback.history == []
-    assert not any(key.startswith("gradient/") for key in trainer.callback_metrics)
-
-
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_raises_where_that_is_asked(make_trainer: MakeTrainer, name: str) -> None:
-    arguments, message = FAILURES[name]
-    trainer = make_trainer(_callback(on_error="raise", **arguments))
-    with pytest.raises(
-        (MeasurementError, ValueError, OSError), match=message.removeprefix("OSError: ")
-    ):
-        trainer.fit(_model(), *_loaders())
-
-
-def test_a_statistic_that_has_no_value_is_absent_and_said(make_trainer: MakeTrainer) -> None:
-    """The same gradient from every mini-batch: no covariance, no power law, nothing to test."""
-
-    def always(module: Any, batch: Any) -> Tensor:
-        return sum(parameter.square().sum() for parameter in module.parameters())
-
-    callback = _callback(loss_fn=always)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        make_trainer(callback).fit(_model(), *_loaders())
-    said = " ".join(str(warning.message) for warning in caught)
-    for reason in ("No power law was fitted", "No outliers were counted", "gaussian_rate is left"):
-        assert reason in said
-    (row,) = callback.history
-    absent = {"d_ks", "s_hat", "power_law", "num_outliers", "gaussian_rate"}
-    assert not absent & row.keys()
-    assert row["num_fitted"] == 0
-    assert row["trace"] == pytest.approx(0, abs=1e-9)
-    assert row["mean_gradient_norm"] > 1
-
-
-def test_a_cost_is_said_with_the_remedy(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measuring, "_COSTLY_SECONDS", 0.0)
-    callback = _callback(time_budget=None, num_gradients=400)
-    with pytest.warns(UserWarning, match=r"took .* Give time_budget=0.2"):
-        make_trainer(callback, max_steps=2, val_check_interval=1).fit(_model(), *_loaders())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_gradients": 19}, "num_gradients=19.*too few: tests need 20"),
-        ({"num_eigenvalues": 0}, "num_eigenvalues=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 161}, r"batch_size=161.*hold 160 samples.*Lower"),
-        ({"memory_budget": 10.0}, r"inner products of \d+ gradients.*raise memory"),
-        ({"preconditioner": "sgd"}, "preconditioner='sgd'"),
-        ({"clip_norm": -1.0}, "clip_norm=-1"),
-        ({"mode": "test"}, "mode='test'"),
-        ({"max_tested": 0}, "max_tested=0"),
-        ({"significance": 2.0}, "significance=2"),
-        ({"num_batches": 0}, "num_batches=0"),
-        ({"on_error": "ignore"}, "on_error='ignore'"),
-        ({"parameters": "nothing"}, "'nothing' matches no parameter"),
-        ({"parameters": "net.4.bias"}, "3 parameters are too few to be tested"),
-        ({"loss_fn": "mse"}, "loss_fn='mse'"),
-    ],
-)
-def test_misuse_is_refused_before_training(
-    make_trainer: MakeTrainer, arguments: dict[str, Any], message: str
-) -> None:
-    made: list[Any] = []
-
-    def use() -> None:
-        made.append(make_trainer(_callback(**{"on_error": "warn", **arguments})))
-        made[0].fit(_model(), *_loaders())
-
-    with pytest.raises(ValueError, match=message):
-        use()
-    assert all(trainer.global_step == 0 for trainer in made)

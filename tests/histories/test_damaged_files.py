@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from support import trained
 from support.damage import KINDS, damaged, events, rezipped
 from support.report_runs import logged, recording, write_csv_run
+from support.wandb_files import framed
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-from test_offline_run import framed
 
 from lightning_hessian import hessian_spectrum, load_runs
 from lightning_hessian.cli.checkpoints import read_checkpoint

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from support.damage import events
 from support.report_runs import logged, write_csv_run
+from support.wandb_files import framed, history_record
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-from test_offline_run import framed, history_record
 
 from lightning_hessian import load_runs
 from lightning_hessian.histories.load import RunLeftOutWarning

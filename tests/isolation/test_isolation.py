@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import random
 
@@ -12,95 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-import wandb
-from lightning.pytorch.loggers.logger import Logger
 from support.references import mlp
+from support.states import assert_same, global_state, measure, module_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_hessian.isolation.context import isolated, muted
+from lightning_hessian.isolation.context import isolated
 from lightning_hessian.isolation.held import untouched
 from lightning_hessian.measure.budget import Budget
 from lightning_hessian.measure.options import LossOptions
 from lightning_hessian.measure.spectrum import hessian_spectrum
 
 ENGINES = ("auto", "linearize", "autograd", "recompute")
-
-
-# What there is to change ------------------------------------------------------------------------
-
-
-def fingerprint(value):
-    """Returns a copy of a value in which tensors compare by kind, dtype and digits."""
-    if isinstance(value, Tensor):
-        return (type(value).__name__, str(value.dtype), value.requires_grad, value.tolist())
-    if isinstance(value, np.ndarray):
-        return ("array", str(value.dtype), value.tolist())
-    if isinstance(value, nn.Module):
-        return ("module", id(value))
-    if isinstance(value, dict):
-        return (type(value).__name__, [(key, fingerprint(part)) for key, part in value.items()])
-    if isinstance(value, (list, tuple, collections.deque)):
-        return (type(value).__name__, [fingerprint(part) for part in value])
-    if isinstance(value, (set, frozenset)):
-        return (type(value).__name__, sorted(map(repr, value)))
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    return id(value)
-
-
-def module_state(module: nn.Module) -> dict:
-    """Returns all that a module holds: every entry of every submodule's ``__dict__``."""
-    state = {}
-    for name, submodule in module.named_modules():
-        for key, value in vars(submodule).items():
-            state[f"{name}:{key}"] = fingerprint(value)
-    for name, parameter in module.named_parameters():
-        grad = parameter.grad
-        state[f"grad:{name}"] = None if grad is None else (id(grad), grad.tolist())
-        state[f"place:{name}"] = (id(parameter), parameter.data_ptr(), parameter._version)
-    for name, buffer in module.named_buffers():
-        state[f"place:{name}"] = (id(buffer), buffer.data_ptr())
-    return state
-
-
-def global_state() -> dict:
-    """Returns the generators and the process-wide switches that a measurement might turn."""
-    numpy_state = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
-        "torch": torch.get_rng_state().tolist(),
-        "grad mode": torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
-        "default dtype": torch.get_default_dtype(),
-        "deterministic": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        "sdpa": (
-            torch.backends.cuda.flash_sdp_enabled(),
-            torch.backends.cuda.mem_efficient_sdp_enabled(),
-            torch.backends.cuda.math_sdp_enabled(),
-            torch.backends.cuda.cudnn_sdp_enabled(),
-        ),
-        "mha fastpath": torch.backends.mha.get_fastpath_enabled(),
-        "cudnn": (
-            torch.backends.cudnn.enabled,
-            torch.backends.cudnn.benchmark,
-            torch.backends.cudnn.benchmark_limit,
-            torch.backends.cudnn.deterministic,
-            torch.backends.cudnn.allow_tf32,
-        ),
-        "compiler": torch._dynamo.eval_frame._stance.stance,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def assert_same(before: dict, after: dict) -> None:
-    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    assert not changed
 
 
 class Total(torchmetrics.Metric):
@@ -187,11 +109,6 @@ def module(batches):
     module.body[0].weight.grad = torch.full((5, 4), 2.0)
     module.body[3].eval()  # a part in another mode than the rest
     return module
-
-
-def measure(module, batches, **options):
-    options = {"num_eigenvalues": 3, "budget": Budget(products=8), "trace_probes": 2} | options
-    return hessian_spectrum(module, None, batches, **options)
 
 
 # The module -------------------------------------------------------------------------------------
@@ -444,158 +361,6 @@ def test_a_compiled_module_runs_uncompiled_inside_and_compiled_again_afterwards(
     assert not graphs
     compiled(problem.whole[0])
     assert graphs
-
-
-# Logging ----------------------------------------------------------------------------------------
-
-
-class Recorder(Logger):
-    """Keeps all that is said to it."""
-
-    name, version = "recorder", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list = []
-
-    @property
-    def experiment(self):
-        return self.said
-
-    def log_metrics(self, metrics, step=None):
-        self.said.append(metrics)
-
-    def log_hyperparams(self, *args, **kwargs):
-        self.said.append(args)
-
-
-class Speaking(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 1)
-        self.fails = False
-
-    def training_step(self, batch):
-        loss = self.layer(batch).square().mean()
-        self.log("train_loss", loss, prog_bar=True)
-        self.log_dict({"a": loss})
-        self.print("a line")
-        self.logger.log_metrics({"direct": 1.0})
-        for logger in self.loggers:
-            logger.experiment.append("experiment")
-        self.trainer.logger.log_hyperparams({"x": 1})
-        if self.fails:
-            raise KeyError("no such sample")
-        return loss
-
-
-class Nested(Speaking):
-    """Its loss is that of a LightningModule inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Speaking()
-
-    def training_step(self, batch):
-        self.inner.log("inner_loss", 1.0)
-        self.inner.print("a line")
-        return super().training_step(batch) + self.inner.layer(batch).square().mean()
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("kind", [Speaking, Nested])
-def test_nothing_is_logged_or_printed(kind, fails, capsys):
-    module, loggers = kind(), [Recorder(), Recorder()]
-    module.fails = fails
-    trainer = L.Trainer(
-        accelerator="cpu", logger=loggers, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    trainer.strategy.connect(module)
-    module.trainer = trainer
-    capsys.readouterr()
-    before = module_state(module)
-    if fails:
-        with pytest.raises(KeyError):
-            measure(module, [torch.randn(5, 3)], num_eigenvalues=1)
-    else:
-        measure(module, [torch.randn(5, 3)], num_eigenvalues=1)
-    assert [logger.said for logger in loggers] == [[], []]
-    assert capsys.readouterr().out == ""
-    assert trainer.loggers == loggers
-    assert trainer.callback_metrics == {}
-    assert_same(before, module_state(module))
-    assert not {"log", "log_dict", "print"} & vars(module).keys()
-    module.print("heard again")
-    assert "heard again" in capsys.readouterr().out
-
-
-def test_a_silenced_method_of_the_users_own_comes_back():
-    module, said = Speaking(), []
-    module.log = lambda *args, **kwargs: said.append(args)
-    own = module.log
-    with muted(module):
-        module.log("loss", 1.0)
-    assert module.log is own
-    module.log("loss", 2.0)
-    assert said == [("loss", 2.0)]
-
-
-class WandbRun:
-    """As `wandb.Run`: what it is told goes through methods, which may be replaced on a run."""
-
-    def __init__(self) -> None:
-        self.said: list = []
-
-    def log(self, *args):
-        self.said.append(args)
-
-    def log_artifact(self, *args):
-        self.said.append(args)
-
-    def alert(self, *args):
-        self.said.append(args)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("raises", [False, True])
-@pytest.mark.parametrize("place", ["run", "module", "both", "neither"])
-@pytest.mark.parametrize("name", ["log", "log_artifact", "alert"])
-def test_what_the_user_put_in_place_of_wandbs_logging_comes_back(
-    name, place, raises, nested, monkeypatch
-):
-    run, heard = WandbRun(), []
-    monkeypatch.setattr(wandb, "run", run)
-    monkeypatch.setattr(wandb, name, getattr(run, name))
-    mine = lambda *args: heard.append(args)  # noqa: E731
-    if place in ("run", "both"):
-        setattr(run, name, mine)
-    if place in ("module", "both"):
-        monkeypatch.setattr(wandb, name, mine)
-    before, module_before = dict(vars(run)), dict(vars(wandb))
-    with contextlib.suppress(KeyError), muted(nn.Linear(1, 1)):
-        with muted(nn.Linear(1, 1)) if nested else contextlib.nullcontext():
-            getattr(wandb.run, name)("behind the back")
-        getattr(wandb, name)("behind the back")
-        if raises:
-            raise KeyError
-    assert (run.said, heard) == ([], [])
-    assert vars(run) == before
-    assert vars(wandb) == module_before
-    getattr(wandb.run, name)("heard again")
-    assert [("heard again",)] in (run.said, heard)
-
-
-def test_a_run_without_attributes_of_its_own_can_stand_there(monkeypatch):
-    class Slim:
-        __slots__ = ()
-
-        def log(self, *args):
-            raise AssertionError("never called")
-
-    monkeypatch.setattr(wandb, "run", Slim())
-    with muted(nn.Linear(1, 1)):
-        wandb.log({"a": 1})
 
 
 def test_a_lightning_module_without_trainer_can_be_measured():

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 import torch.utils.checkpoint as checkpointing
-from test_isolation import assert_same, module_state
+from support.states import assert_same, module_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from test_isolation import assert_same, module_state
+from support.states import assert_same, module_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -10,27 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.gradient_oracles import classifier, cross_entropy, explicit, in_batches, loop_gradients
+from support.gradient_oracles import (
+    classifier,
+    cross_entropy,
+    explicit,
+    gradient_source,
+    in_batches,
+    loop_gradients,
+)
 from support.references import PROBLEMS, in_double, problem
 from torch import Tensor, nn
 
 from lightning_hessian import GradientStructure, MeasurementError, gradient_structure
 from lightning_hessian.isolation.context import isolated
-from lightning_hessian.measure.budget import Budget
 from lightning_hessian.operators.gradients.gram import gram_matrix
 from lightning_hessian.operators.gradients.history import GradientCovariance, GradientHistory
 from lightning_hessian.operators.gradients.rows import MiniBatchGradients, adam_preconditioner
-from lightning_hessian.probe.minibatches import draw_minibatches
-from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.solvers.lanczos import lanczos
-
-
-def _source(module: nn.Module, loss_fn: Any, data: Any, **arguments: Any) -> MiniBatchGradients:
-    options = {k: arguments.pop(k) for k in ("mode", "clip_norm") if k in arguments}
-    minibatches = draw_minibatches(data, **arguments)
-    return MiniBatchGradients(
-        module, loss_fn, minibatches, ParameterSpace.select(module), **options
-    )
 
 
 def _rows(source: MiniBatchGradients, module: nn.Module) -> np.ndarray:
@@ -51,7 +47,7 @@ def _assert_spectrum(found: np.ndarray, expected: np.ndarray, largest: float) ->
 def test_gradients_against_a_loop(name: str, per_sample: bool) -> None:
     case = problem(name)
     batches = in_batches(case.whole, 1 if per_sample else 2)
-    source = _source(case.module, case.loss_fn, batches)
+    source = gradient_source(case.module, case.loss_fn, batches)
     expected = loop_gradients(case.module, case.loss_fn, batches)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(_rows(source, case.module), expected, rtol=1e-4, atol=1e-5 * scale)
@@ -64,7 +60,7 @@ def test_gradients_against_a_loop(name: str, per_sample: bool) -> None:
 def test_vmap_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     module, (whole,) = classifier(50)
     monkeypatch.setattr(MiniBatchGradients, "_chunk", lambda self: 7)
-    source = _source(module, cross_entropy, in_batches(whole, 1))
+    source = gradient_source(module, cross_entropy, in_batches(whole, 1))
     expected = loop_gradients(module, cross_entropy, in_batches(whole, 1))
     np.testing.assert_allclose(_rows(source, module), expected, rtol=1e-4, atol=1e-6)
     assert (source.engine, source.num_computed) == ("vmap", 50)
@@ -82,7 +78,7 @@ def _draws_a_number(module: nn.Module, batch: Any) -> Tensor:
 @pytest.mark.parametrize("loss_fn", [_reads_a_value, _draws_a_number])
 def test_what_vmap_cannot_do_is_done_by_autograd(loss_fn: Any) -> None:
     module, (whole,) = classifier(10)
-    source = _source(module, loss_fn, in_batches(whole, 1))
+    source = gradient_source(module, loss_fn, in_batches(whole, 1))
     first = _rows(source, module)
     assert source.engine == "autograd"
     np.testing.assert_array_equal(_rows(source, module), first)
@@ -94,7 +90,7 @@ def test_what_vmap_cannot_do_is_done_by_autograd(loss_fn: Any) -> None:
 def test_batch_norm_in_training_mode() -> None:
     case = problem("batch_norm_in_training")
     batches = in_batches(case.whole, 5)
-    source = _source(case.module, case.loss_fn, batches, mode="train")
+    source = gradient_source(case.module, case.loss_fn, batches, mode="train")
     with isolated(case.module, training=True):
         found = source.rows(0, 2).numpy()
     reference = case.reference_module()
@@ -106,7 +102,7 @@ def test_batch_norm_in_training_mode() -> None:
 def test_a_gradient_is_the_same_whenever_it_is_asked_for() -> None:
     module, data = classifier()
     module.insert(2, nn.Dropout(0.5))
-    source = _source(
+    source = gradient_source(
         module, cross_entropy, data, batch_size=6, num_minibatches=30, mode="train"
     )  # fmt: skip
     with isolated(module, training=True):
@@ -127,7 +123,7 @@ def test_clipping_is_that_of_torch() -> None:
         parameter.grad = torch.from_numpy(row)
         nn.utils.clip_grad_norm_([parameter], limit)
         row[:] = parameter.grad.numpy()
-    found = _rows(_source(module, cross_entropy, batches, clip_norm=limit), module)
+    found = _rows(gradient_source(module, cross_entropy, batches, clip_norm=limit), module)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert (np.linalg.norm(found, axis=1) > 0.999 * limit).mean() == pytest.approx(0.5, abs=0.04)
 
@@ -146,7 +142,7 @@ def test_adam_is_the_update_that_torch_tends_to() -> None:
     parameter.grad = torch.from_numpy(gradients[0])
     adam.step()
     expected = -parameter.detach().numpy()
-    source = _source(in_double(module), cross_entropy, in_double(batches))
+    source = gradient_source(in_double(module), cross_entropy, in_double(batches))
     with isolated(module):
         source.precondition(adam_preconditioner(source))
         found = source.rows(0, 1)[0].numpy()
@@ -207,82 +203,6 @@ def test_small_eigenvalues_of_float32_gradients() -> None:
     np.testing.assert_allclose(found[:20], sizes[:20], rtol=1e-5)
 
 
-@pytest.mark.parametrize("held", [1, 7, 33, 40], ids=lambda b: f"{b} held")
-def test_blocks_of_any_size_give_the_same_gram_matrix(
-    held: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, data = classifier()
-    source = _source(module, cross_entropy, data, batch_size=4, num_minibatches=40)
-    monkeypatch.setattr("lightning_hessian.operators.gradients.gram._plan", lambda *_: (held, 5))
-    monkeypatch.setattr("lightning_hessian.operators.gradients.gram._TILE", 16)
-    with isolated(module):
-        found = gram_matrix(source, memory_budget=0.0)
-        rows = source.rows(0, 40).double()
-    np.testing.assert_allclose(found, rows @ rows.T, rtol=1e-12, atol=1e-12)
-    ends = [*range(held, 40, held), 40]
-    assert source.num_computed - 40 == sum(ends), "once, and once for each later block"
-
-
-def test_a_small_budget_recomputes_and_a_large_one_does_not() -> None:
-    module, data = classifier()
-    options: dict[str, Any] = {"batch_size": 4, "num_gradients": 120, "tests": False}
-    large = gradient_structure(module, cross_entropy, data, **options)
-    gram_bytes, row_bytes = 8 * 120**2, 4 * 57
-    small = gradient_structure(
-        module, cross_entropy, data, memory_budget=2 * gram_bytes, **options
-    )  # fmt: skip
-    assert large.num_computed == 120
-    assert small.num_computed == 120, "the eigensolver takes more than the gradients"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lightning_hessian.measure.gradients._left_by_gram", lambda *_: 80 * row_bytes
-        )
-        small = gradient_structure(module, cross_entropy, data, **options)
-    assert 2 * 120 <= small.num_computed <= 4 * 120
-    np.testing.assert_allclose(small.covariance, large.covariance, rtol=1e-6, atol=1e-12)
-
-
-def test_a_history_that_does_not_fit_is_mapped_from_a_file(tmp_path: Any) -> None:
-    module, data = classifier()
-    source = _source(module, cross_entropy, data, batch_size=4, num_minibatches=120)
-    with isolated(module):
-        inside = GradientHistory.collect(source)
-        outside = GradientHistory.collect(source, memory_budget=100.0, directory=tmp_path)
-    assert inside.at_hand
-    assert not outside.at_hand
-    assert isinstance(outside.values, np.memmap)
-    assert list(tmp_path.iterdir()) == [], "the file has no name, so that nothing stays behind"
-    np.testing.assert_array_equal(outside.values, inside.values)
-    np.testing.assert_array_equal(
-        np.concatenate(list(outside.by_parameter())), np.concatenate(list(inside.by_gradient())).T
-    )
-    chosen = np.array([3, 17, 40])
-    (block,) = outside.by_parameter(chosen)
-    np.testing.assert_array_equal(block, inside.values[:, chosen].T)
-    grams = [gram_matrix(history, memory_budget=1e9) for history in (inside, outside)]
-    torch.testing.assert_close(grams[0], grams[1])
-
-
-def test_a_history_too_large_for_the_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_hessian.operators.gradients import history as gradient_history
-
-    usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(gradient_history.shutil, "disk_usage", lambda folder: usage)
-    module, data = classifier()
-    source = _source(module, cross_entropy, data, batch_size=4)
-    with pytest.raises(MeasurementError, match=r"G of 30 gradients of 57 .*Lower num_gradients"):
-        GradientHistory.collect(source, memory_budget=100.0)
-
-
-def test_too_many_gradients_for_the_budget_are_refused() -> None:
-    module, data = classifier()
-    with pytest.raises(MeasurementError, match=r"inner products of 120 .*raise memory_budget"):
-        gradient_structure(module, cross_entropy, data, batch_size=1, memory_budget=2e5)
-    source = _source(module, cross_entropy, data, batch_size=1)
-    with pytest.raises(MeasurementError, match=r"does not hold two of them. Raise it"):
-        gram_matrix(source, memory_budget=400.0)
-
-
 @pytest.mark.parametrize("tests", [False, True], ids=["streamed", "stored"])
 @pytest.mark.parametrize("variant", ["clipped", "adam", "both"])
 def test_variants(tests: bool, variant: str) -> None:
@@ -320,7 +240,7 @@ def test_the_operator_has_the_same_spectrum_by_lanczos(centred: bool) -> None:
     module, (whole,) = classifier(480)
     module, batches = in_double(module), in_double(in_batches(whole, 4))
     found = gradient_structure(module, cross_entropy, batches)
-    source = _source(module, cross_entropy, batches)
+    source = gradient_source(module, cross_entropy, batches)
     with isolated(module):
         history = GradientHistory.collect(source)
     operator = GradientCovariance(history, centred=centred)
@@ -415,65 +335,6 @@ def test_sums_of_samples_have_a_covariance_inverse_to_their_number() -> None:
     }
     assert traces[1] / traces[4] == pytest.approx(4, rel=0.15)
     assert traces[1] / traces[16] == pytest.approx(16, rel=0.15)
-
-
-@pytest.mark.parametrize("tests", [False, True])
-def test_time_cuts_the_gradients_short(tests: bool) -> None:
-    module, data = classifier(4000)
-    calls = []
-
-    def slow(module: nn.Module, batch: Any) -> Tensor:
-        calls.append(1)
-        return cross_entropy(module, batch)
-
-    options: dict[str, Any] = {"batch_size": 1000, "num_gradients": 100, "tests": tests}
-    with pytest.raises(MeasurementError, match=r"time was up after .*Allow more"):
-        _with_pieces_of(
-            5 if tests else 1,
-            lambda: gradient_structure(module, slow, data, budget=Budget(seconds=1e-9), **options),
-        )
-    assert len(calls) == (5 if tests else 1)
-
-
-def _with_pieces_of(count: int, call: Any) -> Any:
-    from lightning_hessian.operators.gradients import gram
-    from lightning_hessian.operators.gradients import history as gradient_history
-
-    with pytest.MonkeyPatch.context() as patch:
-
-        def pieces(gradients: Any, piece_bytes: float = 0) -> Any:
-            total = gradients.num_gradients
-            return ((i, min(i + count, total)) for i in range(0, total, count))
-
-        patch.setattr(gradient_history, "pieces", pieces)
-        patch.setattr(gram, "_plan", lambda *_: (50, count))
-        return call()
-
-
-@pytest.mark.parametrize("tests", [False, True])
-def test_the_gradients_there_are_when_time_is_up_are_used(
-    tests: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import time
-
-    module, data = classifier(4000)
-    clock = iter(range(10**6))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    options: dict[str, Any] = {"batch_size": 40, "num_gradients": 100, "tests": tests}
-    with pytest.warns(UserWarning, match=r"time was up after \d+ of 100 gradients; allow more"):
-        found = _with_pieces_of(
-            5,
-            lambda: gradient_structure(
-                module, cross_entropy, data, budget=Budget(seconds=7.5), **options
-            ),
-        )
-    whole = draw_minibatches(data, batch_size=40, num_minibatches=100)
-    kept = [whole[i] for i in range(found.num_gradients)]
-    assert 20 <= found.num_gradients < 100
-    expected = gradient_structure(module, cross_entropy, kept, tests=False)
-    np.testing.assert_allclose(
-        found.covariance, expected.covariance, rtol=1e-3, atol=1e-7 * expected.covariance[0]
-    )
 
 
 @pytest.mark.parametrize(

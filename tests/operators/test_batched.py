@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from support.operators import distance
 from support.references import PROBLEMS, Problem, in_double, problem
 from torch import Tensor
 
@@ -34,10 +35,6 @@ def objective_of(name: str, dtype=torch.float64) -> Objective:
         module, batches = in_double(module), in_double(batches)
     space = ParameterSpace.select(module)
     return Objective(module, given.loss_fn, batches, space, mode=given.mode)
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
-from support.references import dense_hessian, finite_difference_hessian
+from support.operators import as_matrix, dense_by_autograd, distance, hessian
+from support.references import dense_hessian, finite_difference_hessian, in_double
 from support.wrong_forward import squared
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_hessian.operators.hessian import HessianOperator
-from lightning_hessian.probe.objective import Objective
-from lightning_hessian.probe.parameters import ParameterSpace
 from lightning_hessian.results import MeasurementError, NoSecondDerivativeError
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@contextmanager
-def hessian(module, loss_fn, batches, engine="auto", **options):
-    built = {k: options.pop(k) for k in ("memory_budget", "expected_products") if k in options}
-    objective = Objective(module, loss_fn, batches, ParameterSpace.select(module), **options)
-    with objective.isolated():
-        yield HessianOperator(objective, engine, **built)
-
-
-def as_matrix(operator: HessianOperator) -> Tensor:
-    columns = [operator.matvec(e) for e in torch.eye(operator.size, dtype=operator.dtype)]
-    return torch.stack(columns, dim=1).double()
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def cross_entropy(module, batch):
@@ -123,15 +103,10 @@ WRONG = {
 }  # fmt: skip
 
 
-def in_double(module, batches):
-    return module.double(), [tuple(t.double() if t.is_floating_point() else t for t in batch)
-                             for batch in batches]  # fmt: skip
-
-
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_second_derivative_on_any_batch_is_replaced_by_differences(name):
     make, culprit = WRONG[name]
-    module, batches = in_double(*make())
+    module, batches = in_double(make())
     weight = 1 / len(batches)
     expected = sum(weight * finite_difference_hessian(module, cross_entropy, b) for b in batches)
     measured = hessian(module, cross_entropy, batches)
@@ -147,7 +122,7 @@ def test_a_wrong_second_derivative_on_any_batch_is_replaced_by_differences(name)
 @pytest.mark.parametrize("name", WRONG)
 def test_an_engine_asked_for_by_name_says_what_is_wrong_and_what_to_do(name, engine, double):
     make, culprit = WRONG[name]
-    module, batches = in_double(*make()) if double else make()
+    module, batches = in_double(make()) if double else make()
     with (
         pytest.raises(NoSecondDerivativeError, match=rf"{culprit}.*hvp='finite_difference'"),
         hessian(module, cross_entropy, batches, engine),
@@ -234,7 +209,7 @@ def test_an_exact_engine_is_never_accused_by_a_rough_loss(name, double, count, e
     make, shape, loss_fn = RIGHT[name]
     module, batches = make(), [labelled(*shape, count=count)]
     if double:
-        module, batches = in_double(module, batches)
+        module, batches = in_double((module, batches))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         with hessian(module, loss_fn, batches, engine) as operator:
@@ -243,115 +218,6 @@ def test_an_exact_engine_is_never_accused_by_a_rough_loss(name, double, count, e
                 expected = dense_by_autograd(module, loss_fn, batches[0])
                 tolerance = 1e-10 if double else 1e-4
                 assert distance(as_matrix(operator), expected) < tolerance
-
-
-def dense_by_autograd(module, loss_fn, batch) -> Tensor:
-    """Returns the Hessian by torch alone, row by row, in float64."""
-    module, (batch,) = in_double(module, [batch])
-    parameters = list(module.parameters())
-    gradient = torch.autograd.grad(loss_fn(module, batch), parameters, create_graph=True)
-    flat = torch.cat([part.reshape(-1) for part in gradient])
-    rows = []
-    for entry in flat:
-        if entry.requires_grad:
-            row = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
-        else:
-            row = [None] * len(parameters)
-        pairs = zip(row, parameters, strict=True)
-        rows.append(torch.cat([
-            (torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in pairs]))  # fmt: skip
-    return torch.stack(rows)
-
-
-# Rows without gradient --------------------------------------------------------------------------
-
-
-class Padded(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(7, 3, padding_idx=2)
-        self.out = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.words(x)).mean(1))
-
-
-class Bag(Padded):
-    """Has no second derivative, so that differences serve."""
-
-    def __init__(self):
-        super().__init__()
-        self.bag = nn.EmbeddingBag(7, 3, mode="mean", padding_idx=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.bag(x)
-
-
-class PartlyFrozen(nn.Module):
-    """The first two rows of a weight are detached, as where new words are trained beside old."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.out = nn.Embedding(7, 3), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = torch.cat([self.words.weight[:2].detach(), self.words.weight[2:]])
-        return self.out(torch.tanh(F.embedding(x, weight)).mean(1))
-
-
-class ZeroAdapter(nn.Module):
-    """A low-rank update that starts at zero: its first factor has no gradient, and a Hessian."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.out = nn.Embedding(7, 3), nn.Linear(3, 3)
-        self.first = nn.Parameter(torch.randn(2, 3))
-        self.second = nn.Parameter(torch.zeros(3, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.words(x)).mean(1)
-        return self.out(h) + h @ self.first.T @ self.second.T
-
-
-SKIPPING = {"padded": Padded, "partly frozen": PartlyFrozen, "zero adapter": ZeroAdapter}
-
-
-def words(count: int = 20):
-    x = torch.randint(7, (count, 4))
-    x[:, -1:] = 2
-    return x, torch.randint(3, (count,))
-
-
-@pytest.mark.parametrize("engine", ["linearize", "autograd", "recompute", "finite_difference"])
-@pytest.mark.parametrize("name", SKIPPING)
-def test_rows_without_gradient_are_zero_and_so_are_columns(name, engine):
-    module = SKIPPING[name]().double()
-    batches = [words(), words(12)]
-    expected = sum(
-        share * dense_by_autograd(module, cross_entropy, batch)
-        for share, batch in zip((20 / 32, 12 / 32), batches, strict=True)
-    )
-    with hessian(module, cross_entropy, batches, engine) as operator:
-        found = as_matrix(operator)
-    assert distance(found, expected) < (1e-7 if engine == "finite_difference" else 1e-12)
-    dead = ~expected.any(1)
-    assert not found[dead].any()
-    assert not found[:, dead].any()
-
-
-def test_a_padding_row_that_differences_would_move_stays():
-    module = Bag().double()
-    measured = hessian(module, cross_entropy, [words()])
-    with pytest.warns(UserWarning, match="Finite differences"):
-        operator = measured.__enter__()
-    found = as_matrix(operator)
-    measured.__exit__(None, None, None)
-    expected = finite_difference_hessian(module, cross_entropy, words())
-    assert found.shape == expected.shape
-    rows = torch.arange(6, 9)  # of the padding word
-    assert not found[rows].any()
-    assert not found[:, rows].any()
-    assert distance(found, found.T) < 1e-7
 
 
 # What is said of a linearisation that differs ---------------------------------------------------
@@ -389,7 +255,7 @@ def test_recurrent_networks_are_linearised_right(cell, double):
     """Their cells write into parts of what they computed; each product must find it unchanged."""
     module, batches = recurrent(cell), [labelled(5, 4)]
     if double:
-        module, batches = in_double(module, batches)
+        module, batches = in_double((module, batches))
     expected = dense_hessian(module, cross_entropy, batches[0])
     with hessian(module, cross_entropy, batches, "linearize") as operator:
         for _ in range(2):
@@ -399,7 +265,7 @@ def test_recurrent_networks_are_linearised_right(cell, double):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("engine", ["linearize", "autograd", "finite_difference"])
 def test_the_coarsest_precision_inside_sets_the_tolerance(engine, dtype):
-    module, batches = in_double(Coarse(dtype), [labelled(4)])
+    module, batches = in_double((Coarse(dtype), [labelled(4)]))
     exact = Coarse(torch.float64).double()
     exact.load_state_dict(module.state_dict())
     expected = dense_by_autograd(exact, cross_entropy, batches[0])
@@ -461,7 +327,7 @@ def test_a_gradient_that_is_none_has_no_differences_either():
             return -gradient
 
     module = nn.Sequential(nn.Linear(4, 5), Applied(Reversed.apply), nn.Tanh(), nn.Linear(5, 3))
-    module, batches = in_double(module, [labelled(4)])
+    module, batches = in_double((module, [labelled(4)]))
     with (
         pytest.raises(MeasurementError, match="not the gradient of the loss"),
         hessian(module, cross_entropy, batches, "finite_difference"),

@@ -11,22 +11,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from scipy import stats
-from support.report_runs import logged, write_csv_run
+from support.report_runs import logged, record
 
 from lightning_hessian import correlation_report, write_report
-from lightning_hessian.cli.main import main
 from lightning_hessian.histories.parallel import Progress
 from lightning_hessian.histories.run_table import RunRecord, RunTable
 from lightning_hessian.reports.within import within_runs
 
 STATISTICS = ("hessian/d_ks", "hessian/lambda_1")
-
-
-def record(name: str, config=None, steps=None, **columns) -> RunRecord:
-    columns = {key.replace("__", "/"): np.asarray(v, dtype=float) for key, v in columns.items()}
-    size = len(next(iter(columns.values())))
-    steps = np.arange(size, dtype=float) if steps is None else np.asarray(steps, dtype=float)
-    return RunRecord(name, name, name, "csv", config or {}, steps, columns)
 
 
 @pytest.fixture(scope="module")
@@ -353,138 +345,3 @@ def test_csv_and_json_hold_the_same_numbers(written, report):
         assert (line["reason"] != "") == math.isnan(pair.r)
     assert content["points"]["values"]["val_loss"] == list(report.points.values["val_loss"])
     assert content["runs"][3]["config"] == {"optimizer": "sgd", "size": 100}
-
-
-@pytest.fixture
-def logs(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for seed in range(5):
-        write_csv_run(tmp_path / "logs" / f"run{seed}", logged(seed, 12), {"lr": seed})
-    return tmp_path / "logs"
-
-
-def test_the_command(logs, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["report", str(logs), "--out", str(out), "--group", "lr"]) == 0
-    printed = capsys.readouterr().out
-    assert "hessian/d_ks with val_loss" in printed
-    assert str(out / "report.html") in printed
-    names = {path.name for path in out.iterdir()}
-    assert names == {
-        "report.html", "report.md", "correlations.csv", "correlations.json", "figures",
-    }  # fmt: skip
-    assert len(list((tmp_path / "cache").rglob("*.npz"))) == 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["nowhere"], "no such file or folder, and a W&B path is ENTITY/PROJECT"),
-        (["LOGS", "--monitor", "val_los"], "nearest: val_loss"),
-        (["LOGS", "--statistic", "hesian/*"], "nearest: hessian/"),
-        (["LOGS", "--group", "learning"], "in its config; nearest: lr"),
-        (
-            ["LOGS", "--at", "first"],
-            "argument --at: 'first' cannot be used. Give 'last', 'best', or a step",
-        ),
-        (["LOGS", "--filter", "oops"], "--filter oops: write KEY=VALUE"),
-        (["LOGS", "--workers", "0"], "--workers: '0' cannot be used. Give a whole number from 1"),
-        (["LOGS", "--publish", "me"], "--publish: 'me' is not ENTITY/PROJECT"),
-    ],
-)
-def test_errors_name_the_remedy(arguments, words, logs, tmp_path, capsys):
-    arguments = [str(logs) if text == "LOGS" else text for text in arguments]
-    assert main(["report", *arguments, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err.strip()
-    assert words in error
-    assert error.startswith("lightning-hessian: ")
-    assert len(error.splitlines()) <= 2
-
-
-def test_help_names_every_kind_of_run(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["report", "--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for word in ("W&B path", "offline", "CSVLogger", "TensorBoard", "examples:", "--publish"):
-        assert word in text
-
-
-def with_gap(seed: int, count: int = 40) -> RunRecord:
-    """A run whose block ratio goes with the gap, d_ks with the loss, and trace with neither."""
-    rng = np.random.default_rng(seed)
-    loss = np.linspace(3, 1, count) + 0.2 * rng.normal(size=count)
-    gap = np.linspace(0.1, 0.6, count) + 0.2 * rng.normal(size=count)
-    return record(
-        f"run{seed}",
-        val_loss=loss,
-        hessian__gap=gap,
-        hessian__loss=loss - gap,
-        hessian__d_ks=loss + 0.02 * rng.normal(size=count),
-        hessian__block_off_diagonal_ratio=gap + 0.02 * rng.normal(size=count),
-        hessian__trace=np.linspace(3, 1, count) + 0.2 * rng.normal(size=count),
-    )
-
-
-EXPECTED = {
-    "hessian/d_ks": "the metric alone: mostly training that goes on may make it",
-    "hessian/block_off_diagonal_ratio": "the generalization gap alone",
-    "hessian/trace": "neither",
-    "hessian/loss": "both",
-}
-
-
-def test_the_gap_is_monitored_beside_the_loss_where_it_was_logged(tmp_path):
-    table = RunTable((with_gap(0),))
-    report = correlation_report(table)
-    assert report.monitors == ("val_loss", "hessian/gap")
-    assert set(report.statistics) == set(EXPECTED)
-    assert correlation_report(table, monitor="gap").monitors == ("hessian/gap",)
-    assert correlation_report(table, monitor="val_loss").monitors == ("val_loss",)
-    for pair in report.within:
-        run = table.runs[0]
-        expected = stats.pearsonr(run.series(pair.statistic), run.series(pair.monitor))[0]
-        assert pair.r == pytest.approx(expected)
-        assert pair.num_tests == 8
-    bare = RunTable((record("run", val_loss=[3, 1, 2, 5, 4], hessian__d_ks=[1, 2, 1, 3, 2]),))
-    assert correlation_report(bare).monitors == ("val_loss",)
-    with pytest.raises(ValueError, match="'hessian/gap'"):
-        correlation_report(bare, monitor="gap")
-    own = record("own", gap=[3, 1, 2, 5, 4], hessian__d_ks=[1, 2, 1, 3, 2])
-    assert correlation_report(RunTable((own,)), monitor="gap").monitors == ("gap",)
-
-
-def test_the_report_says_which_of_the_two_a_statistic_goes_with(tmp_path):
-    write_report(correlation_report(RunTable((with_gap(0),))), tmp_path)
-    found = json.loads((tmp_path / "correlations.json").read_text())["goes_with"]
-    assert {one["statistic"]: one["sentence"] for one in found} == EXPECTED
-    text = (tmp_path / "report.md").read_text()
-    assert "## Test loss or generalization?" in text
-    for statistic, sentence in EXPECTED.items():
-        (line,) = [
-            line for line in text.splitlines() if line.startswith(f"| `{statistic}` | val\\_loss: ")
-        ]
-        assert line.endswith(f"| {sentence[0].upper()}{sentence[1:]}. |")
-
-
-def test_many_runs_say_it_across_and_within(tmp_path):
-    report = correlation_report(RunTable(tuple(map(with_gap, range(12)))), workers=1)
-    write_report(report, tmp_path)
-    found = json.loads((tmp_path / "correlations.json").read_text())["goes_with"]
-    said = {
-        scope: {one["statistic"]: one["sentence"] for one in found if one["scope"] == scope}
-        for scope in ("across", "over")
-    }
-    for statistic in ("hessian/d_ks", "hessian/block_off_diagonal_ratio", "hessian/trace"):
-        assert said["over"][statistic] == EXPECTED[statistic]
-    sure = {(p.statistic, p.monitor) for p in report.across if p.holm < 0.05}
-    assert ("hessian/block_off_diagonal_ratio", "hessian/gap") in sure
-    for statistic, sentence in said["across"].items():
-        both = [(statistic, monitor) in sure for monitor in ("val_loss", "hessian/gap")]
-        begins = {
-            (True, True): "both",
-            (True, False): "the metric alone",
-            (False, True): "the generalization gap alone",
-            (False, False): "neither",
-        }
-        assert sentence.startswith(begins[tuple(both)])

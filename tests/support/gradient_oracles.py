@@ -11,6 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from lightning_hessian.operators.gradients.rows import MiniBatchGradients
+from lightning_hessian.probe.minibatches import draw_minibatches
+from lightning_hessian.probe.parameters import ParameterSpace
 from support.references import LossFunction, cross_entropy, in_double
 
 Array = NDArray[np.float64]
@@ -49,4 +52,22 @@ def in_batches(batch: Sequence[torch.Tensor], size: int) -> list[Any]:
     return list(zip(*(part.split(size) for part in batch), strict=True))
 
 
-__all__ = ["classifier", "cross_entropy", "explicit", "in_batches", "loop_gradients"]
+def gradient_source(
+    module: nn.Module, loss_fn: Any, data: Any, **arguments: Any
+) -> MiniBatchGradients:
+    """Returns the gradients of mini-batches that are drawn from the data."""
+    options = {k: arguments.pop(k) for k in ("mode", "clip_norm") if k in arguments}
+    minibatches = draw_minibatches(data, **arguments)
+    return MiniBatchGradients(
+        module, loss_fn, minibatches, ParameterSpace.select(module), **options
+    )
+
+
+__all__ = [
+    "classifier",
+    "cross_entropy",
+    "explicit",
+    "gradient_source",
+    "in_batches",
+    "loop_gradients",
+]

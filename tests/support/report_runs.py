@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_hessian.histories.run_table import RunRecord
 from support.runs import ended
 
 
@@ -54,3 +55,11 @@ def write_csv_run(folder: Path, rows: list[dict[str, float]], hparams: dict[str,
         logger.log_metrics(metrics, step=int(row["trainer/global_step"]))
     logger.save()
     return folder / "version_0"
+
+
+def record(name: str, config=None, steps=None, **columns) -> RunRecord:
+    """Returns a run of some columns; ``__`` in a name stands for a slash."""
+    columns = {key.replace("__", "/"): np.asarray(v, dtype=float) for key, v in columns.items()}
+    size = len(next(iter(columns.values())))
+    steps = np.arange(size, dtype=float) if steps is None else np.asarray(steps, dtype=float)
+    return RunRecord(name, name, name, "csv", config or {}, steps, columns)
