@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +71,41 @@ def verdict(made: Made, protocol: str) -> bool | None:
     return None if printed.verdict is None else (printed.verdict == "Yes") == found["power_law"]
 
 
-def slope_agrees(made: Made, protocol: str) -> bool | None:
-    """Return whether s lies within two standard errors of the paper's, both having one."""
+def slope_agrees(made: Made, protocol: str, seed: float = 0.0) -> bool | None:
+    """Return whether s lies within two standard errors of the paper's, both having one.
+
+    ``seed`` is what the seed alone moves a slope by (`seed_spread`), in theirs as in ours.
+    """
     found, printed = made.first(protocol), made.row.printed
     if printed.s is None or found.get("s") is None:
         return None
     # The standard error of s is s / sqrt(K) to first order, as sigma is (beta - 1) / sqrt(K).
     theirs, ours = float(printed.s), found["s"]
-    error = math.hypot(theirs / math.sqrt(made.row.measure.k), ours / math.sqrt(found["k"]))
-    return abs(theirs - ours) <= 2 * error
+    errors = (theirs * math.hypot(1 / math.sqrt(made.row.measure.k), seed),
+              ours * math.hypot(1 / math.sqrt(found["k"]), seed))  # fmt: skip
+    return abs(theirs - ours) <= 2 * math.hypot(*errors)
+
+
+# What the seed does -------------------------------------------------------------------------------
+
+STUDIED = 5
+"""A row of as many seeds belongs to the study of what the seed alone does."""
+
+
+def seed_spread(rows: Sequence[Made], protocol: str, name: str) -> float | None:
+    """Return by what share of itself a number moves with the seed; None where nobody has looked.
+
+    It is the standard deviation of the logarithm over the seeds of a row, and over the rows the
+    root of the mean variance.
+    """
+    of_rows = [made.values(protocol, name) for made in rows]
+    variances = [
+        statistics.variance(map(math.log, values)) for values in of_rows if len(values) >= STUDIED
+    ]
+    return math.sqrt(statistics.fmean(variances)) if variances else None
+
+
+def is_beyond_seed(made: Made, protocol: str, seed: float) -> bool:
+    """Return whether d_ks is further from d_c than twice what the seed alone moves it by."""
+    found = made.first(protocol)
+    return abs(math.log(found["d_ks"] / found["d_c"])) > 2 * seed

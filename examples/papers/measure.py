@@ -46,7 +46,9 @@ class Settings:
     Attributes:
         seed: Of initialisation, order of samples, label noise and Lanczos vectors.
         device: ``"cpu"`` or ``"cuda"``.
-        precision: ``"float32"`` or ``"float64"``; by default by the size of the network.
+        precision: ``"float32"`` or ``"float64"``, of what is measured; by default that of the
+            training, which goes by the size of the network. Rows of an epoch on the way are
+            trained in it too, for they are measured within the training.
         probe: Samples of the Hessian, in the place of the row's.
     """
 
@@ -118,14 +120,14 @@ class Bench:
         self.network, self.settings, self.data_dir = network, settings, data_dir
         module = networks.build(network.model, tuple(data.inputs.shape[1:]), data.num_classes)
         size = sum(parameter.numel() for parameter in module.parameters())
-        self.precision = settings.precision or ("float64" if size < SMALL else "float32")
-        self.dtype = getattr(torch, self.precision)
-        self.data = data.to(self.dtype)
+        self.trained_in = "float64" if size < SMALL else "float32"
+        self.precision = settings.precision or self.trained_in
+        self.data = data
         recipe = network.recipe
         self.num_epochs = 0 if recipe is None else recipes.epochs_of(recipe, len(data.labels))
-        self.module = recipes.Classifier(module.to(self.dtype), recipe, self.num_epochs)
-        precision = "" if settings.precision is None else f"-{settings.precision}"
-        self.file = work_dir / f"{network.key}-seed{settings.seed}{precision}.pt"
+        self.module = recipes.Classifier(module, recipe, self.num_epochs)
+        self.work_dir = work_dir
+        self._in_precision(self.trained_in)
         self.about: dict[str, Any] = {
             "num_parameters": size,
             "num_train": len(data.labels),
@@ -136,14 +138,31 @@ class Bench:
             "versions": _versions(),
         }
 
+    @property
+    def file(self) -> Path:
+        """Where the trained network is kept."""
+        name = f"{self.network.key}-seed{self.settings.seed}-{self.trained_in}.pt"
+        return self.work_dir / name
+
+    def _in_precision(self, precision: str) -> None:
+        """Bring the network and the data to a precision."""
+        self._now = precision
+        self.module.to(getattr(torch, precision))
+        self.data = self.data.to(getattr(torch, precision))
+
     def train(self, rows: Sequence[Row], save: Save) -> None:
         """Train, unless that was done before; rows of an epoch on the way are measured there."""
         recipe = self.network.recipe
         on_the_way = [row for row in rows if row.epoch is not None]
         if recipe is None:
             return
-        if self.file.exists() and not on_the_way:
-            self.module.network.load_state_dict(torch.load(self.file, weights_only=True))
+        if on_the_way:
+            self.trained_in = self.precision
+            self._in_precision(self.trained_in)
+        self.about["trained_in"] = self.trained_in
+        file = self.file
+        if file.exists() and not on_the_way:
+            self.module.network.load_state_dict(torch.load(file, weights_only=True))
             return
         epochs = frozenset(row.epoch for row in on_the_way if row.epoch is not None)
         every = math.gcd(self.num_epochs, *epochs)
@@ -169,13 +188,14 @@ class Bench:
         self.about["training_seconds"] = round(time.monotonic() - begun, 1)
         if not all(bool(part.isfinite().all()) for part in self.module.network.parameters()):
             raise DivergedError("Training by the recipe ends in NaN.")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self.module.network.state_dict(), self.file.with_suffix(".part"))
-        os.replace(self.file.with_suffix(".part"), self.file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self.module.network.state_dict(), file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
 
     def measure(self, rows: Sequence[Row], save: Save) -> None:
         """Measure the rows of the network as it is now."""
         now = [row for row in rows if row.epoch is None]
+        self._in_precision(self.precision)
         trainer = self._trainer([])
         (found,) = trainer.validate(self.module, self._test_loader(), verbose=False)
         self.about["test_loss"] = found["val_loss"]
@@ -226,7 +246,8 @@ class Bench:
     def _probe(self, measure: Hessian) -> list[tuple[Tensor, Tensor]]:
         data: Data = self.data
         if measure.data is not None:
-            data = load(self.data_dir, measure.data, self.settings.seed).to(self.dtype)
+            data = load(self.data_dir, measure.data, self.settings.seed)
+            data = data.to(getattr(torch, self._now))
         count = self.settings.probe or measure.probe or len(data.labels)
         inputs, labels = data.inputs[:count], data.labels[:count]
         return list(zip(inputs.split(PROBE_BATCH), labels.split(PROBE_BATCH), strict=True))
@@ -250,7 +271,7 @@ class Bench:
     def _trainer(self, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
         return L.Trainer(
             accelerator="gpu" if self.settings.device == "cuda" else "cpu", devices=1,
-            precision="64-true" if self.precision == "float64" else "32-true",
+            precision="64-true" if self._now == "float64" else "32-true",
             callbacks=callbacks, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             **options,

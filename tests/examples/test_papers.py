@@ -9,6 +9,7 @@ import gzip
 import importlib
 import io
 import json
+import math
 import pickle
 import sys
 import tarfile
@@ -27,9 +28,9 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "papers"
 sys.path.append(str(FOLDER))  # last: the modules there have plain names
 
-cost, data, hpl, measure, networks, pages, recipes, rows, run, sg = map(
+cost, data, hpl, made, measure, networks, pages, recipes, rows, run, sg = map(
     importlib.import_module,
-    ("cost", "data", "hpl", "measure", "networks", "pages", "recipes", "rows", "run", "sg"),
+    ("cost", "data", "hpl", "made", "measure", "networks", "pages", "recipes", "rows", "run", "sg"),
 )
 
 with (ROOT / "tests" / "statistics" / "hpl_tables.csv").open(newline="") as file:
@@ -231,7 +232,7 @@ def test_a_row_is_the_dense_hessian_of_its_trained_network(small):
     assert list(found) == ["early", "late", "gradients"]
     samples = data.load(folder, network.data).to(torch.float64)
     module = networks.build(network.model, (10,), 12).double()
-    module.load_state_dict(torch.load(folder / "networks" / f"{network.key}-seed0.pt"))
+    module.load_state_dict(torch.load(folder / "networks" / f"{network.key}-seed0-float64.pt"))
     parameters = dict(module.named_parameters())
     sizes = [p.numel() for p in parameters.values()]
 
@@ -274,6 +275,21 @@ def test_a_trained_network_is_not_trained_again(small):
     for name in ("d_ks", "s", "lambda_1"):
         expected = found["late"]["numbers"]["converged"][name]
         assert again["late"]["numbers"]["converged"][name] == pytest.approx(expected, rel=1e-9)
+
+
+def test_another_precision_measures_the_same_trained_network(small):
+    folder, _, some, found = small
+    again = {}
+    measure.measure_rows(
+        some[1:2], measure.Settings(precision="float32"), folder, folder / "networks",
+        lambda row, numbers: again.setdefault(row.id, numbers),
+    )  # fmt: skip
+    about, numbers = again["late"]["about"], again["late"]["numbers"]["converged"]
+    assert (about["precision"], about["trained_in"]) == ("float32", "float64")
+    assert "training_seconds" not in about
+    expected = found["late"]["numbers"]["converged"]["lambda_1"]
+    assert numbers["lambda_1"] == pytest.approx(expected, rel=1e-5)
+    assert numbers["lambda_1"] != expected
 
 
 def test_what_is_there_is_not_made_again_and_what_is_missing_is_skipped(tmp_path, capsys):
@@ -348,11 +364,51 @@ def test_what_agrees(tmp_path):
                "numbers": {"converged": numbers, "pooled": other}}  # fmt: skip
     (tmp_path / row.id).mkdir()
     (tmp_path / row.id / "seed0.json").write_text(json.dumps(content))
-    (made,) = [one for one in pages.read(hpl.ROWS, tmp_path) if one.own]
-    assert pages.verdict(made, "converged") is True
-    assert pages.verdict(made, "pooled") is False
+    (one,) = [one for one in made.read(hpl.ROWS, tmp_path) if one.own]
+    assert made.verdict(one, "converged") is True
+    assert made.verdict(one, "pooled") is False
     # They differ by 0.064, and two standard errors are 2 sqrt((0.886^2 + 0.95^2) / 1000) = 0.082.
-    assert pages.slope_agrees(made, "converged") is True
-    assert pages.slope_agrees(made, "pooled") is False
-    assert pages.setting(made) == ""  # N = 1000 is the paper's own
-    assert pages.counts(pages.read(hpl.ROWS, tmp_path), "converged")["made"] == 1
+    assert made.slope_agrees(one, "converged") is True
+    assert made.slope_agrees(one, "pooled") is False
+    assert pages.setting(one) == ""  # N = 1000 is the paper's own
+    assert pages.counts(made.read(hpl.ROWS, tmp_path), "converged")["made"] == 1
+
+
+def test_what_the_seed_does(tmp_path):
+    """Five seeds whose d_ks and s lie by hand: ln d_ks and ln s have deviations of 0.1 and 0.05."""
+    row, near, far = (
+        next(row for row in hpl.ROWS if row.id == f"hpl-7-mnist-n{count}")  # n800, n1000: Yes
+        for count in (1000, 800, 600)
+    )
+    unit = np.array([-1.0, 0.0, 0.0, 0.0, 1.0]) * math.sqrt(2)  # of variance 1
+    about = {"num_train": 1000, "num_published": 60_000, "probe": 1000}
+
+    def write(row, seed, d_ks, s):
+        numbers = {"k": 1000, "d_ks": d_ks, "d_c": 0.043, "power_law": d_ks < 0.043, "s": s,
+                   "p_value": 0.1, "beta": 2.0, "sigma": 0.03, "k_of_least_d_ks": 9}  # fmt: skip
+        content = {"seed": seed, "settings": f"seed{seed}", "about": about,
+                   "numbers": {"converged": numbers}}  # fmt: skip
+        (tmp_path / row.id).mkdir(exist_ok=True)
+        (tmp_path / row.id / f"seed{seed}.json").write_text(json.dumps(content))
+
+    for seed, step in enumerate(unit):
+        write(row, seed, 0.02 * math.exp(0.1 * step), 0.95 * math.exp(0.05 * step))
+    write(near, 0, 0.043 * math.exp(-0.19), 1.15)  # printed s = 1.004
+    write(far, 0, 0.043 * math.exp(0.21), 1.0)
+    found = made.read(hpl.ROWS, tmp_path)
+    assert made.seed_spread(found, "converged", "d_ks") == pytest.approx(0.1)
+    assert made.seed_spread(found, "converged", "s") == pytest.approx(0.05)
+    assert made.seed_spread(found, "pooled", "s") is None
+    by_id = {one.row.id: one for one in found}
+    assert not made.is_beyond_seed(by_id[near.id], "converged", 0.1)
+    assert made.is_beyond_seed(by_id[far.id], "converged", 0.1)
+    # 0.146 apart: two standard errors are 0.097 without the seed and 0.181 with it.
+    assert made.slope_agrees(by_id[near.id], "converged") is False
+    assert made.slope_agrees(by_id[near.id], "converged", 0.05) is True
+    counted = pages.counts(found, "converged")
+    assert (counted["beyond the seed"], counted["same beyond the seed"]) == (2, 2)
+    assert counted["slope with the seed"] == 2
+    assert "beyond the seed" not in pages.counts(found, "pooled")
+    text = pages.summary({"hpl": found}, "1. ...")
+    assert "| HPL | converged | 3 of 101 | 3 of 3 | 2 of 2 | 1 of 2 | 2 of 2 |" in text
+    assert "It moves converged values' d_ks by 10.0% and their s by 5.0%." in text
