@@ -2,9 +2,12 @@
 
 A folder (``--data-dir``) may hold, each under any of the names given:
 
-- ``MNIST/raw``, ``FashionMNIST/raw`` (or ``fashion-mnist``): four ``*-ubyte.gz`` files of IDX;
+- ``MNIST/raw``, ``FashionMNIST/raw`` (or ``mnist``, ``fashion-mnist``): four files of IDX,
+  ``*-ubyte.gz`` or unpacked;
 - ``cifar-10-batches-py``, the standard python archive, unpacked or as ``cifar-10-python.tar.gz``,
-  or else ``cifar10/cifar10-subset.npz``; ``cifar-100-python`` likewise;
+  or else ``cifar10/cifar10-subset.npz``, of arrays ``train_images`` [N, 3, 32, 32],
+  ``train_labels`` [N], ``test_images`` and ``test_labels``; ``cifar-100-python``,
+  ``cifar-100-python.tar.gz`` and ``cifar100/cifar100-subset.npz`` likewise;
 - ``avila/avila-tr.txt`` and ``avila-ts.txt``; ``tinyshakespeare/input.txt``.
 
 Images are standardised by the mean and the standard deviation of each channel over the training
@@ -18,7 +21,7 @@ import gzip
 import io
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,17 +88,18 @@ def flipped(labels: Tensor, num_classes: int, share: float, generator: torch.Gen
     return noisy
 
 
-def _existing(folder: Path, *names: str) -> Path:
+def _existing(folder: Path, *names: str, besides: Sequence[str] = ()) -> Path:
+    """Return the first of the names that is there; ``besides`` are those that were looked for."""
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise MissingDataError(f"{folder} holds none of {', '.join(names)}")
+    raise MissingDataError(f"{folder} holds none of {', '.join([*besides, *names])}")
 
 
-def _idx(path: Path) -> np.ndarray:
-    """Return the array of an IDX file, which says its own shape."""
-    with gzip.open(path) as file:
-        raw = file.read()
+def _idx(folder: Path, name: str) -> np.ndarray:
+    """Return the array of an IDX file, compressed or not, which says its own shape."""
+    path = _existing(folder, f"{name}.gz", name)
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     dimensions = raw[3]
     shape = np.frombuffer(raw, ">u4", dimensions, 4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
@@ -105,7 +109,7 @@ def _idx_folder(*names: str) -> Callable[[Path], Data]:
     def read(folder: Path) -> Data:
         raw = _existing(folder, *names)
         part = [
-            _idx(raw / f"{part}-{kind}-ubyte.gz")
+            _idx(raw, f"{part}-{kind}-ubyte")
             for part in ("train", "t10k")
             for kind in ("images-idx3", "labels-idx1")
         ]
@@ -123,7 +127,7 @@ def _standardised(
     labels, test_labels = torch.tensor(np.array(labels)).long(), torch.tensor(np.array(test_labels))
     return Data(
         (inputs - mean) / deviation, labels, (test - mean) / deviation, test_labels.long(),
-        int(labels.max()) + 1, full,
+        int(max(labels.max(), test_labels.max())) + 1, full,
     )  # fmt: skip
 
 
@@ -135,21 +139,30 @@ def _cifar_10(folder: Path) -> Data:
         ]
         test = _pickled(folder, "cifar-10-batches-py", "cifar-10-python.tar.gz", "test_batch")
     except MissingDataError:
-        file = np.load(_existing(folder, "cifar10/cifar10-subset.npz", "cifar10-subset.npz"))
-        names = ("train_images", "train_labels", "test_images", "test_labels")
-        return _standardised(*(file[name] for name in names), full=50_000)
+        return _subset(folder, "cifar10", "cifar-10-batches-py", "cifar-10-python.tar.gz")
     labels = np.concatenate([part["labels"] for part in train])
     images = np.concatenate([_rgb(part["data"]) for part in train])
     return _standardised(images, labels, _rgb(test["data"]), test["labels"], 50_000)
 
 
 def _cifar_100(folder: Path) -> Data:
-    train, test = (
-        _pickled(folder, "cifar-100-python", "cifar-100-python.tar.gz", name)
-        for name in ("train", "test")
-    )
+    try:
+        train, test = (
+            _pickled(folder, "cifar-100-python", "cifar-100-python.tar.gz", name)
+            for name in ("train", "test")
+        )
+    except MissingDataError:
+        return _subset(folder, "cifar100", "cifar-100-python", "cifar-100-python.tar.gz")
     images, tests = _rgb(train["data"]), _rgb(test["data"])
     return _standardised(images, train["fine_labels"], tests, test["fine_labels"], 50_000)
+
+
+def _subset(folder: Path, name: str, *archives: str) -> Data:
+    """Return a part of a CIFAR set, kept as arrays where there are no archives."""
+    names = (f"{name}/{name}-subset.npz", f"{name}-subset.npz")
+    with np.load(_existing(folder, *names, besides=archives)) as file:
+        parts = ("train_images", "train_labels", "test_images", "test_labels")
+        return _standardised(*(file[part] for part in parts), full=50_000)
 
 
 def _rgb(data: np.ndarray) -> np.ndarray:

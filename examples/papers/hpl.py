@@ -231,8 +231,9 @@ _BATCH_SIZES_5 = {
 def _table_5() -> list[Row]:
     return [
         Row(f"hpl-5-b{size}", "5", f"MNIST LeNet SGD B={size}",
-            trained("lenet", MNIST, batch_size=size, steps=_STEPS), Hessian(), printed,
-            gpu=size > 128,
+            # 50 epochs of B = 128 are these steps: the network of table 7, trained once for both.
+            trained("lenet", MNIST, **{} if size == 128 else {"batch_size": size, "steps": _STEPS}),
+            Hessian(), printed, gpu=size > 128,
             note="The number of iterations is not given: 23,450 here, those of B = 128 in 50 "
             "epochs. Then B = 128 is the network that table 7 prints 0.00900 for, and not 0.0527.")
         for size, printed in _BATCH_SIZES_5.items()

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pickle
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -114,22 +115,67 @@ def test_doctests():
 # The data -----------------------------------------------------------------------------------------
 
 
-def test_idx_files(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("mnist", "MNIST/raw"),
+        ("fashion-mnist", "FashionMNIST/raw"),
+        ("fashion-mnist", "fashion-mnist"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".gz", ""])
+def test_idx_files(tmp_path, name, at, ending):
+    raw = tmp_path / at
     raw.mkdir(parents=True)
     images = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
     labels = np.arange(7, dtype=np.uint8)
     for part in ("train", "t10k"):
-        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
             head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            (raw / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
-    found = data.load(tmp_path, rows.Samples("mnist", 5))
+            content = head + array.tobytes()
+            content = gzip.compress(content) if ending else content
+            (raw / f"{part}-{kind}-ubyte{ending}").write_bytes(content)
+    found = data.load(tmp_path, rows.Samples(name, 5))
     expected = (images - images.mean()) / images.std(ddof=1)
     assert found.inputs.shape == (5, 1, 28, 28)
     np.testing.assert_allclose(found.inputs[:, 0], expected[:5], atol=1e-5)
     assert found.labels.tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(data.MissingDataError, match="fashion-mnist"):
-        data.load(tmp_path, rows.Samples("fashion-mnist"))
+    (raw / f"t10k-labels-idx1-ubyte{ending}").unlink()
+    with pytest.raises(data.MissingDataError, match=r"t10k-labels-idx1-ubyte\.gz"):
+        data.load(tmp_path, rows.Samples(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "looked_for"),
+    [
+        ("mnist", "MNIST/raw, mnist"),
+        ("fashion-mnist", "FashionMNIST/raw, fashion-mnist"),
+        ("cifar-10", "cifar-10-batches-py, cifar-10-python.tar.gz, cifar10/cifar10-subset.npz"),
+        ("cifar-100", "cifar-100-python, cifar-100-python.tar.gz, cifar100/cifar100-subset.npz"),
+        ("avila", "avila"),
+        ("shakespeare", "tinyshakespeare/input.txt"),
+    ],
+)
+def test_data_that_are_missing_are_named(tmp_path, name, looked_for):
+    with pytest.raises(data.MissingDataError, match=re.escape(f"holds none of {looked_for}")):
+        data.load(tmp_path, rows.Samples(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "classes"), [("cifar-10", "cifar10", 10), ("cifar-100", "cifar100", 100)]
+)
+def test_a_part_of_cifar_as_arrays(tmp_path, name, file, classes):
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), np.uint8)
+    labels = np.array([3, 0, classes - 2, 5, 1, 2], np.uint8)
+    (tmp_path / file).mkdir()
+    np.savez(tmp_path / file / f"{file}-subset.npz", train_images=images, train_labels=labels,
+             test_images=images[:2], test_labels=np.array([classes - 1, 0]))  # fmt: skip
+    found = data.load(tmp_path, rows.Samples(name))
+    assert (found.num_classes, found.full) == (classes, 50_000)  # a class may be in the test alone
+    assert found.labels.tolist() == labels.tolist()
+    scale = images.std(axis=(0, 2, 3), ddof=1, keepdims=True)
+    expected = (images - images.mean(axis=(0, 2, 3), keepdims=True)) / scale
+    np.testing.assert_allclose(found.inputs, expected, atol=1e-5)
 
 
 def test_a_cifar_archive_holds_arrays_and_runs_no_code(tmp_path):
