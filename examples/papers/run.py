@@ -4,7 +4,8 @@
     python examples/papers/run.py --data-dir DATA --rows 'hpl-7-*' --seeds 3 --device cuda
 
 Rows of one network are one process, which trains it once. A row whose result is there, of the same
-settings, is not repeated: a run that is stopped goes on where it was. The cheapest come first.
+settings, is not repeated: a run that is stopped goes on where it was. Nor is one that differs from
+a row that is there in what is printed alone. The cheapest come first.
 Without ``--rows`` those marked for a GPU are left out on a CPU.
 """
 
@@ -61,10 +62,23 @@ def is_made(row: Row, settings: str, folder: Path = RESULTS) -> bool:
 
 def save(row: Row, settings: Any, found: dict[str, Any], folder: Path) -> None:
     """Write the result of a row, whole or not at all."""
-    path = result_file(row, settings.name, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"row": row.id, "definition": row.definition, "seed": settings.seed,
                "settings": settings.name, "date": date.today().isoformat(), **found}  # fmt: skip
+    _write(result_file(row, settings.name, folder), content)
+
+
+def take_over(row: Row, settings: str, folder: Path) -> bool:
+    """Take over the result of a row that is the same in all but what is printed; whether one is."""
+    for other in ROWS:
+        if other.definition == row.definition and is_made(other, settings, folder):
+            content = json.loads(result_file(other, settings, folder).read_text())
+            _write(result_file(row, settings, folder), {**content, "row": row.id})
+            return True
+    return False
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(_rounded(content), indent=1) + "\n")
     os.replace(part, path)
@@ -114,7 +128,8 @@ class Runner:
         groups: dict[tuple[int, Network], list[Row]] = {}
         for seed in range(self.options.seeds):
             for row in rows:
-                if not is_made(row, self._name(seed), self.options.results):
+                of = (row, self._name(seed), self.options.results)
+                if not (is_made(*of) or take_over(*of)):
                     groups.setdefault((seed, row.network), []).append(row)
         found = [(seed, group) for (seed, _), group in groups.items()]
         return sorted(found, key=lambda item: (item[0], expected_minutes(item[1])))

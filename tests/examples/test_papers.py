@@ -356,6 +356,19 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_is_skipped(tmp_path
         run.main([*common, "--rows", "hpl-77"])
 
 
+def test_a_row_that_another_table_prints_again_is_measured_once(tmp_path, capsys):
+    by_id = {row.id: row for row in run.ROWS}
+    first, again = by_id["hpl-7-mnist-b128"], by_id["hpl-5-b128"]
+    assert first.printed != again.printed
+    run.save(first, measure.Settings(), {"numbers": {"a": 0.1}}, tmp_path / "results")
+    run.main(["--data-dir", str(tmp_path), "--results", str(tmp_path / "results"),
+              "--rows", again.id])  # fmt: skip
+    assert "1 results are there; 0 networks to go" in capsys.readouterr().out
+    kept = json.loads(run.result_file(again, "seed0", tmp_path / "results").read_text())
+    assert (kept["row"], kept["numbers"]) == (again.id, {"a": 0.1})
+    assert not run.is_made(again, "seed1", tmp_path / "results")
+
+
 def test_results_keep_six_digits_and_no_nan(small, tmp_path):
     _, _, some, found = small
     numbers = {**found["late"], "odd": [float("nan"), 1 / 3]}
