@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hessian import Session
+from support.launching import leave
 
 KINDS = ("data", "fsdp2", "fsdp1", "tensor")
 
@@ -81,8 +82,7 @@ def main(kind: str, rank: int, world: int, store: str) -> None:
         norm = float(shard.norm(found))
         assert abs(norm - float(gradient.norm())) < 1e-12
     print("alike")
-    dist.barrier()  # gloo's threads, left running, can abort a process as it ends
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_hessian import Session, StabilityInstrument, Training
 from support.gradient_ranks import batches, distributed, loss_fn, network
+from support.launching import leave
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
@@ -93,8 +94,7 @@ def main(kind: str, rank: int, world: int, store: str) -> None:
             assert abs(found[key] - value) <= 1e-5 * abs(value) + 1e-12, (name, key, found, value)
     one_sided(kind, rank, world)
     print("alike")
-    dist.barrier()  # gloo's threads, left running, can abort a process as it ends
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.job import Network, batches, loss_fn
+from support.launching import leave
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.spawn import spawn
@@ -118,9 +119,7 @@ def _rank(rank: int, folder: str, world: int) -> None:
         found = [_of_tied(tied), _of_tied(tied, "outer.*"), _of_tied(half, "outer.*")]
         cut = _blocks(wrapped, dist.group.WORLD)
     Path(folder, f"tied{rank}.json").write_text(json.dumps([*found, cut]))
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # all is written; torch's threads have aborted a process at its end, once
+    leave()
 
 
 def _of_tied(module: nn.Module, parameters: str | None = None) -> list[float]:
