@@ -1,19 +1,13 @@
-"""The papers' rows: their digits, their data, one row against a dense Hessian, and the pages."""
+"""The papers' rows: their digits, and one row against a dense Hessian."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import doctest
-import gzip
 import importlib
-import io
 import json
-import math
-import pickle
-import re
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "papers"
 sys.path.append(str(FOLDER))  # last: the modules there have plain names
 
-cost, data, hpl, made, measure, networks, pages, recipes, rows, run, sg = map(
+cost, data, hpl, measure, networks, recipes, rows, run, sg = map(
     importlib.import_module,
-    ("cost", "data", "hpl", "made", "measure", "networks", "pages", "recipes", "rows", "run", "sg"),
+    ("cost", "data", "hpl", "measure", "networks", "recipes", "rows", "run", "sg"),
 )
 
 with (ROOT / "tests" / "statistics" / "hpl_tables.csv").open(newline="") as file:
@@ -110,133 +104,6 @@ def test_every_network_can_be_built_and_its_cost_told():
 def test_doctests():
     assert doctest.testmod(networks).failed == 0
     assert doctest.testmod(networks).attempted >= 3
-
-
-# The data -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "at"),
-    [
-        ("mnist", "MNIST/raw"),
-        ("fashion-mnist", "FashionMNIST/raw"),
-        ("fashion-mnist", "fashion-mnist"),
-    ],
-)
-@pytest.mark.parametrize("ending", [".gz", ""])
-def test_idx_files(tmp_path, name, at, ending):
-    raw = tmp_path / at
-    raw.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
-    labels = np.arange(7, dtype=np.uint8)
-    for part in ("train", "t10k"):
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            content = head + array.tobytes()
-            content = gzip.compress(content) if ending else content
-            (raw / f"{part}-{kind}-ubyte{ending}").write_bytes(content)
-    found = data.load(tmp_path, rows.Samples(name, 5))
-    expected = (images - images.mean()) / images.std(ddof=1)
-    assert found.inputs.shape == (5, 1, 28, 28)
-    np.testing.assert_allclose(found.inputs[:, 0], expected[:5], atol=1e-5)
-    assert found.labels.tolist() == [0, 1, 2, 3, 4]
-    (raw / f"t10k-labels-idx1-ubyte{ending}").unlink()
-    with pytest.raises(data.MissingDataError, match=r"t10k-labels-idx1-ubyte\.gz"):
-        data.load(tmp_path, rows.Samples(name))
-
-
-@pytest.mark.parametrize(
-    ("name", "looked_for"),
-    [
-        ("mnist", "MNIST/raw, mnist"),
-        ("fashion-mnist", "FashionMNIST/raw, fashion-mnist"),
-        ("cifar-10", "cifar-10-batches-py, cifar-10-python.tar.gz, cifar10/cifar10-subset.npz"),
-        ("cifar-100", "cifar-100-python, cifar-100-python.tar.gz, cifar100/cifar100-subset.npz"),
-        ("avila", "avila"),
-        ("shakespeare", "tinyshakespeare/input.txt"),
-    ],
-)
-def test_data_that_are_missing_are_named(tmp_path, name, looked_for):
-    with pytest.raises(data.MissingDataError, match=re.escape(f"holds none of {looked_for}")):
-        data.load(tmp_path, rows.Samples(name))
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "classes"), [("cifar-10", "cifar10", 10), ("cifar-100", "cifar100", 100)]
-)
-def test_a_part_of_cifar_as_arrays(tmp_path, name, file, classes):
-    images = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), np.uint8)
-    labels = np.array([3, 0, classes - 2, 5, 1, 2], np.uint8)
-    (tmp_path / file).mkdir()
-    np.savez(tmp_path / file / f"{file}-subset.npz", train_images=images, train_labels=labels,
-             test_images=images[:2], test_labels=np.array([classes - 1, 0]))  # fmt: skip
-    found = data.load(tmp_path, rows.Samples(name))
-    assert (found.num_classes, found.full) == (classes, 50_000)  # a class may be in the test alone
-    assert found.labels.tolist() == labels.tolist()
-    scale = images.std(axis=(0, 2, 3), ddof=1, keepdims=True)
-    expected = (images - images.mean(axis=(0, 2, 3), keepdims=True)) / scale
-    np.testing.assert_allclose(found.inputs, expected, atol=1e-5)
-
-
-def test_a_cifar_archive_holds_arrays_and_runs_no_code(tmp_path):
-    def archive(content):
-        with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as tar:
-            for name in ("train", "test"):
-                member = tarfile.TarInfo(f"cifar-100-python/{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), np.uint8)
-    archive(pickle.dumps({b"data": pixels, b"fine_labels": [3, 99, 0, 5]}))
-    found = data.load(tmp_path, rows.Samples("cifar-100"))
-    assert found.num_classes == 100
-    assert found.labels.tolist() == [3, 99, 0, 5]
-    assert found.inputs[:, 0].mean() == pytest.approx(0, abs=1e-5)
-
-    class Code:
-        def __reduce__(self):
-            return print, ("ran",)
-
-    archive(pickle.dumps({b"data": Code(), b"fine_labels": []}))
-    with pytest.raises(pickle.UnpicklingError, match="print"):
-        data.load(tmp_path, rows.Samples("cifar-100"))
-
-
-def test_label_noise_hits_the_share_and_every_other_class():
-    labels = torch.arange(10_000) % 10
-    noisy = data.flipped(labels, 10, 0.4, torch.Generator().manual_seed(0))
-    changed = noisy != labels
-    assert int(changed.sum()) == 4000
-    counts = ((noisy - labels)[changed] % 10).bincount(minlength=10)
-    assert counts[0] == 0
-    assert (counts[1:] - 4000 / 9).abs().max() < 4 * (4000 / 9) ** 0.5
-
-
-def test_images_are_shifted_whole():
-    torch.manual_seed(0)
-    images = torch.arange(1.0, 1 + 2 * 3 * 36).view(2, 3, 6, 6).repeat(20, 1, 1, 1)
-    moved = recipes.flipped_and_cropped(images, padding=2)
-    assert moved.shape == images.shape
-    seen = set()
-    for one, original in zip(moved, images, strict=True):
-        padded = torch.nn.functional.pad(original, [2] * 4)
-        places = [
-            (flip, top, left)
-            for flip in (False, True)
-            for top in range(5)
-            for left in range(5)
-            if torch.equal(
-                one,
-                torch.nn.functional.pad(original.flip(-1), [2] * 4)[
-                    :, top : top + 6, left : left + 6
-                ]
-                if flip
-                else padded[:, top : top + 6, left : left + 6],
-            )
-        ]
-        assert len(places) == 1
-        seen.add(places[0])
-    assert len(seen) > 15
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -403,71 +270,3 @@ def test_all_results_are_of_rows_as_they_are():
     assert found
     for result in found:
         assert by_id[result["row"]].definition == result["definition"], result["row"]
-
-
-# Pages --------------------------------------------------------------------------------------------
-
-
-def test_the_pages_say_what_the_results_say():
-    for name, text in pages.pages().items():
-        assert (ROOT / "docs" / "papers" / name).read_text() == text, "run examples/papers/pages.py"
-
-
-def test_what_agrees(tmp_path):
-    row = next(row for row in hpl.ROWS if row.id == "hpl-7-mnist-n1000")  # Yes, 2.128, 0.886
-    numbers = {"k": 1000, "d_ks": 0.03, "d_c": 0.043, "power_law": True, "p_value": 0.1, "s": 0.95,
-               "beta": 2.05, "sigma": 0.03, "k_of_least_d_ks": 9}  # fmt: skip
-    other = {**numbers, "power_law": False, "s": 1.3}
-    about = {"num_train": 1000, "num_published": 60_000, "probe": 1000}
-    content = {"seed": 0, "settings": "seed0", "about": about,
-               "numbers": {"converged": numbers, "pooled": other}}  # fmt: skip
-    (tmp_path / row.id).mkdir()
-    (tmp_path / row.id / "seed0.json").write_text(json.dumps(content))
-    (one,) = [one for one in made.read(hpl.ROWS, tmp_path) if one.own]
-    assert made.verdict(one, "converged") is True
-    assert made.verdict(one, "pooled") is False
-    # They differ by 0.064, and two standard errors are 2 sqrt((0.886^2 + 0.95^2) / 1000) = 0.082.
-    assert made.slope_agrees(one, "converged") is True
-    assert made.slope_agrees(one, "pooled") is False
-    assert pages.setting(one) == ""  # N = 1000 is the paper's own
-    assert pages.counts(made.read(hpl.ROWS, tmp_path), "converged")["made"] == 1
-
-
-def test_what_the_seed_does(tmp_path):
-    """Five seeds whose d_ks and s lie by hand: ln d_ks and ln s have deviations of 0.1 and 0.05."""
-    row, near, far = (
-        next(row for row in hpl.ROWS if row.id == f"hpl-7-mnist-n{count}")  # n800, n1000: Yes
-        for count in (1000, 800, 600)
-    )
-    unit = np.array([-1.0, 0.0, 0.0, 0.0, 1.0]) * math.sqrt(2)  # of variance 1
-    about = {"num_train": 1000, "num_published": 60_000, "probe": 1000}
-
-    def write(row, seed, d_ks, s):
-        numbers = {"k": 1000, "d_ks": d_ks, "d_c": 0.043, "power_law": d_ks < 0.043, "s": s,
-                   "p_value": 0.1, "beta": 2.0, "sigma": 0.03, "k_of_least_d_ks": 9}  # fmt: skip
-        content = {"seed": seed, "settings": f"seed{seed}", "about": about,
-                   "numbers": {"converged": numbers}}  # fmt: skip
-        (tmp_path / row.id).mkdir(exist_ok=True)
-        (tmp_path / row.id / f"seed{seed}.json").write_text(json.dumps(content))
-
-    for seed, step in enumerate(unit):
-        write(row, seed, 0.02 * math.exp(0.1 * step), 0.95 * math.exp(0.05 * step))
-    write(near, 0, 0.043 * math.exp(-0.19), 1.15)  # printed s = 1.004
-    write(far, 0, 0.043 * math.exp(0.21), 1.0)
-    found = made.read(hpl.ROWS, tmp_path)
-    assert made.seed_spread(found, "converged", "d_ks") == pytest.approx(0.1)
-    assert made.seed_spread(found, "converged", "s") == pytest.approx(0.05)
-    assert made.seed_spread(found, "pooled", "s") is None
-    by_id = {one.row.id: one for one in found}
-    assert not made.is_beyond_seed(by_id[near.id], "converged", 0.1)
-    assert made.is_beyond_seed(by_id[far.id], "converged", 0.1)
-    # 0.146 apart: two standard errors are 0.097 without the seed and 0.181 with it.
-    assert made.slope_agrees(by_id[near.id], "converged") is False
-    assert made.slope_agrees(by_id[near.id], "converged", 0.05) is True
-    counted = pages.counts(found, "converged")
-    assert (counted["beyond the seed"], counted["same beyond the seed"]) == (2, 2)
-    assert counted["slope with the seed"] == 2
-    assert "beyond the seed" not in pages.counts(found, "pooled")
-    text = pages.summary({"hpl": found}, "1. ...")
-    assert "| HPL | converged | 3 of 101 | 3 of 3 | 2 of 2 | 1 of 2 | 2 of 2 |" in text
-    assert "It moves converged values' d_ks by 10.0% and their s by 5.0%." in text
