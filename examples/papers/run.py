@@ -196,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--rows", action="extend", nargs="*", default=[], help="patterns such as 'hpl-7-*'")
     add("--seeds", type=int, default=1, help="seeds 0, 1, ... of each row (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
-    add("--precision", choices=("float32", "float64"), help="by default by the network's size")
+    add("--precision", choices=("float32", "float64"),
+        help="of the measurement; by default that of the training")  # fmt: skip
     add("--probe", type=int, help="samples of the Hessian, in the place of the rows' own")
     add("--jobs", type=int, default=1, help="networks at a time (%(default)s)")
     add("--threads", type=int, default=1, help="of each process (%(default)s)")

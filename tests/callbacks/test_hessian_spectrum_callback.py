@@ -20,7 +20,9 @@ from callbacks.tiny_modules import (
     RegressionData,
     dense_eigenvalues,
     in_a_fresh_process,
+    last_eigenvalues,
     samples,
+    seeded_module,
     small_callback,
     train_loader,
     val_loader,
@@ -36,22 +38,12 @@ OTHER = samples(24, seed=3)
 """Neither of the data sets that the Trainer has."""
 
 
-def _module(**arguments: Any) -> Regression:
-    torch.manual_seed(0)
-    return Regression(**arguments)
-
-
-def _eigenvalues(callback: HessianSpectrumCallback) -> Any:
-    assert callback.last_spectrum is not None
-    return callback.last_spectrum.eigenvalues
-
-
 def _assert_spectrum_of(
     callback: HessianSpectrumCallback, module: Any, data: Iterable[Tensor]
 ) -> None:
     """The last eigenvalues are those of the dense Hessian on ``data``, at the present weights."""
     expected = dense_eigenvalues(module, *data)[: callback.num_eigenvalues]
-    np.testing.assert_allclose(_eigenvalues(callback), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(last_eigenvalues(callback), expected, rtol=1e-4, atol=1e-6)
 
 
 # Which data ----------------------------------------------------------------------------------
@@ -67,7 +59,7 @@ def _assert_spectrum_of(
     ],
 )
 def test_spectrum_of_the_chosen_data(make_trainer: MakeTrainer, data: Any, expected: Any) -> None:
-    callback, module = small_callback(data=data, num_batches=10), _module()
+    callback, module = small_callback(data=data, num_batches=10), seeded_module()
     make_trainer(callback, max_epochs=2).fit(module, train_loader(), val_loader())
     assert len(callback.history) == 2
     _assert_spectrum_of(callback, module, expected)
@@ -113,7 +105,7 @@ def test_a_dict_of_training_loaders(make_trainer: MakeTrainer, combine: Any) -> 
 def test_overfit_batches_measures_what_is_trained_on(
     make_trainer: MakeTrainer, overfit: float
 ) -> None:
-    callback, module = small_callback(num_batches=10), _module()
+    callback, module = small_callback(num_batches=10), seeded_module()
     trainer = make_trainer(callback, overfit_batches=overfit)
     trainer.fit(module, train_loader(shuffle=False), val_loader())
     assert trainer.global_step == 2
@@ -135,7 +127,7 @@ def test_transfer_hooks_of_the_module(make_trainer: MakeTrainer, hook: str) -> N
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
 def test_precision_of_the_trainer(make_trainer: MakeTrainer, precision: str) -> None:
-    callback, module = small_callback(num_batches=10), _module()
+    callback, module = small_callback(num_batches=10), seeded_module()
     make_trainer(callback, precision=precision).fit(module, train_loader(), val_loader())
     assert callback.last_spectrum is not None
     is_double = precision == "64-true"
@@ -158,33 +150,33 @@ def test_the_same_probe_batches_at_every_measurement(make_trainer: MakeTrainer) 
     class Remembers(L.Callback):
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
             if not trainer.sanity_checking:
-                spectra.append(_eigenvalues(callback))
+                spectra.append(last_eigenvalues(callback))
 
     callback = small_callback()
     trainer = make_trainer(callback, Remembers(), max_epochs=3)
-    trainer.fit(_module(lr=0.0), train_loader(dataset=Noisy()), val_loader())
+    trainer.fit(seeded_module(lr=0.0), train_loader(dataset=Noisy()), val_loader())
     assert len(spectra) == 3
     np.testing.assert_array_equal(spectra[1], spectra[0])
     np.testing.assert_array_equal(spectra[2], spectra[0])
 
 
 def test_another_seed_draws_other_samples(make_trainer: MakeTrainer) -> None:
-    module, spectra = _module(lr=0.0), []
+    module, spectra = seeded_module(lr=0.0), []
     for seed in (0, 0, 1):
         callback = small_callback(seed=seed)
         make_trainer(callback).fit(module, train_loader(), val_loader())
-        spectra.append(_eigenvalues(callback))
+        spectra.append(last_eigenvalues(callback))
     np.testing.assert_array_equal(spectra[1], spectra[0])
     assert not np.allclose(spectra[2], spectra[0], rtol=1e-2)
 
 
 def test_selected_parameters(make_trainer: MakeTrainer) -> None:
     callback = small_callback(num_eigenvalues=6, parameters="net.2.*", num_batches=10)
-    module = _module()
+    module = seeded_module()
     make_trainer(callback).fit(module, train_loader(), val_loader())
     hidden = torch.cat([module.net[:2](TRAIN[0]), torch.ones(NUM_TRAIN, 1)], dim=1).double()
     expected = torch.linalg.eigvalsh(2 * hidden.T @ hidden / NUM_TRAIN).flip(0)
-    np.testing.assert_allclose(_eigenvalues(callback), expected.detach().numpy(), rtol=1e-4)
+    np.testing.assert_allclose(last_eigenvalues(callback), expected.detach().numpy(), rtol=1e-4)
 
 
 def test_the_loss_a_module_names_itself(make_trainer: MakeTrainer) -> None:
@@ -200,7 +192,7 @@ def test_the_loss_a_module_names_itself(make_trainer: MakeTrainer) -> None:
         callback, module = small_callback(num_batches=10, **arguments), Named()
         make_trainer(callback).fit(module, train_loader(), val_loader())
         expected = factor * dense_eigenvalues(module, *TRAIN)[:5]
-        np.testing.assert_allclose(_eigenvalues(callback), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(last_eigenvalues(callback), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_linearizing_a_squared_error_does_not_kill_the_run(tmp_path: Path) -> None:
@@ -267,7 +259,7 @@ def test_validate_agrees_with_fit(make_trainer: MakeTrainer, data: Any) -> None:
     (metrics,) = trainer.validate(module, datamodule=RegressionData(), verbose=False)
     assert all(inference)
     assert inference
-    np.testing.assert_allclose(_eigenvalues(in_validate), _eigenvalues(in_fit), rtol=1e-6)
+    np.testing.assert_allclose(last_eigenvalues(in_validate), last_eigenvalues(in_fit), rtol=1e-6)
     assert metrics["hessian/lambda_1"] == pytest.approx(in_fit.history[-1]["lambda_1"], rel=1e-6)
     assert metrics["val_loss"] == pytest.approx(in_fit.history[-1]["val_loss"], rel=1e-6)
 
@@ -275,14 +267,14 @@ def test_validate_agrees_with_fit(make_trainer: MakeTrainer, data: Any) -> None:
 def test_validate_after_fit_on_the_same_trainer(make_trainer: MakeTrainer) -> None:
     callback, module = (
         small_callback(every_n_validations=EveryNValidations(1, during_validate=True)),
-        _module(),
+        seeded_module(),
     )
     trainer = make_trainer(callback, max_epochs=2)
     trainer.fit(module, train_loader(), val_loader())
-    in_fit, history = _eigenvalues(callback), callback.history
+    in_fit, history = last_eigenvalues(callback), callback.history
     trainer.validate(module, val_loader(), verbose=False)
-    assert _eigenvalues(callback) is not in_fit
-    np.testing.assert_allclose(_eigenvalues(callback), in_fit, rtol=1e-6)
+    assert last_eigenvalues(callback) is not in_fit
+    np.testing.assert_allclose(last_eigenvalues(callback), in_fit, rtol=1e-6)
     assert callback.history == history
 
 
@@ -292,7 +284,7 @@ def test_measures_nothing_unasked(make_trainer: MakeTrainer, loop: str) -> None:
         every_n_validations=EveryNValidations(1, during_validate=loop == "test")
     )
     trainer = make_trainer(callback)
-    (metrics,) = getattr(trainer, loop)(_module(), val_loader(), verbose=False)
+    (metrics,) = getattr(trainer, loop)(seeded_module(), val_loader(), verbose=False)
     assert callback.last_spectrum is None
     assert list(metrics) == ["val_loss" if loop == "validate" else "test_loss"]
 
@@ -302,14 +294,14 @@ def test_validate_without_training_data_says_what_to_do(make_trainer: MakeTraine
         small_callback(every_n_validations=EveryNValidations(1, during_validate=True))
     )
     with pytest.raises(ValueError, match=r"data='train'.*give data='val' or a DataLoader"):
-        trainer.validate(_module(), val_loader(), verbose=False)
+        trainer.validate(seeded_module(), val_loader(), verbose=False)
 
 
 def test_validate_measures_at_every_call_whatever_the_schedule(make_trainer: MakeTrainer) -> None:
     callback = small_callback(
         data="val", every_n_validations=EveryNValidations(100, during_validate=True)
     )
-    make_trainer(callback).validate(_module(), val_loader(), verbose=False)
+    make_trainer(callback).validate(seeded_module(), val_loader(), verbose=False)
     assert callback.last_spectrum is not None
 
 

@@ -13,6 +13,8 @@ import torch
 from callbacks.tiny_modules import (
     Regression,
     RegressionData,
+    last_eigenvalues,
+    seeded_module,
     small_callback,
     train_loader,
     val_loader,
@@ -20,20 +22,9 @@ from callbacks.tiny_modules import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_hessian import HessianSpectrumCallback
 from lightning_hessian.callbacks.schedule import EveryNValidations
 
 MakeTrainer = Callable[..., Any]
-
-
-def _module(**arguments: Any) -> Regression:
-    torch.manual_seed(0)
-    return Regression(**arguments)
-
-
-def _eigenvalues(callback: HessianSpectrumCallback) -> Any:
-    assert callback.last_spectrum is not None
-    return callback.last_spectrum.eigenvalues
 
 
 def _without_clock(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -44,7 +35,7 @@ def test_model_checkpoint_monitors_a_statistic(make_trainer: MakeTrainer, tmp_pa
     callback = small_callback(num_eigenvalues=8)
     best = ModelCheckpoint(tmp_path / "best", monitor="hessian/s_hat", mode="min", save_top_k=1)
     trainer = make_trainer(callback, best, max_epochs=5, enable_checkpointing=True)
-    trainer.fit(_module(), train_loader(), val_loader())
+    trainer.fit(seeded_module(), train_loader(), val_loader())
     values = [row["s_hat"] for row in callback.history]
     assert len(set(values)) == 5
     assert float(best.best_model_score) == pytest.approx(min(values), rel=1e-6)
@@ -66,10 +57,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_trainer: MakeTrainer, tmp_p
 
     versions: list[Any] = []
     whole = small_callback(num_eigenvalues=8, every_n_validations=2)
-    train(whole, _module(), 10)
+    train(whole, seeded_module(), 10)
 
     first = small_callback(num_eigenvalues=8, every_n_validations=2)
-    trainer = train(first, _module(), 5)
+    trainer = train(first, seeded_module(), 5)
     checkpoint = tmp_path / "five.ckpt"
     trainer.save_checkpoint(checkpoint)
     assert len(first.history) == 2
@@ -94,7 +85,7 @@ def test_another_run_draws_the_same_probe_samples(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     L.seed_everything(1, verbose=False)
-    callback, module = small_callback(), _module()
+    callback, module = small_callback(), seeded_module()
     trainer = make_trainer(callback, max_epochs=2)
     trainer.fit(module, datamodule=RegressionData())
     trainer.save_checkpoint(tmp_path / "two.ckpt")
@@ -103,12 +94,12 @@ def test_another_run_draws_the_same_probe_samples(
     make_trainer(again).validate(
         Regression(), datamodule=RegressionData(), ckpt_path=tmp_path / "two.ckpt", verbose=False
     )
-    np.testing.assert_array_equal(_eigenvalues(again), _eigenvalues(callback))
+    np.testing.assert_array_equal(last_eigenvalues(again), last_eigenvalues(callback))
 
 
 def test_the_history_is_the_callers_to_change(make_trainer: MakeTrainer) -> None:
     callback = small_callback()
-    make_trainer(callback).fit(_module(), train_loader(), val_loader())
+    make_trainer(callback).fit(seeded_module(), train_loader(), val_loader())
     callback.history[0]["d_ks"] = -1.0
     callback.history.clear()
     assert callback.history[0]["d_ks"] > 0
@@ -118,9 +109,9 @@ def test_the_history_is_the_callers_to_change(make_trainer: MakeTrainer) -> None
 def test_history_keeps_float64(make_trainer: MakeTrainer) -> None:
     callback = small_callback()
     trainer = make_trainer(callback)
-    trainer.fit(_module(), train_loader(), val_loader())
+    trainer.fit(seeded_module(), train_loader(), val_loader())
     (row,) = callback.history
-    assert row["lambda_1"] == _eigenvalues(callback)[0]
+    assert row["lambda_1"] == last_eigenvalues(callback)[0]
     logged = float(trainer.callback_metrics["hessian/lambda_1"])
     assert logged == float(np.float32(row["lambda_1"]))
     assert logged != row["lambda_1"]

@@ -135,3 +135,15 @@ def in_a_fresh_process(code: str, folder: Path) -> subprocess.CompletedProcess[s
         text=True,
         check=False,
     )
+
+
+def seeded_module(**arguments: Any) -> Regression:
+    """The regression, as every test begins with it."""
+    torch.manual_seed(0)
+    return Regression(**arguments)
+
+
+def last_eigenvalues(callback: HessianSpectrumCallback) -> Any:
+    """The eigenvalues that were measured last."""
+    assert callback.last_spectrum is not None
+    return callback.last_spectrum.eigenvalues
