@@ -9,10 +9,10 @@ import pytest
 import torch
 from support.gauss_newton_oracle import (
     apart,
-    as_matrix,
     dense_gauss_newton,
     softmax_curvature,
 )
+from support.operators import as_matrix
 from support.references import Problem, dense_hessian, in_double, mlp, trainable
 from torch import Tensor
 from torch.nn import functional as F

@@ -10,11 +10,11 @@ import pytest
 import torch
 from support.gauss_newton_oracle import (
     apart,
-    as_matrix,
     dense_gauss_newton,
     dense_jacobian,
     softmax_curvature,
 )
+from support.operators import as_matrix
 from support.references import (
     PROBLEMS,
     Problem,

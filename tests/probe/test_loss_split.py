@@ -10,10 +10,10 @@ import pytest
 import torch
 from support.gauss_newton_oracle import (
     apart,
-    as_matrix,
     dense_gauss_newton,
     second_derivative,
 )
+from support.operators import as_matrix
 from support.references import dense_hessian
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -59,12 +59,6 @@ def second_derivative(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     return jacfwd(grad(loss))
 
 
-def as_matrix(operator: Any) -> Tensor:
-    """Returns the whole matrix of an operator, by its products with unit vectors."""
-    columns = [operator.matvec(e) for e in torch.eye(operator.size, dtype=operator.dtype)]
-    return torch.stack(columns, dim=1)
-
-
 def apart(found: Tensor, expected: Tensor) -> float:
     """Returns the relative distance of two matrices (Frobenius)."""
     return float((found - expected).norm() / expected.norm())
