@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from lightning_hessian import fit_power_law
 
@@ -131,10 +132,31 @@ def test_optimizers_are_the_points_of_sharpness_over_slope(whole):
     assert len(ids) == 11
     assert "hpl-8-cifar10-random" not in ids
     left, right = figure.axes
-    assert list(left.lines[0].get_xdata()) == [found[name][0]["s"] for name in ids]
-    assert list(left.lines[0].get_ydata()) == [found[name][0]["lambda_1"] for name in ids]
+    points = [(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in left.lines]
+    slopes = [found[name][0]["s"] for name in ids]
+    sharpness = [found[name][0]["lambda_1"] for name in ids]
+    assert points == list(zip(slopes, sharpness, strict=True))
     losses = [one.own[0]["about"]["test_loss"] for one in chosen]
-    assert list(right.lines[0].get_ydata()) == losses
+    assert [float(p.get_ydata()[0]) for p in right.lines] == losses
+    for axes, values in ((left, sharpness), (right, losses)):
+        expected = scipy.stats.pearsonr(slopes, values)
+        low, high = expected.confidence_interval()
+        assert axes.get_title().startswith(
+            f"Pearson {expected.statistic:.2f} ({low:.2f} to {high:.2f})"
+        )
+
+
+def test_an_optimizer_has_a_mark_of_its_own_hollow_where_the_law_is_rejected(whole):
+    read, found = whole
+    _, chosen, figure = _chart("hpl-sharpness-mnist", read)
+    points = figure.axes[0].lines
+    names = [point.get_label() for point in points]
+    assert [text.get_text() for text in figure.legends[0].texts] == names
+    assert names[:2] == ["SGD", "Vanilla SGD"]
+    assert len({(p.get_marker(), p.get_color()) for p in points}) == len(points) == 11
+    assert [p.get_fillstyle() == "full" for p in points] == [
+        found[one.row.id][0]["power_law"] for one in chosen
+    ]
 
 
 def test_figures_without_results_are_left_out_by_name(tmp_path):
