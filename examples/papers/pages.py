@@ -89,7 +89,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 def _spectra(made: Sequence[Made], protocols: Sequence[str]) -> list[str]:
     """Return the table of rows about spectra: a line for the paper, and one a protocol."""
     head = ["row", "values", "d_ks", "d_c", "power law", "verdict", "p", "s", "beta", "K",
-            "least d_ks at K", "proven", "copies"]  # fmt: skip
+            "least d_ks at K", "test accuracy", "proven", "copies"]  # fmt: skip
     lines = []
     for one in made:
         printed = one.row.printed
@@ -97,19 +97,21 @@ def _spectra(made: Sequence[Made], protocols: Sequence[str]) -> list[str]:
         lines.append([
             f"`{one.row.id}`", "paper", printed.d_ks or "", printed.d_c,
             (printed.verdict or "").lower(), "", "", printed.s or "", beta, str(one.row.measure.k),
-            "", "", "",
+            *[""] * 4,
         ])  # fmt: skip
+        accuracy = one.own[0]["about"].get("test_accuracy")
         for protocol in protocols:
-            lines.append(["", protocol, *_found(one, protocol)])
+            said = "" if accuracy is None or protocol != protocols[0] else f"{accuracy:.1%}"
+            lines.append(["", protocol, *_found(one, protocol, said)])
     if protocols == PROTOCOLS["sg"]:  # exact, each once
         head, lines = head[:-2], [line[:-2] for line in lines]
     return _table(head, lines)
 
 
-def _found(made: Made, protocol: str) -> list[str]:
+def _found(made: Made, protocol: str, accuracy: str) -> list[str]:
     found = made.first(protocol)
     if "d_ks" not in found:
-        return [found.get("reason", ""), *[""] * 10]
+        return [found.get("reason", ""), *[""] * 8, accuracy, "", ""]
     values: Callable[[str], list[float]] = lambda name: made.values(protocol, name)  # noqa: E731
     s = _mean(values("s"), ".3f")
     if slope_agrees(made, protocol):
@@ -118,7 +120,7 @@ def _found(made: Made, protocol: str) -> list[str]:
         _mean(values("d_ks")), f"{found['d_c']:.4f}", _yes(found["power_law"]),
         _same(verdict(made, protocol)), f"{found['p_value']:.4f}", s,
         f"{found['beta']:.3f} ± {found['sigma']:.3f}", str(found["k"]),
-        str(found["k_of_least_d_ks"]), str(found.get("num_converged", "")),
+        str(found["k_of_least_d_ks"]), accuracy, str(found.get("num_converged", "")),
         str(found.get("num_copies", "")),
     ]  # fmt: skip
 
@@ -221,8 +223,9 @@ eigenvalue stands once for each run that found it ([what that does](../protocols
 for Transformers; for CNNs it names Lanczos and says nothing of pooling. `verdict` compares "power
 law" with the paper's, by the same rule, d_ks < d_c. `p` is that of Lilliefors' test, which takes
 notice of the fit. `proven` is how many values have a residual below 1e-3 of themselves. "agrees"
-behind s: within two standard errors of the paper's. Of several seeds d_ks and s are mean and
-range, the other columns those of seed 0.""",
+behind s: within two standard errors of the paper's. A test accuracy of about 10% is that of a
+network that is as initialised or has not trained. Of several seeds d_ks and s are mean and range,
+the other columns those of seed 0.""",
     "sg": """\
 A row's first line is what the paper prints. Spectra are those of T = 5000 gradients at fixed
 parameters, exact up to rounding ([how](../gradients.md)); eigenvalues below ten times the

@@ -27,7 +27,7 @@ def test_what_agrees(tmp_path):
     numbers = {"k": 1000, "d_ks": 0.03, "d_c": 0.043, "power_law": True, "p_value": 0.1, "s": 0.95,
                "beta": 2.05, "sigma": 0.03, "k_of_least_d_ks": 9}  # fmt: skip
     other = {**numbers, "power_law": False, "s": 1.3}
-    about = {"num_train": 1000, "num_published": 60_000, "probe": 1000}
+    about = {"num_train": 1000, "num_published": 60_000, "probe": 1000, "test_accuracy": 0.98712}
     content = {"seed": 0, "settings": "seed0", "about": about,
                "numbers": {"converged": numbers, "pooled": other}}  # fmt: skip
     (tmp_path / row.id).mkdir()
@@ -40,6 +40,9 @@ def test_what_agrees(tmp_path):
     assert made.slope_agrees(one, "pooled") is False
     assert pages.setting(one) == ""  # N = 1000 is the paper's own
     assert pages.counts(made.read(hpl.ROWS, tmp_path), "converged")["made"] == 1
+    table = [line.split(" | ") for line in pages.page("hpl", [one]).splitlines() if " | " in line]
+    place = table[0].index("test accuracy")
+    assert [line[place] for line in table[1:]] == ["", "98.7%", ""]  # the paper, converged, pooled
 
 
 def test_what_the_seed_does(tmp_path):
