@@ -99,9 +99,10 @@ def _spectra(made: Sequence[Made], protocols: Sequence[str]) -> list[str]:
             (printed.verdict or "").lower(), "", "", printed.s or "", beta, str(one.row.measure.k),
             *[""] * 4,
         ])  # fmt: skip
-        accuracy = one.own[0]["about"].get("test_accuracy")
+        found = (result["about"].get("test_accuracy") for result in one.own)
+        accuracy = _mean([value for value in found if value is not None], ".1%")
         for protocol in protocols:
-            said = "" if accuracy is None or protocol != protocols[0] else f"{accuracy:.1%}"
+            said = accuracy if protocol == protocols[0] else ""
             lines.append(["", protocol, *_found(one, protocol, said)])
     if protocols == PROTOCOLS["sg"]:  # exact, each once
         head, lines = head[:-2], [line[:-2] for line in lines]
@@ -224,8 +225,8 @@ for Transformers; for CNNs it names Lanczos and says nothing of pooling. `verdic
 law" with the paper's, by the same rule, d_ks < d_c. `p` is that of Lilliefors' test, which takes
 notice of the fit. `proven` is how many values have a residual below 1e-3 of themselves. "agrees"
 behind s: within two standard errors of the paper's. A test accuracy of about 10% is that of a
-network that is as initialised or has not trained. Of several seeds d_ks and s are mean and range,
-the other columns those of seed 0.""",
+network that is as initialised or has not trained. Of several seeds d_ks, s and the accuracy are
+mean and range, the other columns those of seed 0.""",
     "sg": """\
 A row's first line is what the paper prints. Spectra are those of T = 5000 gradients at fixed
 parameters, exact up to rounding ([how](../gradients.md)); eigenvalues below ten times the
