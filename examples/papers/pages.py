@@ -225,8 +225,8 @@ for Transformers; for CNNs it names Lanczos and says nothing of pooling. `verdic
 law" with the paper's, by the same rule, d_ks < d_c. `p` is that of Lilliefors' test, which takes
 notice of the fit. `proven` is how many values have a residual below 1e-3 of themselves. "agrees"
 behind s: within two standard errors of the paper's. A test accuracy of about 10% is that of a
-network that is as initialised or has not trained. Of several seeds d_ks, s and the accuracy are
-mean and range, the other columns those of seed 0.""",
+network as initialised, of one that has not trained, or of random labels. Of several seeds
+d_ks, s and the accuracy are mean and range, the other columns those of seed 0.""",
     "sg": """\
 A row's first line is what the paper prints. Spectra are those of T = 5000 gradients at fixed
 parameters, exact up to rounding ([how](../gradients.md)); eigenvalues below ten times the
