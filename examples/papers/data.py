@@ -2,12 +2,12 @@
 
 A folder (``--data-dir``) may hold, each under any of the names given:
 
-- ``MNIST/raw``, ``FashionMNIST/raw`` (or ``mnist``, ``fashion-mnist``): four files of IDX,
-  ``*-ubyte.gz`` or unpacked;
+- ``MNIST``, ``FashionMNIST`` (or ``mnist``, ``fashion-mnist``), or ``raw`` in it: four files of
+  IDX, ``*-ubyte.gz`` or unpacked;
 - ``cifar-10-batches-py``, the standard python archive, unpacked or as ``cifar-10-python.tar.gz``,
-  or else ``cifar10/cifar10-subset.npz``, of arrays ``train_images`` [N, 3, 32, 32],
-  ``train_labels`` [N], ``test_images`` and ``test_labels``; ``cifar-100-python``,
-  ``cifar-100-python.tar.gz`` and ``cifar100/cifar100-subset.npz`` likewise;
+  or else ``cifar10-subset.npz``, of arrays ``train_images`` [N, 3, 32, 32], ``train_labels`` [N],
+  ``test_images`` and ``test_labels``; ``cifar-100-python``, ``cifar-100-python.tar.gz`` and
+  ``cifar100-subset.npz`` likewise; each as it is or in a folder ``cifar10`` or ``cifar100``;
 - ``avila/avila-tr.txt`` and ``avila-ts.txt``; ``tinyshakespeare/input.txt``.
 
 Images are standardised by the mean and the standard deviation of each channel over the training
@@ -21,7 +21,7 @@ import gzip
 import io
 import pickle
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,12 @@ def flipped(labels: Tensor, num_classes: int, share: float, generator: torch.Gen
     return noisy
 
 
-def _existing(folder: Path, *names: str, besides: Sequence[str] = ()) -> Path:
-    """Return the first of the names that is there; ``besides`` are those that were looked for."""
+def _existing(folder: Path, *names: str) -> Path:
+    """Return the first of the names that is there."""
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise MissingDataError(f"{folder} holds none of {', '.join([*besides, *names])}")
+    raise MissingDataError(f"{folder} holds none of {', '.join(names)}")
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:
@@ -107,86 +107,86 @@ def _idx(folder: Path, name: str) -> np.ndarray:
 
 def _idx_folder(*names: str) -> Callable[[Path], Data]:
     def read(folder: Path) -> Data:
-        raw = _existing(folder, *names)
+        raw = _existing(folder, *(at for name in names for at in (f"{name}/raw", name)))
         part = [
             _idx(raw, f"{part}-{kind}-ubyte")
             for part in ("train", "t10k")
             for kind in ("images-idx3", "labels-idx1")
         ]
-        return _standardised(part[0][:, None], part[1], part[2][:, None], part[3], 60_000)
+        return _standardised(part[0][:, None], part[1], part[2][:, None], part[3], 10, 60_000)
 
     return read
 
 
 def _standardised(
-    images: np.ndarray, labels: Any, test_images: np.ndarray, test_labels: Any, full: int
+    images: np.ndarray,
+    labels: Any,
+    test_images: np.ndarray,
+    test_labels: Any,
+    num_classes: int,
+    full: int,
 ) -> Data:
     """Return images [N, C, height, width] of bytes, standardised channel by channel."""
     inputs, test = torch.tensor(images) / 255, torch.tensor(test_images) / 255
     mean, deviation = inputs.mean((0, 2, 3), keepdim=True), inputs.std((0, 2, 3), keepdim=True)
-    labels, test_labels = torch.tensor(np.array(labels)).long(), torch.tensor(np.array(test_labels))
     return Data(
-        (inputs - mean) / deviation, labels, (test - mean) / deviation, test_labels.long(),
-        int(max(labels.max(), test_labels.max())) + 1, full,
+        (inputs - mean) / deviation, torch.tensor(np.array(labels)).long(),
+        (test - mean) / deviation, torch.tensor(np.array(test_labels)).long(), num_classes, full,
     )  # fmt: skip
 
 
-def _cifar_10(folder: Path) -> Data:
-    try:
-        train = [
-            _pickled(folder, "cifar-10-batches-py", "cifar-10-python.tar.gz", f"data_batch_{n}")
-            for n in range(1, 6)
-        ]
-        test = _pickled(folder, "cifar-10-batches-py", "cifar-10-python.tar.gz", "test_batch")
-    except MissingDataError:
-        return _subset(folder, "cifar10", "cifar-10-batches-py", "cifar-10-python.tar.gz")
-    labels = np.concatenate([part["labels"] for part in train])
-    images = np.concatenate([_rgb(part["data"]) for part in train])
-    return _standardised(images, labels, _rgb(test["data"]), test["labels"], 50_000)
+def _cifar(name: str, classes: int, unpacked: str, archive: str) -> Callable[[Path], Data]:
+    """Return what reads a CIFAR set: its archive, or a part of it that is kept as arrays."""
+    train, test, labels = ["train"], "test", "fine_labels"
+    if classes == 10:
+        train, test, labels = [f"data_batch_{n}" for n in range(1, 6)], "test_batch", "labels"
 
+    def read(folder: Path) -> Data:
+        names = (unpacked, archive, f"{name}-subset.npz")
+        found = _existing(folder, *(at for one in names for at in (one, f"{name}/{one}")))
+        if found.suffix == ".npz":
+            keys = ("train_images", "train_labels", "test_images", "test_labels")
+            with np.load(found) as file:
+                return _standardised(*(file[key] for key in keys), classes, 50_000)
+        *parts, last = (_pickled(found, unpacked, file) for file in (*train, test))
+        return _standardised(
+            np.concatenate([_rgb(part["data"]) for part in parts]),
+            np.concatenate([part[labels] for part in parts]),
+            _rgb(last["data"]), last[labels], classes, 50_000,
+        )  # fmt: skip
 
-def _cifar_100(folder: Path) -> Data:
-    try:
-        train, test = (
-            _pickled(folder, "cifar-100-python", "cifar-100-python.tar.gz", name)
-            for name in ("train", "test")
-        )
-    except MissingDataError:
-        return _subset(folder, "cifar100", "cifar-100-python", "cifar-100-python.tar.gz")
-    images, tests = _rgb(train["data"]), _rgb(test["data"])
-    return _standardised(images, train["fine_labels"], tests, test["fine_labels"], 50_000)
-
-
-def _subset(folder: Path, name: str, *archives: str) -> Data:
-    """Return a part of a CIFAR set, kept as arrays where there are no archives."""
-    names = (f"{name}/{name}-subset.npz", f"{name}-subset.npz")
-    with np.load(_existing(folder, *names, besides=archives)) as file:
-        parts = ("train_images", "train_labels", "test_images", "test_labels")
-        return _standardised(*(file[part] for part in parts), full=50_000)
+    return read
 
 
 def _rgb(data: np.ndarray) -> np.ndarray:
     return np.asarray(data, np.uint8).reshape(-1, 3, 32, 32)
 
 
+_BYTES = ("_codecs", "encode")  # how the protocols before 3 write the bytes of an array
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Reads the dictionaries of lists and arrays that the CIFAR archives hold, and no code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
+        arrays = ("_reconstruct", "_frombuffer", "ndarray", "dtype")
+        if (module.startswith("numpy") and name in arrays) or (module, name) == _BYTES:
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no data need")
 
 
-def _pickled(folder: Path, unpacked: str, archive: str, name: str) -> dict[str, Any]:
-    """Return a file of a CIFAR archive, from its folder or out of the archive itself."""
-    if (folder / unpacked / name).exists():
-        raw = (folder / unpacked / name).read_bytes()
+def _pickled(path: Path, folder: str, name: str) -> dict[str, Any]:
+    """Return a file of a CIFAR archive: of its folder, or of the archive itself."""
+    if path.is_dir():
+        raw = _existing(path, name).read_bytes()
     else:
-        with tarfile.open(_existing(folder, archive)) as tar:
-            member = tar.extractfile(f"{unpacked}/{name}")
+        with tarfile.open(path) as tar:
+            try:
+                member = tar.extractfile(f"{folder}/{name}")
+            except KeyError:
+                member = None
             if member is None:
-                raise MissingDataError(f"{folder / archive} holds no {unpacked}/{name}")
+                raise MissingDataError(f"{path} holds no {folder}/{name}")
             raw = member.read()
     found = _ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
     return {key.decode(): value for key, value in found.items()}
@@ -213,10 +213,10 @@ def _shakespeare(folder: Path) -> Data:
 
 
 _READERS: dict[str, Callable[[Path], Data]] = {
-    "mnist": _idx_folder("MNIST/raw", "mnist"),
-    "fashion-mnist": _idx_folder("FashionMNIST/raw", "fashion-mnist"),
-    "cifar-10": _cifar_10,
-    "cifar-100": _cifar_100,
+    "mnist": _idx_folder("MNIST", "mnist"),
+    "fashion-mnist": _idx_folder("FashionMNIST", "fashion-mnist"),
+    "cifar-10": _cifar("cifar10", 10, "cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar-100": _cifar("cifar100", 100, "cifar-100-python", "cifar-100-python.tar.gz"),
     "avila": _avila,
     "shakespeare": _shakespeare,
 }

@@ -25,7 +25,9 @@ data, recipes, rows = map(importlib.import_module, ("data", "recipes", "rows"))
     ("name", "at"),
     [
         ("mnist", "MNIST/raw"),
+        ("mnist", "mnist/raw"),
         ("fashion-mnist", "FashionMNIST/raw"),
+        ("fashion-mnist", "FashionMNIST"),
         ("fashion-mnist", "fashion-mnist"),
     ],
 )
@@ -54,10 +56,10 @@ def test_idx_files(tmp_path, name, at, ending):
 @pytest.mark.parametrize(
     ("name", "looked_for"),
     [
-        ("mnist", "MNIST/raw, mnist"),
-        ("fashion-mnist", "FashionMNIST/raw, fashion-mnist"),
-        ("cifar-10", "cifar-10-batches-py, cifar-10-python.tar.gz, cifar10/cifar10-subset.npz"),
-        ("cifar-100", "cifar-100-python, cifar-100-python.tar.gz, cifar100/cifar100-subset.npz"),
+        ("mnist", "MNIST/raw, MNIST, mnist/raw, mnist"),
+        ("fashion-mnist", "FashionMNIST/raw, FashionMNIST, fashion-mnist/raw, fashion-mnist"),
+        ("cifar-10", "cifar-10-batches-py, cifar10/cifar-10-batches-py, cifar-10-python.tar.gz"),
+        ("cifar-100", "cifar-100-python, cifar100/cifar-100-python, cifar-100-python.tar.gz"),
         ("avila", "avila"),
         ("shakespeare", "tinyshakespeare/input.txt"),
     ],
@@ -84,26 +86,68 @@ def test_a_part_of_cifar_as_arrays(tmp_path, name, file, classes):
     np.testing.assert_allclose(found.inputs, expected, atol=1e-5)
 
 
-def test_a_cifar_archive_holds_arrays_and_runs_no_code(tmp_path):
-    def archive(content):
-        with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as tar:
-            for name in ("train", "test"):
-                member = tarfile.TarInfo(f"cifar-100-python/{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+ARCHIVES = {
+    "cifar-10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", b"labels", 10,
+                 [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]),
+    "cifar-100": ("cifar-100-python", "cifar-100-python.tar.gz", b"fine_labels", 100,
+                  ["train", "test"]),
+}  # fmt: skip
 
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), np.uint8)
-    archive(pickle.dumps({b"data": pixels, b"fine_labels": [3, 99, 0, 5]}))
-    found = data.load(tmp_path, rows.Samples("cifar-100"))
-    assert found.num_classes == 100
-    assert found.labels.tolist() == [3, 99, 0, 5]
-    assert found.inputs[:, 0].mean() == pytest.approx(0, abs=1e-5)
 
+def _archive(at: Path, name: str, files: dict[str, bytes], *, unpacked: bool) -> None:
+    folder, file, *_ = ARCHIVES[name]
+    at.mkdir(exist_ok=True)
+    if unpacked:
+        (at / folder).mkdir()
+        for one, content in files.items():
+            (at / folder / one).write_bytes(content)
+        return
+    with tarfile.open(at / file, "w:gz") as tar:
+        for one, content in files.items():
+            member = tarfile.TarInfo(f"{folder}/{one}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+@pytest.mark.parametrize(("within", "unpacked"), [(False, True), (False, False), (True, False)])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_cifar_archive(tmp_path, name, within, unpacked, protocol):
+    _, _, key, classes, files = ARCHIVES[name]
+    pixels = np.random.default_rng(0).integers(0, 256, (len(files), 3, 3072), np.uint8)
+    labels = np.arange(pixels[..., 0].size).reshape(-1, 3) % classes
+    written = {
+        file: pickle.dumps({b"data": part, key: of.tolist()}, protocol)
+        for file, part, of in zip(files, pixels, labels, strict=True)
+    }
+    at = tmp_path / name.replace("-", "") if within else tmp_path
+    _archive(at, name, written, unpacked=unpacked)
+    found = data.load(tmp_path, rows.Samples(name))
+    assert found.num_classes == classes
+    assert found.labels.tolist() == labels[:-1].ravel().tolist()
+    assert found.test_labels.tolist() == labels[-1].tolist()
+    train = pixels[:-1].reshape(-1, 3, 32, 32)
+    mean, scale = train.mean((0, 2, 3), keepdims=True), train.std((0, 2, 3), ddof=1, keepdims=True)
+    np.testing.assert_allclose(found.inputs, (train - mean) / scale, atol=1e-5)
+    tests = pixels[-1].reshape(-1, 3, 32, 32)
+    np.testing.assert_allclose(found.test_inputs, (tests - mean) / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_a_cifar_archive_that_lacks_a_file_is_named(tmp_path, unpacked):
+    content = pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [0]})
+    _archive(tmp_path, "cifar-100", {"train": content}, unpacked=unpacked)
+    with pytest.raises(data.MissingDataError, match="test"):
+        data.load(tmp_path, rows.Samples("cifar-100"))
+
+
+def test_a_cifar_archive_runs_no_code(tmp_path):
     class Code:
         def __reduce__(self):
             return print, ("ran",)
 
-    archive(pickle.dumps({b"data": Code(), b"fine_labels": []}))
+    content = pickle.dumps({b"data": Code(), b"fine_labels": []})
+    _archive(tmp_path, "cifar-100", {"train": content, "test": content}, unpacked=False)
     with pytest.raises(pickle.UnpicklingError, match="print"):
         data.load(tmp_path, rows.Samples("cifar-100"))
 
