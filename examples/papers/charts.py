@@ -19,7 +19,7 @@ from drawings import (
     draw_spectra,
     draw_verdicts,
 )
-from made import PROTOCOLS, Made, slope_agrees
+from made import PROTOCOLS, Made, is_at_chance, slope_agrees
 
 from lightning_hessian.tracking.style import render
 
@@ -100,8 +100,9 @@ _OVER = (
     "KS distance as printed and as measured here; below the dotted line a power law is accepted."
 )
 _SHARPNESS = (
-    "A point is an optimizer, hollow where its spectrum is no power law; in brackets Fisher's 95 % "
-    'interval. The paper: "A smaller $\\hat{s}$ highly correlates to a smaller largest eigenvalue '
+    "A point is an optimizer, hollow where its spectrum is no power law; networks that have hardly "
+    "trained are left out; in brackets Fisher's 95 % interval. "
+    'The paper: "A smaller $\\hat{s}$ highly correlates to a smaller largest eigenvalue '
     'and a smaller trace".'
 )
 _HESSIAN = r"Hessian eigenvalue $\lambda_k$ (loss / parameter$^2$)"
@@ -110,7 +111,7 @@ _BY_RANK = "Values by rank, 60 of them, from the results."
 
 
 def _has_slope(made: Made, protocol: str) -> bool:
-    return protocol == "converged" and "s" in made.first(protocol)
+    return protocol == "converged" and "s" in made.first(protocol) and not is_at_chance(made)
 
 
 def _has_spectrum(made: Made, protocol: str) -> bool:

@@ -46,7 +46,6 @@ class Data:
     labels: Tensor
     test_inputs: Tensor
     test_labels: Tensor
-    num_classes: int
     full: int
 
     def to(self, dtype: torch.dtype) -> Data:
@@ -54,7 +53,7 @@ class Data:
         if not self.inputs.is_floating_point():
             return self
         inputs, test = self.inputs.to(dtype), self.test_inputs.to(dtype)
-        return Data(inputs, self.labels, test, self.test_labels, self.num_classes, self.full)
+        return Data(inputs, self.labels, test, self.test_labels, self.full)
 
 
 def load(folder: Path, samples: Samples, seed: int = 0) -> Data:
@@ -72,8 +71,8 @@ def load(folder: Path, samples: Samples, seed: int = 0) -> Data:
         labels = labels[torch.randperm(len(labels), generator=generator)]
     elif samples.labels.startswith("noise-"):
         share = int(samples.labels.removeprefix("noise-")) / 100
-        labels = flipped(labels, found.num_classes, share, generator)
-    return Data(inputs, labels, found.test_inputs, found.test_labels, found.num_classes, found.full)
+        labels = flipped(labels, samples.num_classes, share, generator)
+    return Data(inputs, labels, found.test_inputs, found.test_labels, found.full)
 
 
 def flipped(labels: Tensor, num_classes: int, share: float, generator: torch.Generator) -> Tensor:
@@ -113,7 +112,7 @@ def _idx_folder(*names: str) -> Callable[[Path], Data]:
             for part in ("train", "t10k")
             for kind in ("images-idx3", "labels-idx1")
         ]
-        return _standardised(part[0][:, None], part[1], part[2][:, None], part[3], 10, 60_000)
+        return _standardised(part[0][:, None], part[1], part[2][:, None], part[3], 60_000)
 
     return read
 
@@ -123,7 +122,6 @@ def _standardised(
     labels: Any,
     test_images: np.ndarray,
     test_labels: Any,
-    num_classes: int,
     full: int,
 ) -> Data:
     """Return images [N, C, height, width] of bytes, standardised channel by channel."""
@@ -131,14 +129,14 @@ def _standardised(
     mean, deviation = inputs.mean((0, 2, 3), keepdim=True), inputs.std((0, 2, 3), keepdim=True)
     return Data(
         (inputs - mean) / deviation, torch.tensor(np.array(labels)).long(),
-        (test - mean) / deviation, torch.tensor(np.array(test_labels)).long(), num_classes, full,
+        (test - mean) / deviation, torch.tensor(np.array(test_labels)).long(), full,
     )  # fmt: skip
 
 
-def _cifar(name: str, classes: int, unpacked: str, archive: str) -> Callable[[Path], Data]:
+def _cifar(name: str, unpacked: str, archive: str) -> Callable[[Path], Data]:
     """Return what reads a CIFAR set: its archive, or a part of it that is kept as arrays."""
     train, test, labels = ["train"], "test", "fine_labels"
-    if classes == 10:
+    if name == "cifar10":
         train, test, labels = [f"data_batch_{n}" for n in range(1, 6)], "test_batch", "labels"
 
     def read(folder: Path) -> Data:
@@ -147,12 +145,12 @@ def _cifar(name: str, classes: int, unpacked: str, archive: str) -> Callable[[Pa
         if found.suffix == ".npz":
             keys = ("train_images", "train_labels", "test_images", "test_labels")
             with np.load(found) as file:
-                return _standardised(*(file[key] for key in keys), classes, 50_000)
+                return _standardised(*(file[key] for key in keys), 50_000)
         *parts, last = (_pickled(found, unpacked, file) for file in (*train, test))
         return _standardised(
             np.concatenate([_rgb(part["data"]) for part in parts]),
             np.concatenate([part[labels] for part in parts]),
-            _rgb(last["data"]), last[labels], classes, 50_000,
+            _rgb(last["data"]), last[labels], 50_000,
         )  # fmt: skip
 
     return read
@@ -199,24 +197,24 @@ def _avila(folder: Path) -> Data:
         lines = [line.split(",") for line in (at / name).read_text("ascii").split()]
         parts.append(torch.tensor([[float(cell) for cell in line[:10]] for line in lines]))
         parts.append(torch.tensor(["ABCDEFGHIWXY".index(line[10]) for line in lines]))
-    return Data(*parts, num_classes=12, full=10_430)
+    return Data(*parts, full=10_430)
 
 
 def _shakespeare(folder: Path) -> Data:
     path = _existing(folder, "tinyshakespeare/input.txt", "input.txt")
-    letters, ids = np.unique(np.array(list(path.read_text("ascii"))), return_inverse=True)
+    _, ids = np.unique(np.array(list(path.read_text("ascii"))), return_inverse=True)
     rows = torch.tensor(ids[: len(ids) // (TEXT_LENGTH + 1) * (TEXT_LENGTH + 1)]).long()
     rows = rows.view(-1, TEXT_LENGTH + 1)
     cut = round(0.9 * len(rows))
     train, test = rows[:cut], rows[cut:]
-    return Data(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:], len(letters), len(train))
+    return Data(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:], len(train))
 
 
 _READERS: dict[str, Callable[[Path], Data]] = {
     "mnist": _idx_folder("MNIST", "mnist"),
     "fashion-mnist": _idx_folder("FashionMNIST", "fashion-mnist"),
-    "cifar-10": _cifar("cifar10", 10, "cifar-10-batches-py", "cifar-10-python.tar.gz"),
-    "cifar-100": _cifar("cifar100", 100, "cifar-100-python", "cifar-100-python.tar.gz"),
+    "cifar-10": _cifar("cifar10", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar-100": _cifar("cifar100", "cifar-100-python", "cifar-100-python.tar.gz"),
     "avila": _avila,
     "shakespeare": _shakespeare,
 }

@@ -57,6 +57,17 @@ def read(rows: Sequence[Row], folder: Path = RESULTS) -> list[Made]:
     return found
 
 
+def is_at_chance(made: Made) -> bool:
+    """Return whether a trained network is right less than twice as often as by guessing (seed 0).
+
+    Its spectrum is not that of a minimum, whatever it looks like.
+    """
+    accuracy = made.own[0]["about"].get("test_accuracy")
+    if made.row.network.recipe is None or accuracy is None:
+        return False
+    return accuracy < 2 / made.row.network.data.num_classes
+
+
 # What agrees -------------------------------------------------------------------------------------
 
 

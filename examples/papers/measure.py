@@ -118,7 +118,9 @@ class Bench:
         L.seed_everything(settings.seed, verbose=False)
         data = load(data_dir, network.data, settings.seed)
         self.network, self.settings, self.data_dir = network, settings, data_dir
-        module = networks.build(network.model, tuple(data.inputs.shape[1:]), data.num_classes)
+        module = networks.build(
+            network.model, tuple(data.inputs.shape[1:]), network.data.num_classes
+        )
         size = sum(parameter.numel() for parameter in module.parameters())
         self.trained_in = "float64" if size < SMALL else "float32"
         self.precision = settings.precision or self.trained_in

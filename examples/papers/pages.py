@@ -19,6 +19,7 @@ from made import (
     RESULTS,
     STUDIED,
     Made,
+    is_at_chance,
     is_beyond_seed,
     read,
     seed_spread,
@@ -47,6 +48,12 @@ def setting(made: Made) -> str:
         said.append(f"{trained_on:,} of {published:,} training samples.")
     if isinstance(row.measure, Hessian) and about["probe"] < trained_on:
         said.append(f"H of {about['probe']:,} of {trained_on:,} samples.")
+    if is_at_chance(made):
+        network = "At seed 0 the network" if len(made.own) > 1 else "The network"
+        said.append(
+            f"{network} has hardly trained: {about['test_accuracy']:.1%} of the test right, "
+            f"{1 / row.network.data.num_classes:.0%} by guessing."
+        )
     if row.note:
         said.append(row.note)
     by_rank = {

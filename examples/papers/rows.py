@@ -11,6 +11,11 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+_CLASSES = {
+    "mnist": 10, "fashion-mnist": 10, "cifar-10": 10, "cifar-100": 100, "avila": 12,
+    "shakespeare": 65,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -29,6 +34,11 @@ class Samples:
     count: int | None = None
     labels: str = "clean"
     inputs: str = "real"
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the set as published; of the text, its characters."""
+        return _CLASSES[self.name]
 
 
 @dataclass(frozen=True)

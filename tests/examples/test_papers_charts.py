@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,16 @@ def test_an_optimizer_has_a_mark_of_its_own_hollow_where_the_law_is_rejected(who
     assert [p.get_fillstyle() == "full" for p in points] == [
         found[one.row.id][0]["power_law"] for one in chosen
     ]
+
+
+@pytest.mark.parametrize(("accuracy", "is_drawn"), [(0.19, False), (0.21, True)])
+def test_a_network_at_chance_is_no_point_of_sharpness(whole, accuracy, is_drawn):
+    read, _ = whole
+    chart = next(chart for chart in charts.CHARTS if chart.name == "hpl-sharpness-cifar10")
+    one = next(one for one in read["hpl"] if one.row.id == "hpl-8-cifar10-vanilla-sgd")
+    about = {**one.own[0]["about"], "test_accuracy": accuracy}
+    one = replace(one, own=({**one.own[0], "about": about},))
+    assert (one in chart.chosen([one])) is is_drawn
 
 
 def test_figures_without_results_are_left_out_by_name(tmp_path):

@@ -45,6 +45,25 @@ def test_what_agrees(tmp_path):
     assert [line[place] for line in table[1:]] == ["", "98.7%", ""]  # the paper, converged, pooled
 
 
+def test_a_network_that_has_hardly_trained_is_named():
+    about = {"num_train": 60_000, "num_published": 60_000, "probe": 60_000}
+
+    def said(name, accuracy, seeds=1):
+        row = next(row for row in hpl.ROWS if row.id == name)
+        results = ({"about": {**about, "test_accuracy": accuracy}, "numbers": {}},) * seeds
+        return pages.setting(made.Made(row, results, ()))
+
+    name = "hpl-7-mnist-b1024"
+    assert said(name, 0.1135) == (
+        "The network has hardly trained: 11.3% of the test right, 10% by guessing."
+    )
+    assert said(name, 0.1135, seeds=2).startswith("At seed 0 the network has hardly trained")
+    assert said(name, 0.21) == ""
+    assert said("hpl-7-mnist-random", 0.1) == ""  # not trained
+    assert "1% by guessing" in said("hpl-8-cifar100-sgd", 0.019)
+    assert "guessing" not in said("hpl-8-cifar100-sgd", 0.021)
+
+
 def test_what_the_seed_does(tmp_path):
     """Five seeds whose d_ks and s lie by hand: ln d_ks and ln s have deviations of 0.1 and 0.05."""
     row, near, far = (
