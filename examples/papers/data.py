@@ -61,8 +61,15 @@ def load(folder: Path, samples: Samples, seed: int = 0) -> Data:
 
     Raises:
         MissingDataError: The folder does not hold the set.
+        ValueError: It holds another one, of more classes.
     """
     found = _READERS[samples.name](folder)
+    last = int(max(found.labels.max(), found.test_labels.max()))
+    if last >= samples.num_classes:
+        raise ValueError(
+            f"{folder} holds a class {last} for {samples.name}, whose last is "
+            f"{samples.num_classes - 1}; is it another set?"
+        )
     inputs, labels = found.inputs[: samples.count], found.labels[: samples.count]
     generator = torch.Generator().manual_seed(seed)
     if samples.inputs == "gaussian":

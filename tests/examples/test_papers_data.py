@@ -80,6 +80,7 @@ def test_a_part_of_cifar_as_arrays(tmp_path, name, file, classes):
              test_images=images[:2], test_labels=np.array([classes - 1, 0]))  # fmt: skip
     found = data.load(tmp_path, rows.Samples(name))
     assert found.full == 50_000
+    assert rows.Samples(name).num_classes == classes  # a class may be in none of the samples
     assert found.labels.tolist() == labels.tolist()
     scale = images.std(axis=(0, 2, 3), ddof=1, keepdims=True)
     expected = (images - images.mean(axis=(0, 2, 3), keepdims=True)) / scale
@@ -130,6 +131,16 @@ def test_a_cifar_archive(tmp_path, name, within, unpacked, protocol):
     np.testing.assert_allclose(found.inputs, (train - mean) / scale, atol=1e-5)
     tests = pixels[-1].reshape(-1, 3, 32, 32)
     np.testing.assert_allclose(found.test_inputs, (tests - mean) / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_a_set_of_more_classes_is_refused(tmp_path, where):
+    labels = {"train": [0, 9], "test": [1, 2], where: [10, 3]}
+    images = np.zeros((2, 3, 32, 32), np.uint8)
+    np.savez(tmp_path / "cifar10-subset.npz", train_images=images, test_images=images,
+             train_labels=labels["train"], test_labels=labels["test"])  # fmt: skip
+    with pytest.raises(ValueError, match="a class 10 for cifar-10, whose last is 9"):
+        data.load(tmp_path, rows.Samples("cifar-10"))
 
 
 @pytest.mark.parametrize("unpacked", [True, False])
