@@ -60,7 +60,8 @@ def read(rows: Sequence[Row], folder: Path = RESULTS) -> list[Made]:
 def is_at_chance(made: Made) -> bool:
     """Return whether a trained network is right less than twice as often as by guessing (seed 0).
 
-    Its spectrum is not that of a minimum, whatever it looks like.
+    Its spectrum is not that of a minimum, whatever it looks like. Guessing takes each class as
+    often: where one class is most of the test (Avila), such a network can be right more often.
     """
     accuracy = made.own[0]["about"].get("test_accuracy")
     if made.row.network.recipe is None or accuracy is None:

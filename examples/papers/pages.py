@@ -231,8 +231,8 @@ eigenvalue stands once for each run that found it ([what that does](../protocols
 for Transformers; for CNNs it names Lanczos and says nothing of pooling. `verdict` compares "power
 law" with the paper's, by the same rule, d_ks < d_c. `p` is that of Lilliefors' test, which takes
 notice of the fit. `proven` is how many values have a residual below 1e-3 of themselves. "agrees"
-behind s: within two standard errors of the paper's. A test accuracy of about 10% is that of a
-network as initialised, of one that has not trained, or of random labels. Of several seeds
+behind s: within two standard errors of the paper's. A row says where its network has hardly
+trained, that is, where it is right less than twice as often as by guessing. Of several seeds
 d_ks, s and the accuracy are mean and range, the other columns those of seed 0.""",
     "sg": """\
 A row's first line is what the paper prints. Spectra are those of T = 5000 gradients at fixed
@@ -295,6 +295,10 @@ def summary(by_paper: dict[str, list[Made]], meaning: str) -> str:
     head = ("paper", "values", "rows made", "verdict same", "beyond the seed",
             "slope within two sigma", "with the seed")  # fmt: skip
     lines += _table(head, table)
+    hardly = [f"`{one.row.id}`" for rows in by_paper.values() for one in rows
+              if one.own and is_at_chance(one)]  # fmt: skip
+    if hardly:
+        lines += [f"Counted, though their networks have hardly trained: {', '.join(hardly)}.", ""]
     lines += _seeds([one for rows in by_paper.values() for one in rows])
     return "\n".join([*lines, "## What it means", "", meaning.strip()]) + "\n"
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,19 @@ def test_a_network_that_has_hardly_trained_is_named():
     )
     assert said(name, 0.1135, seeds=2).startswith("At seed 0 the network has hardly trained")
     assert said(name, 0.21) == ""
-    assert said("hpl-7-mnist-random", 0.1) == ""  # not trained
+    assert said("hpl-7-mnist-random", 0.1) == ""  # nobody trained it
     assert "1% by guessing" in said("hpl-8-cifar100-sgd", 0.019)
     assert "guessing" not in said("hpl-8-cifar100-sgd", 0.021)
+
+
+def test_the_summary_counts_rows_of_networks_that_have_hardly_trained_by_name():
+    def text(accuracy):
+        (one,) = [one for one in made.read(hpl.ROWS) if one.row.id == "hpl-7-mnist-b1024"]
+        first = {**one.own[0], "about": {**one.own[0]["about"], "test_accuracy": accuracy}}
+        return pages.summary({"hpl": [replace(one, own=(first,))]}, "")
+
+    assert "have hardly trained: `hpl-7-mnist-b1024`." in text(0.11)
+    assert "hardly" not in text(0.9)
 
 
 def test_what_the_seed_does(tmp_path):
